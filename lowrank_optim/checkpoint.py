@@ -1,0 +1,122 @@
+"""Saving and loading: plain tensors and numbers, unchanged dtypes, and no silent mismatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .plan import Plan, Site, State
+from .settings import STRUCTURE, SettingError, described, plan_of
+from .update import template
+
+if TYPE_CHECKING:
+    from .optimizer import LowRank
+
+
+def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose groups hold text where they held objects."""
+    groups = [{**group, **described(group)} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def load(
+    optimizer: LowRank,
+    state_dict: dict[str, Any],
+    load_as_torch: Callable[[dict[str, Any]], None],
+) -> None:
+    """Load through torch's own method, which runs the user's hooks, and mend what it does.
+
+    Torch casts floating-point state to the dtype of the parameter. Our hooks stand innermost: after
+    the user's pre-hooks the checkpoint is checked and kept; before his post-hooks the state is
+    taken from it again as it was saved.
+    """
+    kept: dict[str, Any] = {}
+    live = [{key: group[key] for key in STRUCTURE} for group in optimizer.param_groups]
+
+    def check_and_keep(_: Any, incoming: dict[str, Any]) -> None:
+        check(optimizer, incoming)
+        kept.update(incoming)
+
+    def restore(_: Any) -> None:
+        for group, structure in zip(optimizer.param_groups, live, strict=True):
+            group.update(structure)
+        saved_ids = chain.from_iterable(group["params"] for group in kept["param_groups"])
+        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        for saved_id, param in zip(saved_ids, params, strict=True):
+            if saved_id in kept["state"]:
+                current = optimizer.state[param]
+                for key, value in kept["state"][saved_id].items():
+                    current[key] = placed(key, value, current[key], param)
+
+    before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
+    after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
+    try:
+        load_as_torch(state_dict)
+    finally:
+        before.remove()
+        after.remove()
+
+
+def placed(key: str, saved: Any, cast: Any, param: Tensor) -> Any:
+    """Return a saved value in its own dtype on the device of its parameter, not shared with it."""
+    if not isinstance(saved, Tensor):
+        return saved
+    device = cast.device if key == "step" else param.device
+    return saved.detach().to(device, copy=True)
+
+
+def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
+    """Raise SettingError if the checkpoint does not fit; change nothing."""
+    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
+        raise SettingError(
+            "the checkpoint has groups of "
+            f"{[len(g['params']) for g in saved_groups]} parameters, this optimizer of "
+            f"{[len(g['params']) for g in groups]}: build it with the same groups"
+        )
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        for key, value in described(group).items():
+            if key in saved and saved[key] != value:
+                raise SettingError(
+                    f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
+                    f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
+                    "start without its optimizer state"
+                )
+        plan = plan_of({**group, "state_dtype": saved.get("state_dtype", group["state_dtype"])})
+        sites = optimizer._sites({**group, "params": group["params"]}, plan)
+        for place, (saved_id, (param, site)) in enumerate(zip(saved["params"], sites, strict=True)):
+            state = state_dict["state"].get(saved_id)
+            if state:
+                check_state(optimizer._name(index, place), param, site, state, group, saved, plan)
+
+
+def check_state(
+    name: str,
+    param: Tensor,
+    site: Site | None,
+    state: State,
+    group: dict[str, Any],
+    saved: dict[str, Any],
+    plan: Plan,
+) -> None:
+    """Raise SettingError if the saved state of one parameter is not of the shape it needs."""
+    if site is not None:
+        done = max(0, int(state["step"]) - 1) if "step" in state else 0
+        site = replace(site, step=done, gap=saved.get("update_proj_gap", site.gap))
+    wanted = template(param, site, group, plan)
+    ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
+    for key in sorted({*wanted, *state}):
+        if key not in state or key not in wanted:
+            where = "this optimizer" if key not in state else "the checkpoint"
+            raise SettingError(f"only {where} has {key!r} for {name} ({ranks})")
+        if isinstance(wanted[key], Tensor):
+            shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else None
+            if shape != tuple(wanted[key].shape):
+                raise SettingError(
+                    f"{key!r} of {name} has shape {shape} in the checkpoint and "
+                    f"{tuple(wanted[key].shape)} here ({ranks})"
+                )

@@ -1,0 +1,350 @@
+"""LowRank: a torch optimizer whose state is small because the gradient is projected first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint, memory, settings
+from .plan import Job, Plan, Projector, Residual, Rule, Shared, Site
+from .settings import SettingError, plan_of
+from .update import init_state, matrix_shape, site_of, step_plain, step_projected
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class LowRank(Optimizer):
+    r"""An inner rule on projected gradients, with a choice of what happens to the rest.
+
+    With G the gradient, its shorter axis last, P the projector's orthonormal basis and N the rule's
+    direction on R = G P:  W <- (1 - lr wd) W - lr (scale N P^T + residual).
+    The named methods (`GaLoreAdamW`, ...) are settings of this class. Every setting but `params`
+    may stand in a parameter group; a parameter with fewer than two dimensions, with a projected
+    axis no longer than the rank, or in a group whose rank is None is not projected: with the Adam
+    rule it gets `torch.optim.AdamW`'s step.
+
+    Args:
+        params: tensors, (name, tensor) pairs or group dicts, as any torch optimizer takes.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decay of the moments, each in [0, 1).
+        eps: added to the corrected root of the second moment.
+        weight_decay: decoupled decay, applied before the update.
+        rank: columns of the projected gradient: an int, or a float in (0, 1], a share of the
+            projected axis. At least one group needs one.
+        update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
+        scale: factor of the projected update (GradScaled: of its square).
+        projector: "svd", "power", "dct", "random", "columns", "blocks" or a `Projector`.
+        rule: "adam", "lion", "sgdm" or a `Rule`.
+        residual: "drop", "norm_scaled", "state_free", "grad_scaled" or a `Residual`.
+        side: the axis that is projected: "auto" the shorter one (columns of a square matrix),
+            "right" the columns, "left" the rows, "reverse" the longer one.
+        on_refresh: what becomes of the moments when the subspace moves: "keep" them as they are,
+            "reset" them and the bias correction, "rotate" them into the new basis, or "align" the
+            new basis to the old one and keep them.
+        state_dtype: dtype of moments and basis, e.g. torch.bfloat16; None is float32, and float64
+            for float64 parameters.
+        stochastic_rounding: round bf16 weights up or down at random, so that small updates count on
+            average; a function of (seed, step). Other dtypes are not affected.
+        skip_nonfinite: check the gradients of the group first, and if any value is not finite leave
+            all parameters and state as they are; counted in `skipped_steps`. One host sync a step.
+        maximize: ascend instead of descend.
+        capturable: only False: see the error message.
+        seed: a non-negative int; every random draw is a function of it and of the step.
+        impl: "auto" or "eager", which are the same: plain torch.
+
+    Raises:
+        ValueError: a setting out of its range or misspelt in a group, no rank in any group, or a
+            parameter that is not real and floating; the message names it. Nothing is changed then.
+        RuntimeError: from `step`, a sparse or complex gradient, or a parameter that was a matrix
+            and has been flattened.
+    """
+
+    _shared: Shared
+    _shapes: dict[int, list[tuple[int, ...]]]
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | None = None,
+        update_proj_gap: int = 200,
+        scale: float = 1.0,
+        projector: str | Projector = "svd",
+        rule: str | Rule = "adam",
+        residual: str | Residual = "drop",
+        side: str = "auto",
+        on_refresh: str = "keep",
+        state_dtype: torch.dtype | str | None = None,
+        stochastic_rounding: bool = False,
+        skip_nonfinite: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        seed: int = 0,
+        impl: str = "auto",
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": rank,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "projector": projector,
+            "rule": rule,
+            "residual": residual,
+            "side": side,
+            "on_refresh": on_refresh,
+            "state_dtype": state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "skip_nonfinite": skip_nonfinite,
+            "maximize": maximize,
+            "capturable": capturable,
+            "seed": seed,
+            "impl": impl,
+            "skipped_steps": 0,
+        }
+        settings.check_values(defaults, "")
+        self._forget()
+        super().__init__(params, defaults)
+        if all(group["rank"] is None for group in self.param_groups):
+            raise SettingError(
+                "no group has a rank, so nothing would be projected: pass rank=..., or put "
+                '"rank" in the groups to be projected (lowrank_optim.param_groups makes them)'
+            )
+
+    def _forget(self) -> None:
+        """Set what is derived and never saved to empty."""
+        self._shared = Shared()
+        self._shapes = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore from a pickle, a copy or a checkpoint; settings it lacks take our defaults."""
+        super().__setstate__(state)
+        self._forget()
+        for index, group in enumerate(self.param_groups):
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+            self._shapes[index] = [tuple(param.shape) for param in group["params"]]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its settings are checked first, and nothing is added if one is wrong."""
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        index = len(self.param_groups)
+        where = f" in group {index}"
+        group = dict(param_group)
+        settings.translate(group, where)
+        settings.check_keys(group, where)
+        settings.check_values({**self.defaults, **group}, where)
+        for key in group:
+            if key in settings.CHECKS:
+                group[key] = settings.CHECKS[key](key, group[key], where)
+        if not isinstance(group["params"], (Tensor, set)):
+            group["params"] = list(group["params"])
+        for param in _tensors(group["params"]):
+            if not param.is_floating_point():
+                raise SettingError(
+                    f"a parameter of shape {tuple(param.shape)}{where} is {param.dtype}: only real "
+                    "floating-point parameters can be optimized"
+                )
+            _refuse_flat(param, f"a parameter{where}")
+        super().add_param_group(group)
+        self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        The first call creates the state of every parameter that requires a gradient. Where that
+        call has a learning rate of 0 and nothing but zero gradients, it does no more: frameworks
+        make such a call to learn the shape of the state.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Returns:
+            The loss, or None without a closure.
+
+        Raises:
+            RuntimeError, ValueError: as the class says; nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        fresh = not self.state
+        work = self._collect()
+        if self._is_skipped(work):
+            return loss
+        self._create_state(work)
+        if fresh and _is_rehearsal(work):
+            return loss
+        for group, plan, jobs in work:
+            plain = []
+            for job in jobs:
+                job = job._replace(state=self.state[job.param])
+                if job.site is None:
+                    plain.append(job)
+                else:
+                    step_projected(job, group, plan)
+            if plain:
+                step_plain(plain, group, plan)
+        return loss
+
+    def _collect(self) -> list[tuple[dict[str, Any], Plan, list[Job]]]:
+        """Return what there is to do, group by group; every check is here and changes nothing."""
+        work, position = [], 0
+        for index, group in enumerate(self.param_groups):
+            plan = plan_of(group)
+            jobs = []
+            for place, (param, site) in enumerate(self._sites(group, plan)):
+                position += 1
+                if param.grad is None:
+                    continue
+                self._check(index, place, param, param.grad, site, plan)
+                jobs.append(Job(param, param.grad, {}, site, position))
+            work.append((group, plan, jobs))
+        return work
+
+    def _sites(self, group: dict[str, Any], plan: Plan) -> list[tuple[Tensor, Site | None]]:
+        """Return the parameters of a group with their sites, turns among the projected included."""
+        params: list[Tensor] = group["params"]
+        sites = [site_of(p.shape, p.dtype, p.device, group, plan) for p in params]
+        turns, turn = sum(site is not None for site in sites), 0
+        for place, site in enumerate(sites):
+            if site is not None:
+                sites[place] = replace(site, turn=turn, turns=turns, shared=self._shared)
+                turn += 1
+        return list(zip(params, sites, strict=True))
+
+    def _check(
+        self, index: int, place: int, param: Tensor, grad: Tensor, site: Site | None, plan: Plan
+    ) -> None:
+        """Raise RuntimeError for a gradient or a parameter that cannot be stepped."""
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{self._name(index, place)} has a sparse gradient, which cannot be projected: use "
+                "dense gradients (nn.Embedding(sparse=False))"
+            )
+        if grad.is_complex():
+            raise RuntimeError(f"{self._name(index, place)} has a complex gradient")
+        known = self._shapes[index]
+        if place < len(known) and matrix_shape(known[place]) and param.ndim == 1:
+            raise RuntimeError(_flat_message(self._name(index, place), known[place]))
+        _refuse_flat(param, self._name(index, place))
+        state = self.state.get(param)
+        if state and not plan.projector.whole:
+            moment: Tensor = state[plan.rule.slots[0]]
+            wanted = param.shape[-1] if site is None else site.rank
+            if param.ndim and moment.shape[-1] != wanted and moment.shape != param.shape:
+                raise RuntimeError(
+                    f"the state of {self._name(index, place)} has width {moment.shape[-1]}, but "
+                    f"its group asks for {wanted}: rank and side cannot change once there is state"
+                )
+
+    def _name(self, index: int, place: int) -> str:
+        """Return what to call a parameter in a message."""
+        group = self.param_groups[index]
+        shape = tuple(group["params"][place].shape)
+        names = group.get("param_names")
+        if names is not None and place < len(names):
+            return f"parameter {names[place]!r} of shape {shape}"
+        return f"parameter {place} of group {index}, of shape {shape},"
+
+    def _is_skipped(self, work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> bool:
+        """Return whether a checked gradient is not finite, and count it."""
+        watched = [group for group in self.param_groups if group["skip_nonfinite"]]
+        peaks = [
+            torch.linalg.vector_norm(job.grad, float("inf"))
+            for group, _, jobs in work
+            for job in jobs
+            if group["skip_nonfinite"] and job.grad.numel()
+        ]
+        if not peaks:
+            return False
+        device = peaks[0].device
+        finite = torch.stack([peak.isfinite().to(device) for peak in peaks]).all()
+        if finite:
+            return False
+        for group in watched:
+            group["skipped_steps"] += 1
+        return True
+
+    def _create_state(self, work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> None:
+        """Create what state is missing, for every parameter that requires a gradient."""
+        for group, plan, _ in work:
+            for param, site in self._sites(group, plan):
+                if not self.state.get(param) and (param.requires_grad or param.grad is not None):
+                    self.state[param] = init_state(param, site, group, plan)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps that `skip_nonfinite` has left out."""
+        return max(int(group["skipped_steps"]) for group in self.param_groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does, with settings that are objects given as text."""
+        return checkpoint.portable(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, each tensor in the dtype it was saved with, on its parameter's device.
+
+        Raises:
+            ValueError: the checkpoint has other parameters, or was made with another rank,
+                projector, rule, residual, side or on_refresh. Nothing is changed then.
+        """
+        checkpoint.load(self, state_dict, super().load_state_dict)
+
+    def summary(self) -> str:
+        """Return a table: what is projected, and what the state takes beside AdamW's.
+
+        Raises:
+            ValueError: no parameter is projected, so the optimizer would save nothing.
+        """
+        return memory.summary(self)
+
+
+def _tensors(params: Any) -> list[Tensor]:
+    """Return the tensors among what a group calls `params`; torch refuses the rest."""
+    listed = [params] if isinstance(params, Tensor) else list(params)
+    found = [item[1] if isinstance(item, tuple) else item for item in listed]
+    return [item for item in found if isinstance(item, Tensor)]
+
+
+def _is_rehearsal(work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> bool:
+    """Return whether every learning rate is 0 and every gradient zero. Looks at lr first."""
+    rates = [group["lr"] for group, _, jobs in work if jobs]
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return False
+    if any(float(rate) != 0 for rate in rates):
+        return False
+    return not any(bool(job.grad.count_nonzero()) for _, _, jobs in work for job in jobs)
+
+
+def _refuse_flat(param: Tensor, name: str) -> None:
+    """Raise for a flat piece of a matrix, as ZeRO and FSDP1 hand out, instead of using AdamW."""
+    shape = getattr(param, "ds_shape", None)
+    if shape is not None and len(shape) > 1 and param.ndim == 1:
+        raise RuntimeError(_flat_message(name, tuple(shape)))
+    if getattr(param, "_is_flat_param", False) or (
+        getattr(param, "_fsdp_flattened", False) and param.ndim == 1
+    ):
+        raise RuntimeError(_flat_message(name, None))
+
+
+def _flat_message(name: str, shape: tuple[int, ...] | None) -> str:
+    was = "matrices" if shape is None else f"a matrix of shape {shape}"
+    return (
+        f"{name} is a flat piece of {was}: rows and columns are gone, and it cannot be projected. "
+        "Shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps them, or use DDP"
+    )

@@ -1,0 +1,225 @@
+"""The types that everything else is written against: Plan, Site, Update and four protocols.
+
+Shapes throughout: a matrix is seen through a view in which the projected axis is last, so `grad`
+is `(..., rows, cols)` and the projected gradient `low` is `(..., rows, rank)`; the leading `...`
+is empty for a matrix and `(E,)` for a stack of E matrices, which are projected one by one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+State = dict[str, Any]
+Group = Mapping[str, Any]
+Moments = dict[str, Tensor]
+
+
+class Shared:
+    """Tensors that parameters of one optimizer share: derived from numbers, never saved.
+
+    The newest `keep` entries of each family stay; an evicted one is made again when asked for.
+    """
+
+    def __init__(self) -> None:
+        self._families: dict[Any, OrderedDict[Any, Tensor]] = {}
+
+    def get(self, family: Any, key: Any, make: Callable[[], Tensor], keep: int = 2) -> Tensor:
+        """Return the tensor for `key`, made once."""
+        entries = self._families.setdefault(family, OrderedDict())
+        if key in entries:
+            entries.move_to_end(key)
+        else:
+            entries[key] = make()
+            while len(entries) > keep:
+                entries.popitem(last=False)
+        return entries[key]
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor held now."""
+        return [tensor for entries in self._families.values() for tensor in entries.values()]
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a projector knows of the matrix it works on, apart from its gradient and state.
+
+    Attributes:
+        rank: width of the subspace.
+        cols: length of the projected axis.
+        dtype: dtype of the arithmetic: float32, or float64 for float64 parameters.
+        device: device of the parameter.
+        seed: the optimizer's seed; with `step` it fixes every random draw.
+        step: updates done before this one.
+        gap: updates between refreshes.
+        turn, turns: place of this matrix among the projected ones of its group, and their number.
+        share: the rank as a share of `cols` where it was given so (FRUGAL's density).
+        shared: tensors common to several parameters.
+    """
+
+    rank: int
+    cols: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+    step: int = 0
+    gap: int = 1
+    turn: int = 0
+    turns: int = 1
+    share: float | None = None
+    shared: Shared = field(default_factory=Shared, compare=False)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step adds to a weight, in three small pieces; no full matrix is formed.
+
+    update = low P^T + row_scale * G + sign * sgn(G - g P^T), with g the projected gradient.
+    The weight moves by `-lr * update`.
+
+    Attributes:
+        low: `(..., rows, rank)`, or None for nothing.
+        row_scale: `(..., rows, 1)`, a number, or None for nothing.
+        sign: factor of the sign term, 0 for none.
+    """
+
+    low: Tensor | None = None
+    row_scale: Tensor | float | None = None
+    sign: float = 0.0
+
+
+class Job(NamedTuple):
+    """One parameter that has a gradient; `position` is its place in the optimizer."""
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    site: Site | None
+    position: int
+
+
+class Projector(Protocol):
+    """Maps `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
+
+    `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
+    names this projector owns in a parameter's state; `whole` says that it takes a matrix whole or
+    not at all instead of a part of every row.
+    """
+
+    keys: ClassVar[tuple[str, ...]]
+    on_refresh: ClassVar[tuple[str, ...]]
+    whole: ClassVar[bool]
+
+    def width(self, site: Site) -> int:
+        """Return the number of columns of `low`: the rank, or 0 while the matrix sits out."""
+
+    def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
+        """Return the state before the first refresh: a valid subspace that knows no gradient."""
+
+    def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor | None:
+        """Move the subspace, in place; return `down(grad)` if that came out on the way.
+
+        A gradient that is all zero or has a non-finite value leaves the subspace as it is.
+        """
+
+    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
+        """Return `G P`, `(..., rows, rank)`, in `site.dtype`."""
+
+    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
+        """Add `low P^T` to `out` `(..., rows, cols)`, in place."""
+
+    def transport(
+        self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
+    ) -> None:
+        """Carry the moments from the subspace `before` into that of `state`, in place."""
+
+    def align(self, before: State, state: State) -> None:
+        """Turn the new basis inside its own span towards the old one, in place."""
+
+
+class Rule(Protocol):
+    """What turns gradients into a direction: Adam, Lion, momentum. It knows no lr and no decay."""
+
+    slots: ClassVar[tuple[str, ...]]
+
+    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+        """Update the moments in place with the `count`-th gradient and return the direction."""
+
+    def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
+        """Carry moments of `count` gradients by `P_old^T P_new` `(..., rank, rank)`, in place."""
+
+    def uncorrected(self, count: int, group: Group) -> float:
+        """Return the factor from the direction to the one without bias correction."""
+
+    def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
+        """Do whole steps of parameters that are not projected; return those it leaves undone."""
+
+
+class Residual(Protocol):
+    """What happens to the part of the gradient that the projection drops.
+
+    `needs_norms` says that it compares rows of `low` with rows of the gradient.
+    """
+
+    needs_norms: ClassVar[bool]
+
+    def init(self, batch: tuple[int, ...], site: Site) -> State:
+        """Return its state for one parameter."""
+
+    def update(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        state: State,
+        group: Group,
+        uncorrected: float,
+    ) -> Update:
+        """Return the update made of the direction and of what was dropped; state in place."""
+
+
+class Storage(Protocol):
+    """How one moment lies in memory."""
+
+    def dtype(self, like: Tensor) -> torch.dtype:
+        """Return the dtype of the state of a parameter, its basis included."""
+
+    def zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return a zero moment of `shape` on the device of `like`."""
+
+    def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the moment in the dtype of the arithmetic; the stored one itself if that fits."""
+
+    def store(self, stored: Tensor, value: Tensor) -> None:
+        """Write a loaded and changed moment back."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The structure of one group's update; a pairing that makes no sense is refused here."""
+
+    rule: Rule
+    projector: Projector
+    residual: Residual
+    storage: Storage
+    side: str
+    on_refresh: str
+
+    def __post_init__(self) -> None:
+        name = type(self.projector).__name__
+        if self.on_refresh not in self.projector.on_refresh:
+            raise ValueError(
+                f"on_refresh={self.on_refresh!r} does not go with the projector {name}: "
+                f"choose one of {', '.join(map(repr, self.projector.on_refresh))}"
+            )
+        if self.residual.needs_norms and self.projector.whole:
+            raise ValueError(
+                f"the residual {type(self.residual).__name__} does not go with the projector "
+                f"{name}: a matrix that sits out has no projected gradient to compare norms "
+                "with; choose Drop or StateFree"
+            )

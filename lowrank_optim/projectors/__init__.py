@@ -1,0 +1,20 @@
+"""Projectors: how a gradient is mapped to a small one and back."""
+
+from ..plan import Projector
+from .blocks import Blocks
+from .columns import Columns
+from .dct import DCT
+from .power import Power
+from .random import Random
+from .svd import SVD
+
+PROJECTORS: dict[str, Projector] = {
+    "svd": SVD(),
+    "power": Power(),
+    "dct": DCT(),
+    "random": Random(),
+    "columns": Columns(),
+    "blocks": Blocks(),
+}
+
+__all__ = ["DCT", "PROJECTORS", "SVD", "Blocks", "Columns", "Power", "Projector", "Random"]

@@ -1,0 +1,84 @@
+"""What projectors with a dense basis have in common."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional import select_moment
+from ..plan import Group, Moments, Rule, Site, State
+
+
+class Basis:
+    """A projector onto the columns of an orthonormal basis `(..., cols, rank)`.
+
+    The products run in the dtype of the gradient and add up in float32, so that a bf16 gradient is
+    never widened whole.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("basis",)
+    on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate", "align")
+    whole: ClassVar[bool] = False
+
+    def basis(self, state: State, site: Site) -> Tensor:
+        """Return P, `(..., cols, rank)`."""
+        basis: Tensor = state["basis"]
+        return basis
+
+    def width(self, site: Site) -> int:
+        """Return the rank."""
+        return site.rank
+
+    def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
+        """Return the first `rank` unit vectors."""
+        eye = torch.eye(site.cols, site.rank, dtype=dtype, device=site.device)
+        return {"basis": eye.expand(*batch, -1, -1).clone()}
+
+    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
+        """Return `G P`."""
+        return (grad @ self.basis(state, site).to(grad.dtype)).to(site.dtype)
+
+    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
+        """Add `low P^T` to `out` in place."""
+        lifted = self.basis(state, site).mT.to(out.dtype)
+        if out.ndim == 2:
+            out.addmm_(low, lifted)
+        else:
+            out.baddbmm_(low, lifted.expand(out.shape[0], -1, -1))
+
+    def transport(
+        self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
+    ) -> None:
+        """Rotate the moments by `P_old^T P_new`, in place."""
+        old, new = self.basis(before, site), self.basis(state, site)
+        rule.rotate(moments, old.mT.to(site.dtype) @ new.to(site.dtype), site.step, group)
+
+    def align(self, before: State, state: State) -> None:
+        """Turn the basis in place: P <- P U V^T with U S V^T = svd(P^T P_old).
+
+        That is the basis of the same span that is nearest to the old one (orthogonal Procrustes).
+        """
+        basis: Tensor = state["basis"]
+        work = basis.to(torch.float32) if basis.dtype == torch.bfloat16 else basis
+        left, _, right = torch.linalg.svd(work.mT @ before["basis"].to(work.dtype))
+        basis.copy_(work @ (left @ right))
+
+
+class IndexTransport:
+    """Carrying moments between two subsets of the columns of one fixed basis: copies, no product.
+
+    `align` has no meaning there and is not offered.
+    """
+
+    def transport(
+        self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
+    ) -> None:
+        """Copy the moments of the indices that stay and zero those of new ones, in place."""
+        for moment in moments.values():
+            select_moment(moment, before["index"], state["index"])
+
+    def align(self, before: State, state: State) -> None:
+        """Raise: a subset cannot be turned; `Plan` refuses the setting."""
+        raise ValueError("a subset of a fixed basis cannot be aligned")

@@ -1,0 +1,49 @@
+"""A random subset of the columns: no basis and no product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional import generator
+from ..plan import Site, State
+from ._basis import Basis, IndexTransport
+
+
+@dataclass(frozen=True)
+class Columns(IndexTransport, Basis):
+    """A uniformly random subset of the projected axis, a function of (seed, step).
+
+    P is a selection of unit vectors, so projecting is indexing and lifting is adding to columns.
+
+    Reference: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
+        for Scalable Training", arXiv 2411.07837.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("index",)
+    on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
+
+    def basis(self, state: State, site: Site) -> Tensor:
+        """Return the selected unit vectors, for inspection; neither direction uses them."""
+        return torch.eye(site.cols, dtype=site.dtype, device=site.device)[:, state["index"]]
+
+    def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
+        """Return the first `rank` columns."""
+        return {"index": torch.arange(site.rank, device=site.device)}
+
+    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
+        """Draw the subset of this step, sorted."""
+        rng = generator(torch.device("cpu"), site.seed, site.step)
+        drawn = torch.randperm(site.cols, generator=rng)[: site.rank].sort().values
+        state["index"].copy_(drawn)
+
+    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
+        """Return the selected columns."""
+        return grad.index_select(-1, state["index"]).to(site.dtype)
+
+    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
+        """Add `low` to the selected columns of `out`, in place."""
+        out.index_add_(-1, state["index"], low.to(out.dtype))

@@ -1,0 +1,66 @@
+"""The SVD-free projector: the best columns of the discrete cosine basis."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional import dct_basis, usable
+from ..plan import Site, State
+from ._basis import Basis, IndexTransport
+
+
+@dataclass(frozen=True)
+class DCT(IndexTransport, Basis):
+    """The `rank` columns of the orthonormal DCT-II basis Q that carry most of the gradient.
+
+    S = G Q; a column's score is its l1 (or l2) norm; the best indices, sorted, are the whole state:
+    P = Q[:, index], and at a refresh G P = S[:, index] comes for free. Layers of one width share Q.
+    With the l2 norm the subset is the best that the basis has (least reconstruction error).
+
+    Args:
+        norm: "l1" or "l2".
+
+    Raises:
+        ValueError: an unknown norm.
+
+    Reference: Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large
+        Language Models" (DCT-AdamW), arXiv 2505.17967.
+    """
+
+    norm: str = "l1"
+    keys: ClassVar[tuple[str, ...]] = ("index",)
+    on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("l1", "l2"):
+            raise ValueError(f'norm must be "l1" or "l2", got {self.norm!r}')
+
+    def cosines(self, dtype: torch.dtype, site: Site) -> Tensor:
+        """Return Q, `(cols, cols)`, one for all layers of this width, dtype and device."""
+        n, device = site.cols, site.device
+        return site.shared.get("dct", (n, dtype, device), lambda: dct_basis(n, dtype, device), 64)
+
+    def basis(self, state: State, site: Site) -> Tensor:
+        """Return `Q[:, index]`."""
+        rows = self.cosines(site.dtype, site).mT
+        return rows[state["index"]].mT
+
+    def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
+        """Return the `rank` lowest frequencies."""
+        index = torch.arange(site.rank, device=site.device)
+        return {"index": index.expand(*batch, -1).clone()}
+
+    def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor:
+        """Choose the columns of largest norm and return the projected gradient."""
+        good = usable(grad).squeeze(-1)
+        spectrum = grad @ self.cosines(site.dtype, site).to(grad.dtype)
+        scores = torch.linalg.vector_norm(spectrum, 1 if self.norm == "l1" else 2, dim=-2)
+        best = scores.topk(site.rank, dim=-1).indices.sort(dim=-1).values
+        index: Tensor = state["index"]
+        index.copy_(torch.where(good, best, index))
+        columns = index.unsqueeze(-2).expand(*spectrum.shape[:-1], -1)
+        return spectrum.gather(-1, columns).to(site.dtype)

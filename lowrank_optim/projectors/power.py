@@ -1,0 +1,68 @@
+"""The projector to recommend: block power iteration, warm-started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..functional import canonical_signs, generator, usable
+from ..plan import Site, State
+from ._basis import Basis
+
+
+@dataclass(frozen=True)
+class Power(Basis):
+    """Nearly the top right-singular vectors, by products and one thin QR an iteration.
+
+    Y <- G^T (G X),  X <- qr(Y), started from the previous basis and a few random columns (all
+    random at the first refresh, which makes one iteration more: a randomized range finder); then
+    the best `rank` directions inside X by the small problem (G X)^T (G X) (Rayleigh-Ritz).
+    4 rows cols (rank + oversample) flops an iteration; no decomposition of a full matrix.
+
+    Args:
+        iterations: power iterations a refresh, at least 1.
+        oversample: random columns beside the rank; they find what the old basis has lost.
+
+    Raises:
+        ValueError: iterations below 1 or a negative oversample.
+
+    Reference: Halko, Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061,
+        algorithm 4.4.
+    """
+
+    iterations: int = 1
+    oversample: int = 8
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, got {self.iterations!r}")
+        if self.oversample < 0:
+            raise ValueError(f"oversample must not be negative, got {self.oversample!r}")
+
+    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
+        """Move the basis towards the top right-singular vectors of `grad`."""
+        good = usable(grad)
+        width = min(site.rank + self.oversample, site.cols)
+        old: Tensor = state["basis"].to(site.dtype)
+        known = 0 if site.step == 0 else site.rank
+        rng = generator(torch.device("cpu"), site.seed, site.step)
+        fresh = torch.randn(site.cols, width - known, dtype=site.dtype, generator=rng)
+        fresh = fresh.to(site.device).expand(*old.shape[:-2], -1, -1)
+        probe = torch.cat([old[..., :known], fresh], dim=-1)
+        for _ in range(self.iterations + (known == 0)):
+            image = self._image(grad, probe, good)
+            product = (grad.mT @ image.to(grad.dtype)).to(site.dtype).masked_fill_(~good, 0)
+            probe = torch.linalg.qr(product).Q
+        image = self._image(grad, probe, good)
+        order = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(-1)
+        basis = canonical_signs(probe @ order[..., : site.rank])
+        state["basis"].copy_(torch.where(good, basis, state["basis"]))
+
+    @staticmethod
+    def _image(grad: Tensor, probe: Tensor, good: Tensor) -> Tensor:
+        """Return `G X`, scaled to a largest entry of 1 so that no product over- or underflows."""
+        image = (grad @ probe.to(grad.dtype)).to(probe.dtype).masked_fill_(~good, 0)
+        peak = torch.linalg.vector_norm(image, float("inf"), dim=(-2, -1), keepdim=True)
+        return image.div_(torch.where(peak > 0, peak, 1.0))

@@ -1,0 +1,46 @@
+"""A random subspace that needs no memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..functional import canonical_signs, generator
+from ..plan import Site, State
+from ._basis import Basis
+
+
+@dataclass(frozen=True)
+class Random(Basis):
+    """A uniformly random orthonormal basis, a function of (seed, step of the last refresh).
+
+    Only that step is stored. The basis is made again when needed and shared by all matrices of one
+    width that were refreshed at the same step. It cannot be aligned, for it is not stored.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("drawn",)
+    on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
+
+    def basis(self, state: State, site: Site) -> Tensor:
+        """Return the basis of `state["drawn"]`: the Q of a Gaussian matrix."""
+        family = ("random", site.cols, site.rank, site.dtype, site.device)
+        drawn = int(state["drawn"])
+
+        def draw() -> Tensor:
+            rng = generator(torch.device("cpu"), site.seed, drawn)
+            gauss = torch.randn(site.cols, site.rank, dtype=torch.float64, generator=rng)
+            basis = canonical_signs(torch.linalg.qr(gauss).Q)
+            return basis.to(device=site.device, dtype=site.dtype)
+
+        return site.shared.get(family, (site.seed, drawn), draw)
+
+    def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
+        """Return step 0 as the step of the draw."""
+        return {"drawn": 0}
+
+    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
+        """Draw for this step."""
+        state["drawn"] = site.step

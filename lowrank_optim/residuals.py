@@ -1,0 +1,250 @@
+"""What becomes of the part of the gradient that the projection drops.
+
+Notation: G the gradient, R = G P its projection, N the rule's direction on R, k the group's
+`scale`, all with the projected axis last; a row norm is over that axis.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .functional import row_norms
+from .plan import Group, Residual, Site, State, Update
+
+TINY = 1e-8
+
+
+def limit(norm: Tensor, state: State, growth: float | None) -> Tensor | float:
+    """Return the factor that keeps a norm from growing faster than `growth` a step.
+
+    s > growth * s_prev gives growth * s_prev / s, else 1; s_prev becomes the limited norm, in
+    place. It starts as infinity (the first step is never limited), and a norm that is zero or not
+    finite leaves it alone: a step without gradient must not stop all later ones.
+    """
+    if growth is None:
+        return 1.0
+    before: Tensor = state["residual_norm"]
+    ceiling = growth * before
+    counts = norm.isfinite() & (norm > 0)
+    factor = torch.where(counts & (norm > ceiling), ceiling / norm, 1.0)
+    before.copy_(torch.where(counts, torch.minimum(norm, ceiling), before))
+    return factor[..., None, None].to(norm.dtype)
+
+
+def limiter_state(batch: tuple[int, ...], site: Site, growth: float | None) -> State:
+    """Return the state of `limit`: one number a matrix, or nothing without a limiter."""
+    if growth is None:
+        return {}
+    return {"residual_norm": torch.full(batch, math.inf, dtype=site.dtype, device=site.device)}
+
+
+def check_limiter(growth: float | None) -> None:
+    """Raise ValueError unless `growth` is None or a number of at least 1."""
+    if growth is not None and not growth >= 1:
+        raise ValueError(f"limiter must be None or a number of at least 1, got {growth!r}")
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Nothing: the update stays in the subspace. A = k N.
+
+    Reference: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+        Projection", arXiv 2403.03507.
+    """
+
+    needs_norms: ClassVar[bool] = False
+
+    def init(self, batch: tuple[int, ...], site: Site) -> State:
+        """Return no state."""
+        return {}
+
+    def update(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        state: State,
+        group: Group,
+        uncorrected: float,
+    ) -> Update:
+        """Return `k N` as the low part."""
+        return Update(low=direction * group["scale"])
+
+
+@dataclass(frozen=True)
+class NormScaled:
+    """Fira: keep the rest, scaled row by row by what the rule did inside the subspace.
+
+    S = phi * (G - c R P^T),  phi_i = |N_i| / (|R_i| + 1e-8),  update = k N P^T + S, with |S|_F
+    limited to `limiter` times its value of the step before. c = k in the authors' code, whose
+    numbers are the published ones (`form="code"`), and 1 in the paper (`form="paper"`).
+    |S|_F comes from row norms alone: |G_i - c R_i P^T|^2 = |G_i|^2 - (2c - c^2) |R_i|^2. It is
+    measured before bias correction, as in the authors' code.
+
+    Args:
+        limiter: largest growth of the norm in one step; None for no limit.
+        form: "code" or "paper".
+
+    Raises:
+        ValueError: an unknown form, or a limiter below 1.
+
+    Reference: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
+        Constraint?", arXiv 2410.01623. Unlike the authors' code, a zero norm is not remembered.
+    """
+
+    limiter: float | None = 1.01
+    form: str = "code"
+    needs_norms: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_limiter(self.limiter)
+        if self.form not in ("code", "paper"):
+            raise ValueError(f'form must be "code" or "paper", got {self.form!r}')
+
+    def init(self, batch: tuple[int, ...], site: Site) -> State:
+        """Return `residual_norm`, one number a matrix."""
+        return limiter_state(batch, site, self.limiter)
+
+    def update(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        state: State,
+        group: Group,
+        uncorrected: float,
+    ) -> Update:
+        """Return `k N - c phi R` as the low part and phi as the row factor, both limited."""
+        kept = group["scale"] if self.form == "code" else 1.0
+        low_norms = row_norms(low, low.dtype)
+        phi = row_norms(direction, low.dtype) / (low_norms + TINY)
+        factor: Tensor | float = 1.0
+        if self.limiter is not None:
+            dropped = row_norms(grad, low.dtype).square()
+            dropped.sub_((2 * kept - kept**2) * low_norms.square()).clamp_(min=0)
+            norm = phi.square().mul_(dropped).sum((-2, -1)).sqrt() * uncorrected
+            factor = limit(norm, state, self.limiter)
+        phi = phi * factor
+        return Update(low=direction * group["scale"] - kept * phi * low, row_scale=phi)
+
+
+@dataclass(frozen=True)
+class StateFree:
+    """FRUGAL: update the rest without state.
+
+    A = k N inside; outside, with D = G - R P^T: c sgn(D) (`form="sign"`), c D ("sgd") or nothing
+    ("none").
+
+    Args:
+        form: "sign", "sgd" or "none".
+        scale: c, the factor of the state-free part, relative to the learning rate.
+
+    Raises:
+        ValueError: an unknown form, or a negative scale.
+
+    Reference: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
+        for Scalable Training", arXiv 2411.07837.
+    """
+
+    form: str = "sign"
+    scale: float = 1.0
+    needs_norms: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.form not in ("sign", "sgd", "none"):
+            raise ValueError(f'state_free must be "sign", "sgd" or "none", got {self.form!r}')
+        if not self.scale >= 0:
+            raise ValueError(f"state_free_scale must not be negative, got {self.scale!r}")
+
+    def init(self, batch: tuple[int, ...], site: Site) -> State:
+        """Return no state."""
+        return {}
+
+    def update(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        state: State,
+        group: Group,
+        uncorrected: float,
+    ) -> Update:
+        """Return `k N` and the sign's factor, or `k N - c R` and the row factor c."""
+        inside = direction * group["scale"]
+        if self.form == "sign":
+            return Update(low=inside, sign=self.scale)
+        if self.form == "sgd":
+            return Update(low=inside - self.scale * low, row_scale=self.scale)
+        return Update(low=inside)
+
+
+@dataclass(frozen=True)
+class GradScaled:
+    """APOLLO: the whole gradient, scaled by what the rule did inside the subspace.
+
+    update = phi * G,  phi_i = sqrt(k) |N_i| / (|R_i| + 1e-8), one factor a row or one a matrix,
+    with |phi * G|_F limited to `limiter` times its value of the step before (measured before bias
+    correction).
+
+    Args:
+        limiter: largest growth of the norm in one step; None for no limit.
+        per: "row", "tensor" (APOLLO-Mini), or "auto": a tensor at rank 1, else a row.
+
+    Raises:
+        ValueError: an unknown `per`, or a limiter below 1.
+
+    Reference: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270.
+        The paper projects with a Gaussian of variance 1/rank; ours is orthonormal, which makes R
+        smaller and phi larger by sqrt(cols / rank): at scale 1 the step is as long as AdamW's.
+        `scale = rank / cols` gives the paper's length.
+    """
+
+    limiter: float | None = 1.01
+    per: str = "auto"
+    needs_norms: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_limiter(self.limiter)
+        if self.per not in ("auto", "row", "tensor"):
+            raise ValueError(f'per must be "auto", "row" or "tensor", got {self.per!r}')
+
+    def init(self, batch: tuple[int, ...], site: Site) -> State:
+        """Return `residual_norm`, one number a matrix."""
+        return limiter_state(batch, site, self.limiter)
+
+    def update(
+        self,
+        grad: Tensor,
+        low: Tensor,
+        direction: Tensor,
+        state: State,
+        group: Group,
+        uncorrected: float,
+    ) -> Update:
+        """Return phi as the row factor and no low part."""
+        grad_norms = row_norms(grad, low.dtype)
+        low_norms, norms = row_norms(low, low.dtype), row_norms(direction, low.dtype)
+        if self.per == "tensor" or (self.per == "auto" and low.shape[-1] == 1):
+            low_norms, norms = whole(low_norms), whole(norms)
+        phi = math.sqrt(group["scale"]) * norms / (low_norms + TINY)
+        norm = (phi * grad_norms).square_().sum((-2, -1)).sqrt() * uncorrected
+        return Update(row_scale=phi * limit(norm, state, self.limiter))
+
+
+def whole(norms: Tensor) -> Tensor:
+    """Return the norm of each matrix at every row, from its row norms `(..., rows, 1)`."""
+    entire: Tensor = torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
+    return entire.expand_as(norms)
+
+
+RESIDUALS: dict[str, Residual] = {
+    "drop": Drop(),
+    "norm_scaled": NormScaled(),
+    "state_free": StateFree(),
+    "grad_scaled": GradScaled(),
+}

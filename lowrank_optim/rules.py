@@ -1,0 +1,140 @@
+"""Rules that turn gradients into a direction, at any size: projected or whole."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from . import functional
+from .plan import Group, Job, Moments, Rule
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Adam with bias correction and eps outside the corrected root, as `torch.optim.AdamW` has it.
+
+    Reads `betas` and `eps` of the group.
+
+    Reference: Kingma, Ba, "Adam: A Method for Stochastic Optimization", arXiv 1412.6980;
+        Loshchilov, Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+        """Update both moments in place and return N, see `functional.adam_moments`."""
+        beta1, beta2 = group["betas"]
+        return functional.adam_moments(
+            grad, moments["exp_avg"], moments["exp_avg_sq"], count, beta1, beta2, group["eps"]
+        )
+
+    def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
+        """Carry both moments in place, see `functional.rotate_moments`."""
+        functional.rotate_moments(
+            moments["exp_avg"], moments["exp_avg_sq"], rotation, count, *group["betas"]
+        )
+
+    def uncorrected(self, count: int, group: Group) -> float:
+        """Return (1-b1^t) / sqrt(1-b2^t)."""
+        beta1, beta2 = group["betas"]
+        return float((1 - beta1**count) / math.sqrt(1 - beta2**count))
+
+    def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
+        """Call torch's own functional AdamW where parameter and moments agree in dtype.
+
+        The result is that of `torch.optim.AdamW` to the bit; on a CUDA device, that of its fused
+        form unless the group says otherwise. Half-precision parameters are left undone.
+        """
+        native = [job for job in jobs if self._is_native(job)]
+        if native:
+            beta1, beta2 = group["betas"]
+            adamw(
+                [job.param for job in native],
+                [job.grad for job in native],
+                [job.state["exp_avg"] for job in native],
+                [job.state["exp_avg_sq"] for job in native],
+                [],
+                [job.state["step"] for job in native],
+                foreach=group.get("foreach"),
+                fused=wants_fused(native[0].param, group),
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+            )
+        return [job for job in jobs if not self._is_native(job)]
+
+    def _is_native(self, job: Job) -> bool:
+        dtype = job.param.dtype
+        exact = dtype in (torch.float32, torch.float64)
+        return exact and all(job.state[slot].dtype == dtype for slot in self.slots)
+
+
+def wants_fused(param: Tensor, group: Group) -> bool | None:
+    """Return torch's `fused`: as the group says, else True on CUDA, else what torch chooses."""
+    fused: bool | None = group.get("fused")
+    if fused is None and not group.get("foreach") and param.device.type == "cuda":
+        return True
+    return fused
+
+
+@dataclass(frozen=True)
+class _OneMoment:
+    """What rules with one, linear moment have in common."""
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+
+    def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
+        """Carry the moment in place: M <- M Q, exactly."""
+        moments["exp_avg"].copy_(moments["exp_avg"] @ rotation)
+
+    def uncorrected(self, count: int, group: Group) -> float:
+        """Return 1: there is no bias correction."""
+        return 1.0
+
+    def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
+        """Leave all undone: torch has no functional form of these with decoupled decay."""
+        return jobs
+
+
+@dataclass(frozen=True)
+class Lion(_OneMoment):
+    """Sign of an interpolated momentum.
+
+    N = sgn(b1 M + (1-b1) g),  M <- b2 M + (1-b2) g
+
+    Reads `betas` of the group; the paper's are (0.9, 0.99), with an lr 3 to 10 times below Adam's.
+
+    Reference: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
+    """
+
+    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+        """Update the moment in place and return the sign of the interpolation."""
+        beta1, beta2 = group["betas"]
+        moment = moments["exp_avg"]
+        sign = moment.lerp(grad, 1 - beta1).sign_()
+        moment.lerp_(grad, 1 - beta2)
+        return sign
+
+
+@dataclass(frozen=True)
+class SGDM(_OneMoment):
+    """Gradient descent with momentum, undamped as in `torch.optim.SGD`.
+
+    M <- b1 M + g,  N = M,  with b1 the first of the group's `betas`.
+    """
+
+    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+        """Update the moment in place and return a copy of it."""
+        return moments["exp_avg"].mul_(group["betas"][0]).add_(grad).clone()
+
+
+RULES: dict[str, Rule] = {"adam": Adam(), "lion": Lion(), "sgdm": SGDM()}

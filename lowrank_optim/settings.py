@@ -1,0 +1,280 @@
+"""The settings of a parameter group: what each may be, and what is said when it is not."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Group, Plan, Projector, Residual, Rule
+from .projectors import PROJECTORS
+from .residuals import RESIDUALS
+from .rules import RULES
+from .storage import DTYPES, Dense
+
+SIDES = ("auto", "left", "right", "reverse")
+ON_REFRESH = ("keep", "reset", "rotate", "align")
+STRUCTURE = ("rule", "projector", "residual", "side", "on_refresh")
+"""Settings that decide what the state means: a checkpoint must agree with them."""
+
+KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "lr_scale", "initial_lr"})
+"""Group keys that torch and trainers put beside the settings."""
+
+FOREIGN = {
+    "proj": 'use \'projector\' ("svd", "power", "random", ...)',
+    "scale_type": "use ApolloAdamW, with rank 1 for one factor a tensor",
+    "density": "use 'rank' with a float: the share of the projected axis",
+    "limiter": "pass it to the constructor, or put residual=NormScaled(limiter=...) in the group",
+    "state_free": "pass it to the constructor, or put residual=StateFree(...) in the group",
+    "state_free_scale": "pass it to the constructor, or put residual=StateFree(...) in the group",
+}
+"""Keys that other packages, or our presets, read elsewhere: silence would be a trap."""
+
+PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used."""
+
+
+def fail(where: str, key: str, value: Any, wanted: str) -> SettingError:
+    """Return the error for a bad value, naming the place."""
+    return SettingError(f"{key}={value!r}{where}: {key} must be {wanted}")
+
+
+def is_real(value: Any) -> bool:
+    """Return whether a value is a real number; a boolean is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, str], Any]:
+    """Return a check for a real number."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if not is_real(value) or not good(value):
+            raise fail(where, key, value, wanted)
+        return value
+
+    return check
+
+
+def learning_rate(key: str, value: Any, where: str) -> Any:
+    """Check lr: a number or a tensor of one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise fail(where, key, value, "a number or a tensor of one element")
+        return value
+    return number("at least 0", lambda x: 0 <= x < math.inf)(key, value, where)
+
+
+def betas(key: str, value: Any, where: str) -> tuple[float, float]:
+    """Check betas: two numbers in [0, 1)."""
+    try:
+        first, second = (float(beta) for beta in value)
+    except (TypeError, ValueError):
+        raise fail(where, key, value, "two numbers in [0, 1)") from None
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise fail(where, key, value, "two numbers in [0, 1)")
+    return first, second
+
+
+def rank(key: str, value: Any, where: str) -> int | float | None:
+    """Check rank: None, an int from 1, or a float in (0, 1]."""
+    if value is None:
+        return None
+    wanted = "None, an int of at least 1, or a float in (0, 1], a share of the projected axis"
+    if not is_real(value):
+        raise fail(where, key, value, wanted)
+    whole = isinstance(value, numbers.Integral)
+    if not (value >= 1 if whole else 0 < value <= 1):
+        raise fail(where, key, value, wanted)
+    return int(value) if whole else float(value)
+
+
+def integer(least: int) -> Callable[[str, Any, str], Any]:
+    """Return a check for an integer of at least `least`."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise fail(where, key, value, f"an int of at least {least}")
+        return int(value)
+
+    return check
+
+
+def flag(key: str, value: Any, where: str) -> Any:
+    """Check a boolean."""
+    if not isinstance(value, bool):
+        raise fail(where, key, value, "True or False")
+    return value
+
+
+def one_of(*choices: str) -> Callable[[str, Any, str], Any]:
+    """Return a check for one of some words."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if value not in choices:
+            raise fail(where, key, value, "one of " + ", ".join(map(repr, choices)))
+        return value
+
+    return check
+
+
+def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any]:
+    """Return a check for a name in a registry, or an object that has the named method."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if isinstance(value, str):
+            if value in registry:
+                return value
+        elif callable(getattr(value, method, None)) and not isinstance(value, type):
+            if type(value).__hash__ is None:
+                raise fail(where, key, value, "hashable, as a frozen dataclass is")
+            return value
+        names = ", ".join(map(repr, registry))
+        raise fail(where, key, value, f"one of {names}, or an object with a method `{method}`")
+
+    return check
+
+
+def state_dtype(key: str, value: Any, where: str) -> str | None:
+    """Check state_dtype and return it as a name, which a checkpoint can hold."""
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if name is not None and (not isinstance(name, str) or name not in DTYPES):
+        names = ", ".join(f"torch.{name}" for name in DTYPES)
+        raise fail(where, key, value, f"None or one of {names}")
+    return name
+
+
+def not_yet(reason: str) -> Callable[[str, Any, str], Any]:
+    """Return a check that refuses True with a reason."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if flag(key, value, where):
+            raise SettingError(f"{key}=True{where}: {reason}")
+        return value
+
+    return check
+
+
+CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
+    "lr": learning_rate,
+    "betas": betas,
+    "eps": number("at least 0", lambda x: 0 <= x < math.inf),
+    "weight_decay": number("at least 0", lambda x: 0 <= x < math.inf),
+    "rank": rank,
+    "update_proj_gap": integer(1),
+    "scale": number("at least 0", lambda x: 0 <= x < math.inf),
+    "projector": part(PROJECTORS, "refresh"),
+    "rule": part(RULES, "direction"),
+    "residual": part(RESIDUALS, "update"),
+    "side": one_of(*SIDES),
+    "on_refresh": one_of(*ON_REFRESH),
+    "state_dtype": state_dtype,
+    "stochastic_rounding": flag,
+    "skip_nonfinite": flag,
+    "maximize": flag,
+    "capturable": not_yet(
+        "a projected step decides on the host when to refresh and cannot be captured in a CUDA "
+        "graph; leave it False"
+    ),
+    "seed": integer(0),
+    "impl": one_of("auto", "eager"),
+    "skipped_steps": integer(0),
+}
+
+
+def translate(group: dict[str, Any], where: str) -> None:
+    """Rewrite the keys of galore_torch and fira to ours, in place: `alpha`, `proj_type`."""
+    if "alpha" in group:
+        if "scale" in group:
+            raise SettingError(f"both 'scale' and 'alpha'{where}: they are the same, keep one")
+        group["scale"] = group.pop("alpha")
+    if "proj_type" in group:
+        if "side" in group:
+            raise SettingError(f"both 'side' and 'proj_type'{where}: they are the same, keep one")
+        kind = group.pop("proj_type")
+        if kind not in PROJ_TYPES:
+            raise fail(
+                where, "proj_type", kind, "one of 'std', 'reverse_std', 'left', 'right'; "
+                "projecting both axes ('full') is not offered"
+            )  # fmt: skip
+        group["side"] = PROJ_TYPES[kind]
+
+
+def check_keys(group: Group, where: str) -> None:
+    """Raise SettingError for a group key that looks like a misspelt or misplaced setting.
+
+    Any other unknown key is left alone, as torch does: trainers keep their own things there.
+    """
+    for key in group:
+        if key in CHECKS or key in KNOWN_KEYS:
+            continue
+        if key in FOREIGN:
+            raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
+        near = difflib.get_close_matches(key, CHECKS, n=1, cutoff=0.8)
+        if near:
+            raise SettingError(f"unknown group key {key!r}{where}: did you mean {near[0]!r}?")
+
+
+def check_values(group: dict[str, Any], where: str) -> None:
+    """Check every setting of a group and bring it to its normal form, in place."""
+    for key, check in CHECKS.items():
+        if key in group:
+            group[key] = check(key, group[key], where)
+    try:
+        plan_of(group)
+    except ValueError as error:
+        raise SettingError(f"{error}{where}") from None
+    share = group["rank"]
+    if plan_of(group).projector.whole and isinstance(share, int):
+        raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
+
+
+def plan_of(group: Group) -> Plan:
+    """Return the plan of a group; equal settings give the same object."""
+    return _plan(
+        group["rule"],
+        group["projector"],
+        group["residual"],
+        group["state_dtype"],
+        group["side"],
+        group["on_refresh"],
+    )
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    rule: Rule | str,
+    projector: Projector | str,
+    residual: Residual | str,
+    dtype: str | None,
+    side: str,
+    on_refresh: str,
+) -> Plan:
+    return Plan(
+        rule=RULES[rule] if isinstance(rule, str) else rule,
+        projector=PROJECTORS[projector] if isinstance(projector, str) else projector,
+        residual=RESIDUALS[residual] if isinstance(residual, str) else residual,
+        storage=Dense(dtype),
+        side=side,
+        on_refresh=on_refresh,
+    )
+
+
+def described(group: Group) -> dict[str, Any]:
+    """Return the structural settings as text that a checkpoint can hold: repr of each object."""
+    plan = plan_of(group)
+    return {
+        "rule": repr(plan.rule),
+        "projector": repr(plan.projector),
+        "residual": repr(plan.residual),
+        "side": plan.side,
+        "on_refresh": plan.on_refresh,
+    }

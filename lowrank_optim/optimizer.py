@@ -245,11 +245,12 @@ class LowRank(Optimizer):
         state = self.state.get(param)
         if state and not plan.projector.whole:
             moment: Tensor = state[plan.rule.slots[0]]
-            wanted = param.shape[-1] if site is None else site.rank
-            if param.ndim and moment.shape[-1] != wanted and moment.shape != param.shape:
+            fits = moment.shape == param.shape if site is None else moment.shape[-1] == site.rank
+            if not fits:
                 raise RuntimeError(
-                    f"the state of {self._name(index, place)} has width {moment.shape[-1]}, but "
-                    f"its group asks for {wanted}: rank and side cannot change once there is state"
+                    f"the state of {self._name(index, place)} has shape {tuple(moment.shape)}, "
+                    "which does not go with its group: rank and side cannot change once there is "
+                    "state"
                 )
 
     def _name(self, index: int, place: int) -> str:

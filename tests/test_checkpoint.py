@@ -1,0 +1,182 @@
+"""Saving and resuming: bit for bit, safely readable, and never silently wrong."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from cases import CASES, GAP, RANK, Model, assert_same, train, weights
+
+from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
+
+KEYS = {
+    "galore": {"step", "exp_avg", "exp_avg_sq", "basis"},
+    "dct": {"step", "exp_avg", "exp_avg_sq", "index"},
+    "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "residual_norm"},
+    "frugal": {"step", "exp_avg", "exp_avg_sq", "index"},
+    "frugal-blocks": {"step", "exp_avg", "exp_avg_sq"},
+    "apollo": {"step", "exp_avg", "exp_avg_sq", "drawn", "residual_norm"},
+    "lion": {"step", "exp_avg", "basis"},
+}
+GROUP_KEYS = {
+    "params", "lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale",
+    "projector", "rule", "residual", "side", "on_refresh", "state_dtype", "stochastic_rounding",
+    "skip_nonfinite", "maximize", "capturable", "seed", "impl", "skipped_steps",
+}  # fmt: skip
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def through_a_file(state_dict):
+    """Return what comes back from torch.save and a safe torch.load."""
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True, map_location="cpu")
+
+
+def is_plain(value):
+    """Return whether a value is made of tensors, numbers, text and None in plain containers."""
+    if isinstance(value, dict):
+        return all(is_plain(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item) for item in value)
+    return value is None or type(value) in (torch.Tensor, int, float, bool, str)
+
+
+@each_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("stop", [GAP - 2, GAP, GAP + 1, 2 * GAP])
+def test_resume_is_bit_identical(case, dtype, stop):
+    end = 3 * GAP + 1
+    whole = Model(dtype)
+    uninterrupted = case.build(whole.parameters())
+    train(whole, uninterrupted, range(end))
+
+    first = Model(dtype)
+    optimizer = case.build(first.parameters())
+    train(first, optimizer, range(stop))
+    saved = through_a_file({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
+
+    second = Model(dtype, seed=9)
+    second.load_state_dict(saved["model"])
+    resumed = case.build(second.parameters(), lr=0.5)
+    resumed.load_state_dict(saved["optimizer"])
+    train(second, resumed, range(stop, end))
+    assert_same(weights(second), weights(whole))
+    for left, right in zip(whole.parameters(), second.parameters(), strict=True):
+        ours, theirs = uninterrupted.state[left], resumed.state[right]
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            assert type(value) is type(theirs[key])
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == theirs[key].dtype
+                assert torch.equal(value, theirs[key])
+            else:
+                assert value == theirs[key]
+
+
+@each_case
+def test_state_is_plain_and_flat(case):
+    model = Model()
+    optimizer = case.build(model.named_parameters())
+    train(model, optimizer, range(GAP + 1))
+    state_dict = optimizer.state_dict()
+    assert is_plain(state_dict)
+    for state in state_dict["state"].values():
+        assert all(isinstance(value, (torch.Tensor, int, float)) for value in state.values())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name in KEYS], ids=str)
+def test_keys_are_frozen(case):
+    """A checkpoint of today must load tomorrow: changing these names needs a migration."""
+    model = Model()
+    optimizer = case.build(model.parameters())
+    train(model, optimizer, range(1))
+    assert set(optimizer.state[model.tall]) == KEYS[case.name]
+    assert set(optimizer.state[model.vector]) == {"step", "exp_avg", "exp_avg_sq"} & KEYS[case.name]
+    assert set(optimizer.state_dict()["param_groups"][0]) == GROUP_KEYS
+
+
+def test_state_dtype_survives_and_is_not_shared():
+    model = Model(torch.bfloat16)
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    other_model = Model(torch.bfloat16)
+    other = GaLoreAdamW(other_model.parameters(), rank=RANK)
+    other.load_state_dict(saved)
+    state = other.state[other_model.tall]
+    assert {state[key].dtype for key in ("exp_avg", "exp_avg_sq", "basis")} == {torch.float32}
+    kept = saved["state"][0]["exp_avg"].clone()
+    train(other_model, other, range(2, 4))
+    assert torch.equal(saved["state"][0]["exp_avg"], kept)
+
+
+def test_hooks_of_the_user_see_the_checkpoint_and_the_final_state():
+    model = Model(torch.bfloat16)
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    other = GaLoreAdamW(model.parameters(), rank=RANK)
+    seen = []
+
+    def rename(_, state_dict):
+        return {**state_dict, "state": {k: dict(v) for k, v in state_dict["state"].items()}}
+
+    other.register_load_state_dict_pre_hook(rename)
+    other.register_load_state_dict_post_hook(
+        lambda opt: seen.append(opt.state[model.tall]["exp_avg"].dtype)
+    )
+    other.load_state_dict(saved)
+    other.load_state_dict(saved)
+    assert seen == [torch.float32] * 2
+
+
+REFUSED = {
+    "rank": (
+        lambda p: GaLoreAdamW(p, rank=2),
+        r"'basis' of parameter 0 of group 0, of shape \(13, 7\).*rank 3 in the checkpoint, 2 here",
+    ),
+    "projector": (lambda p: GaLoreAdamW(p, rank=RANK, projector="power"), "projector=SVD()"),
+    "method": (lambda p: FiraAdamW(p, rank=RANK), "residual=Drop()"),
+    "rule": (lambda p: LowRank(p, rank=RANK, rule="lion", scale=0.25), "rule=Adam()"),
+    "side": (lambda p: GaLoreAdamW(p, rank=RANK, side="right"), "side=auto"),
+    "on_refresh": (lambda p: GaLoreAdamW(p, rank=RANK, on_refresh="reset"), "on_refresh=keep"),
+    "fewer parameters": (lambda p: GaLoreAdamW(list(p)[:-1], rank=RANK), "9.*8"),
+    "other shapes": (lambda p: GaLoreAdamW(list(p)[::-1], rank=RANK), "parameter 0 of group 0"),
+    "dct": (lambda p: DCTAdamW(p, rank=RANK), "projector=SVD()"),
+    "columns": (lambda p: FrugalAdamW(p, rank=RANK), "SVD()"),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(change):
+    factory, message = REFUSED[change]
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    other_model = Model()
+    other = factory(other_model.parameters())
+    if change not in ("fewer parameters",):
+        train(other_model, other, range(1))
+    before = through_a_file(other.state_dict())
+    with pytest.raises(ValueError, match=message.replace("()", r"\(\)")):
+        other.load_state_dict(saved)
+    after = other.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for key, state in before["state"].items():
+        assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(after["state"][key][k]))
+                   for k, v in state.items())  # fmt: skip
+    train(other_model, other, range(1, 2))
+
+
+def test_truncated_state_is_refused():
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    train(model, optimizer, range(1))
+    saved = optimizer.state_dict()
+    del saved["state"][0]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="only this optimizer has 'exp_avg_sq' for parameter 0"):
+        GaLoreAdamW(Model().parameters(), rank=RANK).load_state_dict(saved)

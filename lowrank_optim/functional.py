@@ -24,7 +24,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def generator(device: torch.device, *numbers: int) -> torch.Generator:
     """Return a generator that is a function of some non-negative numbers and of nothing else."""
-    seed = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    seed = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(seed) >> 1)
 
 

@@ -218,7 +218,7 @@ def check_keys(group: Group, where: str) -> None:
             continue
         if key in FOREIGN:
             raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
-        near = difflib.get_close_matches(key, CHECKS, n=1, cutoff=0.8)
+        near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
         if near:
             raise SettingError(f"unknown group key {key!r}{where}: did you mean {near[0]!r}?")
 

@@ -1,0 +1,303 @@
+"""Properties of projectors: orthonormality, round trips, captured energy, determinism."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.fft
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_optim import DCT, SVD, Blocks, Columns, Power, Random, Site
+from lowrank_optim.functional import (
+    canonical_signs,
+    dct_basis,
+    generator,
+    select_moment,
+    stochastic_round,
+)
+
+CPU = torch.device("cpu")
+BASES = [SVD(), Power(), Power(1, 0), DCT(), DCT("l2"), Random(), Columns()]
+each_projector = pytest.mark.parametrize("projector", BASES, ids=repr)
+few = settings(max_examples=25, deadline=None)
+
+
+@st.composite
+def problems(draw):
+    """A site with 1 < rank < cols <= rows, a batch, a dtype and a seed."""
+    cols = draw(st.integers(3, 24))
+    rows = draw(st.integers(cols, 40))
+    rank = draw(st.integers(2, cols - 1))
+    batch = draw(st.sampled_from([(), (3,)]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    site = Site(rank=rank, cols=cols, dtype=dtype, device=CPU, seed=draw(st.integers(0, 99)))
+    return site, (*batch, rows, cols)
+
+
+def gradient(shape, dtype, seed=0):
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def refreshed(projector, grad, site):
+    state = projector.init(tuple(grad.shape[:-2]), site.dtype, site)
+    projector.refresh(grad, state, site)
+    return state
+
+
+def lift(projector, low, state, site, cols):
+    out = torch.zeros(*low.shape[:-1], cols, dtype=low.dtype)
+    projector.lift_(out, low, state, site)
+    return out
+
+
+def energy(grad, basis):
+    return float((grad @ basis).square().sum() / grad.square().sum())
+
+
+@each_projector
+@given(problem=problems())
+@few
+def test_bases_are_orthonormal_before_and_after_a_refresh(projector, problem):
+    site, shape = problem
+    grad = gradient(shape, site.dtype)
+    eye = torch.eye(site.rank, dtype=site.dtype)
+    for state in (projector.init(shape[:-2], site.dtype, site), refreshed(projector, grad, site)):
+        basis = projector.basis(state, site)
+        torch.testing.assert_close(
+            basis.mT @ basis, eye.expand(*basis.shape[:-2], -1, -1), rtol=0, atol=1e-5
+        )
+
+
+@each_projector
+@given(problem=problems())
+@few
+def test_down_undoes_up_and_both_are_the_products(projector, problem):
+    site, shape = problem
+    grad = gradient(shape, site.dtype)
+    state = projector.init(shape[:-2], site.dtype, site)
+    by_the_way = projector.refresh(grad, state, site)
+    basis = projector.basis(state, site)
+    low = projector.down(grad, state, site)
+    full = lift(projector, low, state, site, shape[-1])
+    torch.testing.assert_close(low, grad @ basis, rtol=0, atol=1e-4)
+    torch.testing.assert_close(full, low @ basis.mT, rtol=0, atol=1e-4)
+    torch.testing.assert_close(projector.down(full, state, site), low, rtol=0, atol=1e-4)
+    if by_the_way is not None:
+        torch.testing.assert_close(by_the_way, low, rtol=0, atol=1e-4)
+
+
+@given(problem=problems(), decay=st.floats(0.3, 0.9), moved=st.floats(0.0, 1.0))
+@settings(max_examples=80, deadline=None)
+def test_power_captures_what_svd_does(problem, decay, moved):
+    """On spectra that decay by a tenth or more a column: from nothing, and from another basis."""
+    site, shape = problem
+    rng = torch.Generator().manual_seed(site.seed)
+    left = torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=rng)).Q
+    spectrum = decay ** torch.arange(shape[-1], dtype=torch.float64)
+
+    def matrix(old):
+        noise = torch.randn(*shape[:-2], shape[-1], shape[-1], dtype=torch.float64, generator=rng)
+        right = torch.linalg.qr(noise if old is None else (1 - moved) * old + moved * noise).Q
+        return right, ((left * spectrum) @ right.mT).to(site.dtype)
+
+    right, first = matrix(None)
+    _, second = matrix(right)
+    state = Power().init(shape[:-2], site.dtype, site)
+    for step, grad in enumerate((first, second)):
+        at = Site(site.rank, site.cols, site.dtype, CPU, site.seed, step)
+        Power().refresh(grad, state, at)
+        best = energy(grad, SVD().basis(refreshed(SVD(), grad, at), at))
+        assert energy(grad, state["basis"]) >= 0.95 * best
+
+
+def test_power_finds_directions_that_its_old_basis_knows_nothing_of():
+    site = Site(rank=4, cols=30, dtype=torch.float64, device=CPU, step=7)
+    state = Power().init((), torch.float64, site)
+    grad = torch.zeros(40, 30, dtype=torch.float64)
+    grad[:4, 10:14] = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
+    Power().refresh(grad, state, site)
+    assert energy(grad, state["basis"]) > 0.99
+
+
+@given(problem=problems())
+@few
+def test_svd_is_the_best_subspace(problem):
+    site, shape = problem
+    grad = gradient(shape, site.dtype)
+    values = torch.linalg.svdvals(grad.double()).square()
+    best = float(values[..., : site.rank].sum() / values.sum())
+    basis = SVD().basis(refreshed(SVD(), grad, site), site)
+    assert energy(grad, basis) == pytest.approx(best, abs=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 129])
+def test_dct_equals_scipy(n):
+    x = gradient((5, n), torch.float64)
+    ours = (x @ dct_basis(n, torch.float64, CPU)).numpy()
+    np.testing.assert_allclose(ours, scipy.fft.dct(x.numpy(), type=2, norm="ortho"), atol=1e-12)
+
+
+@given(problem=problems())
+@few
+def test_dct_l2_is_the_best_subset_of_its_basis(problem):
+    site, shape = problem
+    grad = gradient(shape, site.dtype)
+    state = refreshed(DCT("l2"), grad, site)
+    spectrum = torch.from_numpy(scipy.fft.dct(grad.double().numpy(), type=2, norm="ortho"))
+    best = spectrum.square().sum(-2).sort(descending=True).values[..., : site.rank].sum(-1)
+    got = DCT().down(grad, state, site).double().square().sum((-2, -1))
+    torch.testing.assert_close(got, best, rtol=1e-4, atol=1e-6)
+    assert (state["index"].diff() > 0).all()
+
+
+def test_layers_of_one_width_share_one_dct_basis():
+    site = Site(rank=3, cols=8, dtype=torch.float32, device=CPU)
+    assert DCT().cosines(torch.float32, site) is DCT().cosines(torch.float32, site)
+    assert len(site.shared.tensors()) == 1
+
+
+@pytest.mark.parametrize("projector", [Random(), Columns(), Power()], ids=repr)
+def test_draws_are_a_function_of_seed_and_step(projector):
+    grad = gradient((12, 9), torch.float64)
+
+    def draw(seed, step):
+        site = Site(rank=4, cols=9, dtype=torch.float64, device=CPU, seed=seed, step=step)
+        state = refreshed(projector, grad, site)
+        return projector.basis(state, site)
+
+    torch.manual_seed(1)
+    first = draw(3, 8)
+    torch.manual_seed(2)
+    assert torch.equal(first, draw(3, 8))
+    if not isinstance(projector, Power):
+        assert not torch.equal(first, draw(4, 8))
+        assert not torch.equal(first, draw(3, 9))
+
+
+def test_generator_separates_numbers():
+    draws = [
+        float(torch.rand((), generator=generator(CPU, *key)))
+        for key in [(0,), (1,), (0, 1), (1, 0), (0, 0, 1), (0, 1, 0)]
+    ]
+    assert len(set(draws)) == len(draws)
+
+
+@given(st.integers(3, 12), st.integers(0, 1000))
+@few
+def test_selecting_moments_is_the_product_with_the_selection(n, seed):
+    rng = torch.Generator().manual_seed(seed)
+    rank = n - 1
+    old, new = (torch.randperm(n, generator=rng)[:rank].sort().values for _ in range(2))
+    eye = torch.eye(n)
+    moment = torch.rand(2, 5, rank, generator=rng)
+    expected = moment @ (eye[:, old].mT @ eye[:, new])
+    select_moment(moment, old.repeat(2, 1), new.repeat(2, 1))
+    assert torch.equal(moment, expected)
+
+
+@pytest.mark.parametrize("order", ["random", "ascending", "descending", "mirror"])
+@given(turns=st.integers(1, 9), share=st.floats(0.05, 0.95), seed=st.integers(0, 5))
+@few
+def test_every_block_is_active_once_a_round(order, turns, share, seed):
+    size = max(1, round(share * turns))
+    rounds = -(-turns // size)
+    counts = [0] * turns
+    for lap in range(rounds):
+        active = 0
+        for turn in range(turns):
+            site = Site(2, 5, torch.float32, CPU, seed, lap * 7, 7, turn, turns, share)
+            width = Blocks(order).width(site)
+            assert width in (0, 5)
+            counts[turn] += width > 0
+            active += width > 0
+        assert 1 <= active <= size
+    assert counts == [1] * turns
+
+
+DEGENERATE = {
+    "zero": lambda shape: torch.zeros(shape),
+    "constant": lambda shape: torch.full(shape, 0.7),
+    "rank one": lambda shape: torch.outer(torch.arange(1.0, 14), torch.arange(7.0)).expand(shape),
+    "one entry": lambda shape: torch.zeros(shape).index_fill(-2, torch.tensor([2]), 1.0),
+    "equal singular values": lambda shape: torch.eye(13, 7).expand(shape),
+    "denormal": lambda shape: gradient(shape, torch.float32) * 1e-40,
+    "huge": lambda shape: gradient(shape, torch.float32) * 1e37,
+    "tiny": lambda shape: gradient(shape, torch.float32) * 1e-30,
+}
+
+
+@each_projector
+@pytest.mark.parametrize("kind", DEGENERATE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_degenerate_gradients_give_a_valid_basis(projector, kind, dtype, batch):
+    site = Site(rank=3, cols=7, dtype=torch.float32, device=CPU, step=5)
+    grad = DEGENERATE[kind]((*batch, 13, 7)).to(dtype)
+    state = refreshed(projector, grad, site)
+    basis = projector.basis(state, site)
+    assert basis.isfinite().all()
+    eye = torch.eye(3).expand(*basis.shape[:-2], -1, -1)
+    torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-5)
+
+
+@each_projector
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_non_finite_gradient_keeps_the_basis(projector, bad, batch):
+    site = Site(rank=3, cols=7, dtype=torch.float32, device=CPU)
+    state = refreshed(projector, gradient((*batch, 13, 7), torch.float32), site)
+    before = projector.basis(state, site).clone()
+    grad = gradient((*batch, 13, 7), torch.float32, 1)
+    grad[..., 4, 2] = bad
+    projector.refresh(grad, state, site)
+    assert torch.equal(projector.basis(state, site), before)
+
+
+def test_a_stack_with_one_bad_matrix_moves_the_others():
+    site = Site(rank=3, cols=7, dtype=torch.float32, device=CPU)
+    for projector in (SVD(), Power(), DCT()):
+        state = refreshed(projector, gradient((2, 13, 7), torch.float32), site)
+        before = projector.basis(state, site).clone()
+        grad = gradient((2, 13, 7), torch.float32, 1)
+        grad[0, 0, 0] = float("nan")
+        projector.refresh(grad, state, site)
+        after = projector.basis(state, site)
+        assert torch.equal(after[0], before[0])
+        assert not torch.equal(after[1], before[1])
+
+
+def test_failed_decomposition_keeps_the_basis(monkeypatch):
+    def fail(*_, **__):
+        raise torch.linalg.LinAlgError("did not converge")
+
+    site = Site(rank=3, cols=7, dtype=torch.float32, device=CPU)
+    state = refreshed(SVD(), gradient((13, 7), torch.float32), site)
+    before = state["basis"].clone()
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    SVD().refresh(gradient((13, 7), torch.float32, 1), state, site)
+    assert torch.equal(state["basis"], before)
+
+
+def test_canonical_signs():
+    basis = gradient((3, 6, 4), torch.float64)
+    signed = canonical_signs(basis)
+    assert torch.equal(signed.abs(), basis.abs())
+    assert torch.equal(canonical_signs(-basis), signed)
+    peaks = signed.gather(-2, signed.abs().argmax(-2, keepdim=True))
+    assert (peaks > 0).all()
+
+
+def test_stochastic_rounding_is_unbiased_and_between_neighbours():
+    x = gradient((200,), torch.float32).repeat(4000, 1)
+    rounded = stochastic_round(x, generator(CPU, 0)).float()
+    spacing = 2.0 ** (x[0].abs().log2().floor() - 7)
+    assert ((rounded - x).abs() < spacing).all()
+    error = (rounded.double().mean(0) - x[0].double()) / spacing
+    assert float(error.abs().max()) < 5 * 0.5 / 4000**0.5
+    exact = x[:1].bfloat16().float()
+    assert torch.equal(stochastic_round(exact, generator(CPU, 1)).float(), exact)
+    special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
+    kept = stochastic_round(special, generator(CPU, 2)).float()
+    assert torch.equal(kept.nan_to_num(nan=7), special.nan_to_num(nan=7))

@@ -1,0 +1,102 @@
+"""Everything composes, or is refused at construction with the reason."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from cases import GAP, Model, train
+
+from lowrank_optim import SGDM, Columns, Drop, LowRank, Update
+
+PROJECTORS = ["svd", "power", "dct", "random", "columns", "blocks"]
+RESIDUALS = ["drop", "norm_scaled", "state_free", "grad_scaled"]
+RULES = ["adam", "lion", "sgdm"]
+ON_REFRESH = ["keep", "reset", "rotate", "align"]
+REFUSED_ON_REFRESH = {
+    "dct": {"align"},
+    "random": {"align"},
+    "columns": {"align"},
+    "blocks": {"keep", "rotate", "align"},
+}
+
+
+@pytest.mark.parametrize(
+    ("projector", "residual", "rule", "on_refresh"),
+    list(itertools.product(PROJECTORS, RESIDUALS, RULES, ON_REFRESH)),
+)
+def test_every_combination_runs_or_says_why_not(projector, residual, rule, on_refresh):
+    model = Model()
+    settings = {
+        "lr": 1e-3,
+        "rank": 0.4,
+        "update_proj_gap": GAP,
+        "projector": projector,
+        "residual": residual,
+        "rule": rule,
+        "on_refresh": on_refresh,
+    }
+    if on_refresh in REFUSED_ON_REFRESH.get(projector, ()):
+        with pytest.raises(ValueError, match=f"on_refresh='{on_refresh}' does not go with"):
+            LowRank(model.parameters(), **settings)
+        return
+    if projector == "blocks" and residual in ("norm_scaled", "grad_scaled"):
+        with pytest.raises(ValueError, match="does not go with the projector Blocks"):
+            LowRank(model.parameters(), **settings)
+        return
+    optimizer = LowRank(model.parameters(), **settings)
+    start = {name: param.detach().clone() for name, param in model.named_parameters()}
+    train(model, optimizer, range(3 * GAP + 1))
+    for name, param in model.named_parameters():
+        assert param.isfinite().all()
+        assert torch.equal(param, start[name]) == (param.numel() == 0), name
+
+
+def test_blocks_take_a_share_not_a_rank():
+    with pytest.raises(ValueError, match="rank=3.*share of matrices"):
+        LowRank(Model().parameters(), projector="blocks", on_refresh="reset", rank=3)
+
+
+def test_a_projector_rule_and_residual_of_the_user():
+    """The protocols are enough: a projector that keeps the first columns, a rule, a residual."""
+    @dataclass(frozen=True)
+    class First(Columns):
+        on_refresh: ClassVar[tuple[str, ...]] = ("keep",)
+
+        def refresh(self, grad, state, site):
+            state["index"].copy_(torch.arange(site.rank))
+
+    @dataclass(frozen=True)
+    class Sign(SGDM):
+        def direction(self, grad, moments, count, group):
+            return super().direction(grad, moments, count, group).sign_()
+
+    @dataclass(frozen=True)
+    class Double(Drop):
+        def update(self, grad, low, direction, state, group, uncorrected):
+            return Update(low=2 * direction)
+
+    param = torch.nn.Parameter(torch.zeros(6, 5))
+    optimizer = LowRank(
+        [param], lr=0.5, rank=2, weight_decay=0.0, projector=First(), rule=Sign(), residual=Double()
+    )
+    param.grad = torch.ones(6, 5)
+    optimizer.step()
+    expected = torch.zeros(6, 5)
+    expected[:, :2] = -1.0
+    assert torch.equal(param.detach(), expected)
+    assert "First" in optimizer.state_dict()["param_groups"][0]["projector"]
+
+
+def test_parts_must_be_hashable():
+    class Unhashable:
+        __hash__ = None
+
+        def refresh(self):
+            """Stand for a projector."""
+
+    with pytest.raises(ValueError, match="hashable, as a frozen dataclass is"):
+        LowRank([torch.nn.Parameter(torch.zeros(6, 5))], rank=2, projector=Unhashable())

@@ -1,0 +1,165 @@
+"""Bytes of state, exactly, and no full-size temporaries."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from cases import CASES, GAP, Model, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lowrank_optim import (
+    ApolloAdamW,
+    DCTAdamW,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    functional,
+    predicted_bytes,
+    state_bytes,
+)
+from lowrank_optim.memory import shared_bytes
+
+M, N, R = 40, 24, 5
+STEP = 4
+"""Bytes of the step count."""
+
+EXACT = {
+    "galore": (GaLoreAdamW, {}, lambda v: (2 * M * R + N * R) * v),
+    "galore power": (GaLoreAdamW, {"projector": "power"}, lambda v: (2 * M * R + N * R) * v),
+    "dct": (DCTAdamW, {}, lambda v: 2 * M * R * v + R * 8),
+    "fira": (FiraAdamW, {}, lambda v: (2 * M * R + N * R) * v + 4),
+    "frugal": (FrugalAdamW, {}, lambda v: 2 * M * R * v + R * 8),
+    "apollo": (ApolloAdamW, {}, lambda v: 2 * M * R * v + 4),
+    "apollo mini": (ApolloAdamW, {"rank": 1}, lambda v: 2 * M * v + 4),
+}
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("shape", [(M, N), (N, M)], ids=["tall", "wide"])
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_bytes_are_what_the_method_says(method, shape, state_dtype, dtype):
+    factory, settings, values = EXACT[method]
+    params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(2)]
+    optimizer = factory(params, **{"rank": R, "state_dtype": state_dtype, **settings})
+    assert state_bytes(optimizer) == 0
+    expected = 2 * (values(2 if state_dtype else 4) + STEP)
+    assert predicted_bytes(optimizer) == expected
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert state_bytes(optimizer) == expected
+    if method == "dct":
+        assert shared_bytes(optimizer) == 4 * N * N
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prediction_equals_measurement(case):
+    model = Model()
+    optimizer = case.build(model.parameters())
+    predicted = predicted_bytes(optimizer)
+    train(model, optimizer, range(GAP))
+    assert state_bytes(optimizer) == predicted
+
+
+def test_conv_and_stack_bytes():
+    conv = torch.nn.Parameter(torch.randn(32, 8, 3, 3))
+    stack = torch.nn.Parameter(torch.randn(4, 16, 24))
+    optimizer = GaLoreAdamW([conv, stack], rank=R)
+    conv.grad, stack.grad = torch.randn_like(conv), torch.randn_like(stack)
+    optimizer.step()
+    conv_values = 2 * 72 * R + 32 * R
+    stack_values = 4 * (2 * 24 * R + 16 * R)
+    assert state_bytes(optimizer) == 4 * (conv_values + stack_values) + 2 * STEP
+
+
+class Peak(TorchDispatchMode):
+    """Track the bytes of storages that come to life inside, and their peak."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live = {}
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if storage.data_ptr() not in self.known and key not in self.live:
+                    self.live[key] = storage.nbytes()
+                    weakref.finalize(storage, self.live.pop, key, None)
+                    self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+SHAPE = (256, 192)
+SMALL = 8 * SHAPE[0] * 16 * 4
+"""What a step may use beside: a few tensors of rows x rank, rank 16."""
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method", ["galore", "galore power", "dct", "fira", "frugal", "apollo"])
+def test_no_full_size_temporary_beyond_one_gradient(method, wide, dtype, monkeypatch):
+    """Also at a refresh, but for the workspace of an exact SVD, which is LAPACK's."""
+    monkeypatch.setattr(functional, "CHUNK", 4 * SHAPE[1])
+    factory, settings, _ = EXACT[method]
+    shape = SHAPE[::-1] if wide else SHAPE
+    param = torch.nn.Parameter(torch.randn(shape).to(dtype))
+    optimizer = factory([param], rank=16, **{"update_proj_gap": 3, **settings})
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    gradient = param.numel() * param.element_size()
+    for step in range(1, 5):
+        known = [param, param.grad, *(
+            value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor)
+        ), *optimizer._shared.tensors()]  # fmt: skip
+        with Peak(known) as peak:
+            optimizer.step()
+        refreshed = step % optimizer.defaults["update_proj_gap"] == 0
+        if optimizer.defaults["projector"] == "svd" and refreshed:
+            continue
+        one_buffer = gradient if refreshed or method == "frugal" else 0
+        assert 0 < peak.peak <= one_buffer + SMALL, (step, peak.peak, gradient)
+
+
+def test_peak_is_measured():
+    """The instrument itself: a buffer that is made and dropped counts, one that existed does not."""
+    x = torch.zeros(1000)
+    with Peak([x]) as peak:
+        x.add_(1)
+        assert peak.peak == 0
+        y = x * 2
+        del y
+        z = x + 1
+        del z
+    assert peak.peak == 4000
+
+
+def test_summary_reads_well():
+    model = Model()
+    optimizer = GaLoreAdamW(
+        [
+            {"params": [model.tall, model.wide, model.stack], "rank": 3},
+            {"params": [model.vector, model.square]},
+        ]
+    )
+    text = optimizer.summary()
+    lines = text.splitlines()
+    assert lines[0] == "GaLoreAdamW: 74.3% of 358 parameters projected"
+    assert len({len(line) for line in lines[1:]}) == 1
+    assert lines[2].split()[:3] == ["0", "SVD", "3"]
+    assert lines[3].split()[:3] == ["1", "-", "-"]
+    assert lines[4].split()[0] == "all"
+
+
+def test_nothing_projected_is_an_error():
+    optimizer = GaLoreAdamW(Model().parameters(), rank=100)
+    with pytest.raises(ValueError, match="projects none of its 9 parameter tensors.*lower the rank"):
+        optimizer.summary()

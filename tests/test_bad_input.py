@@ -51,7 +51,9 @@ def a_matrix(shape=(8, 6)):
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in SETTINGS.items() for value in values], ids=str
+    ("key", "value"),
+    [(key, value) for key, values in SETTINGS.items() for value in values],
+    ids=str,
 )
 def test_bad_setting_is_refused_by_name_in_constructor_and_group(key, value):
     with pytest.raises(ValueError, match=key):
@@ -277,7 +279,9 @@ def test_group_settings_reach_every_preset():
 
 
 def test_messages_are_one_sentence_with_a_way_out():
-    with pytest.raises(ValueError, match=re.escape("rank=0: rank must be None, an int of at least")):
+    with pytest.raises(
+        ValueError, match=re.escape("rank=0: rank must be None, an int of at least")
+    ):
         GaLoreAdamW([a_matrix()], rank=0)
     with pytest.raises(ValueError, match="'svd', 'power', 'dct', 'random', 'columns', 'blocks'"):
         GaLoreAdamW([a_matrix()], rank=2, projector="pca")

@@ -62,6 +62,7 @@ def test_blocks_take_a_share_not_a_rank():
 
 def test_a_projector_rule_and_residual_of_the_user():
     """The protocols are enough: a projector that keeps the first columns, a rule, a residual."""
+
     @dataclass(frozen=True)
     class First(Columns):
         on_refresh: ClassVar[tuple[str, ...]] = ("keep",)

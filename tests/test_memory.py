@@ -161,5 +161,7 @@ def test_summary_reads_well():
 
 def test_nothing_projected_is_an_error():
     optimizer = GaLoreAdamW(Model().parameters(), rank=100)
-    with pytest.raises(ValueError, match="projects none of its 9 parameter tensors.*lower the rank"):
+    with pytest.raises(
+        ValueError, match="projects none of its 9 parameter tensors.*lower the rank"
+    ):
         optimizer.summary()

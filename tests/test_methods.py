@@ -88,9 +88,7 @@ def test_any_basis(shape, projector, on_refresh):
     settings = {**COMMON, "update_proj_gap": GAP, "scale": 0.5}
     compare(
         shape,
-        lambda p: GaLoreAdamW(
-            p, rank=RANK, projector=projector, on_refresh=on_refresh, **settings
-        ),
+        lambda p: GaLoreAdamW(p, rank=RANK, projector=projector, on_refresh=on_refresh, **settings),
         lambda bases: ref.GaLore(
             RANK, subspace=ref.Given(bases), on_refresh=on_refresh, **settings
         ),

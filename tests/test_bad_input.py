@@ -192,20 +192,20 @@ def test_complex_gradient_is_refused():
     optimizer = GaLoreAdamW([param], rank=2)
     param.data = param.data.to(torch.complex64)
     param.grad = torch.ones(8, 6, dtype=torch.complex64)
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0.*complex gradient"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0.*complex gradient"):
         optimizer.step()
     assert not optimizer.state
 
 
 def test_flat_shards_are_refused():
-    """What ZeRO and FSDP1 hand out: at construction where it shows, at the step where it happens."""
+    """What ZeRO and FSDP1 hand out: refused at construction where it shows, else at the step."""
     shard = torch.nn.Parameter(torch.randn(48))
     shard.ds_shape = torch.Size([8, 6])
     with pytest.raises(RuntimeError, match=r"flat piece of a matrix of shape \(8, 6\).*FSDP2"):
         GaLoreAdamW([shard], rank=2)
     flat = torch.nn.Parameter(torch.randn(48))
     flat._is_flat_param = True
-    with pytest.raises(RuntimeError, match="flat piece of matrices.*FSDP2"):
+    with pytest.raises(RuntimeError, match=r"flat piece of matrices.*FSDP2"):
         GaLoreAdamW([flat], rank=2)
     param = a_matrix()
     optimizer = GaLoreAdamW([("layer.weight", param)], rank=2)

@@ -56,7 +56,7 @@ def test_every_combination_runs_or_says_why_not(projector, residual, rule, on_re
 
 
 def test_blocks_take_a_share_not_a_rank():
-    with pytest.raises(ValueError, match="rank=3.*share of matrices"):
+    with pytest.raises(ValueError, match=r"rank=3.*share of matrices"):
         LowRank(Model().parameters(), projector="blocks", on_refresh="reset", rank=3)
 
 

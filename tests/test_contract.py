@@ -209,27 +209,27 @@ def test_named_parameters_hooks_repr_and_zero_grad(case):
 )
 def test_schedulers_set_the_rate_that_is_applied(schedule):
     """Without decay the update is linear in lr: dividing it out gives the same direction."""
-    moves = []
-    for scheduled in (True, False):
+
+    def directions(scheduled, betas):
         model = Model(torch.float64)
         optimizer = GaLoreAdamW([model.tall], lr=1e-2, rank=3, weight_decay=0.0)
         scheduler = schedule(optimizer) if scheduled else None
-        found = []
+        (group,) = optimizer.param_groups
         for step in range(8):
             before = model.tall.detach().clone()
             model.tall.grad = gradient(model.tall, step, 0)
-            if not scheduled:
-                optimizer.param_groups[0]["betas"] = betas[step]
+            if scheduler is None:
+                group["betas"] = betas[step]
+            else:
+                betas.append(group["betas"])
             optimizer.step()
-            rate = float(optimizer.param_groups[0]["lr"])
-            found.append((model.tall.detach() - before) / rate)
+            yield (model.tall.detach() - before) / float(group["lr"])
             if scheduler is not None:
-                if step == 0:
-                    betas = []
-                betas.append(optimizer.param_groups[0]["betas"])
                 scheduler.step()
-        moves.append(found)
-    for left, right in zip(*moves, strict=True):
+
+    betas: list[tuple[float, float]] = []
+    scheduled = list(directions(True, betas))
+    for left, right in zip(scheduled, directions(False, betas), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
 
 

@@ -130,7 +130,7 @@ def test_no_full_size_temporary_beyond_one_gradient(method, wide, dtype, monkeyp
 
 
 def test_peak_is_measured():
-    """The instrument itself: a buffer that is made and dropped counts, one that existed does not."""
+    """The instrument itself: a buffer that is made and dropped counts, an old one does not."""
     x = torch.zeros(1000)
     with Peak([x]) as peak:
         x.add_(1)
@@ -162,6 +162,6 @@ def test_summary_reads_well():
 def test_nothing_projected_is_an_error():
     optimizer = GaLoreAdamW(Model().parameters(), rank=100)
     with pytest.raises(
-        ValueError, match="projects none of its 9 parameter tensors.*lower the rank"
+        ValueError, match=r"projects none of its 9 parameter tensors.*lower the rank"
     ):
         optimizer.summary()

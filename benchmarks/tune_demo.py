@@ -1,0 +1,186 @@
+"""Choose the demo's learning rates, (matrices, rest), by the same search for each method.
+
+Compass search on a grid of quarter decades (1, 1.7, 3, 5.5, 10): from a start, try both neighbours
+on each axis, move to the best, halve the stride from a factor of 3 to 1.7 when nothing is better,
+and spend what is left on the diagonals, so that every method gets the same number of runs.
+Same model, steps and schedule as the demo, another seed, and validation on texts that the demo
+trains on; the demo's own validation texts are never read. One row a run goes to
+results/tune_demo.csv; runs already there are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from lowrank_optim.demo.corpus import Corpus, load_corpus
+from lowrank_optim.demo.recipes import RECIPES, choose
+from lowrank_optim.demo.train import Settings, train
+
+RESULTS = Path(__file__).parent / "results" / "tune_demo.csv"
+SEED, THREADS, POINTS = 1, 1, 10
+KEY = ("method", "lr", "rest_lr", "steps", "seed")
+FIELDS = (*KEY, "val_loss", "torch", "threads", "date", "commit")
+STARTS = {
+    "adamw": (1e-3, 1e-2),
+    "galore": (1e-2, 1e-2),
+    "dct": (3e-3, 1e-2),
+    "fira": (3e-3, 1e-2),
+    "frugal": (1e-3, 1e-2),
+    "apollo": (3e-3, 1e-2),
+}
+Place = tuple[int, int]
+
+
+def main() -> None:
+    """Search for each method, then show its best."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--methods", default=",".join(RECIPES), help="comma-separated")
+    parser.add_argument("--steps", type=int, default=Settings.steps)
+    parser.add_argument("--points", type=int, default=POINTS, help="runs a method")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to extend")
+    args = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    console = Console(highlight=False, soft_wrap=True)
+    corpus = load_corpus(tuning=True)
+    settings = Settings(steps=args.steps, seed=SEED, curve_points=1)
+    for recipe in choose(args.methods.split(",")):
+
+        def measure(place: Place, name: str = recipe.name) -> float:
+            rates = (value(place[0]), value(place[1]))
+            loss = run(name, rates, corpus, settings, args.results)
+            console.print(f"{name} lr={rates[0]:g} rest_lr={rates[1]:g}: {loss:.4f}")
+            return loss
+
+        done = known(read(args.results), recipe.name, args.steps)
+        start = (index(STARTS[recipe.name][0]), index(STARTS[recipe.name][1]))
+        search(measure, done, start, args.points)
+    for name in RECIPES:
+        done = known(read(args.results), name, args.steps)
+        if done:
+            console.print(verdict(name, done))
+
+
+def search(
+    measure: Callable[[Place], float], done: dict[Place, float], start: Place, points: int
+) -> None:
+    """Add measured places to `done`, in place, until it holds `points` of them."""
+    for place in wanted(done, start):
+        if len(done) >= points:
+            return
+        if place not in done:
+            done[place] = measure(place)
+
+
+def wanted(done: dict[Place, float], start: Place) -> Iterator[Place]:
+    """Yield the places of a compass search, in view of what was measured so far."""
+    yield start
+    for stride in (2, 1):
+        before: Place | None = None
+        while before != (before := best(done)):
+            for axis in (0, 1):
+                at = best(done)
+                for step in (stride, -stride):
+                    yield (at[0] + step, at[1]) if axis == 0 else (at[0], at[1] + step)
+    at = best(done)
+    for stride in (1, 2):
+        for steps in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
+            yield at[0] + stride * steps[0], at[1] + stride * steps[1]
+
+
+def best(done: dict[Place, float]) -> Place:
+    """Return the place with the least loss; a diverged run is never it."""
+    return min(done, key=lambda place: done[place] if math.isfinite(done[place]) else math.inf)
+
+
+def verdict(name: str, done: dict[Place, float]) -> str:
+    """One line: a method's best rates, and the axes on which no run was made beyond them."""
+    at = best(done)
+    edges = [
+        label
+        for axis, label in enumerate(("lr", "rest_lr"))
+        if at[axis] in (min(place[axis] for place in done), max(place[axis] for place in done))
+    ]
+    edge = f", on the edge of {' and '.join(edges)}" if edges else ""
+    rates = f"lr {value(at[0]):g}, rest_lr {value(at[1]):g}"
+    return f"{name}: {rates}: {done[at]:.4f} ({len(done)} runs{edge})"
+
+
+def value(place: int) -> float:
+    """The rate at a place of the grid: 1, 1.7, 3, 5.5 times a power of ten; 0 is 1."""
+    return float(f"{(1, 1.7, 3, 5.5)[place % 4]}e{place // 4}")
+
+
+def index(rate: float) -> int:
+    """The place of the grid that is nearest to a rate."""
+    return round(4 * math.log10(rate))
+
+
+def run(
+    name: str, rates: tuple[float, float], corpus: Corpus, settings: Settings, path: Path
+) -> float:
+    """Train once and add the row; returns the validation loss."""
+    recipe = replace(RECIPES[name], lr=rates[0], rest_lr=rates[1])
+    loss = train(recipe, corpus, settings).validation_loss
+    row = {
+        "method": name,
+        "lr": rates[0],
+        "rest_lr": rates[1],
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "val_loss": f"{loss:.5f}",
+        "torch": torch.__version__,
+        "threads": THREADS,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "commit": commit(),
+    }
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    return loss
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of the csv, none if it does not exist."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def known(rows: list[dict[str, str]], name: str, steps: int) -> dict[Place, float]:
+    """Losses of a method's rows of this length and seed, by place on the grid."""
+    return {
+        (index(float(row["lr"])), index(float(row["rest_lr"]))): float(row["val_loss"])
+        for row in rows
+        if (row["method"], row["steps"], row["seed"]) == (name, str(steps), str(SEED))
+    }
+
+
+def commit() -> str:
+    """Short name of the checkout's commit, with + when files differ from it; none without one."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    return head + "+" if head and git("status", "--porcelain") else head or "none"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The six methods of the demo, each with its paper's settings and its own two learning rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+import lowrank_optim
+
+BETAS = (0.9, 0.999)
+WEIGHT_DECAY = 0.1
+PAPERS_GAP = 200
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One method as the demo runs it.
+
+    Args:
+        name: what `--methods` calls it.
+        label: what tables and figures call it.
+        optimizer: a class of lowrank_optim, or "AdamW" for torch.optim.AdamW.
+        lr: peak learning rate of the projected matrices (AdamW's too: the same matrices).
+        rest_lr: peak learning rate of embeddings, head and norms.
+        settings: what the optimizer is built with besides.
+        every_step: refresh the subspace at every step, not a few times a run.
+    """
+
+    name: str
+    label: str
+    optimizer: str
+    lr: float
+    rest_lr: float
+    settings: Mapping[str, object] = field(default_factory=dict)
+    every_step: bool = False
+
+
+# Rates: the best of each method's grid in benchmarks/results/tune_demo.csv, found by
+# benchmarks/tune_demo.py on texts and a seed that the demo does not use.
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("adamw", "AdamW", "AdamW", 1e-3, 1e-2),
+        Recipe("galore", "GaLore", "GaLoreAdamW", 1e-2, 1e-2, {"scale": 0.25, "projector": "svd"}),
+        Recipe("dct", "DCT", "DCTAdamW", 3e-3, 1e-2, {"scale": 1.0}, every_step=True),
+        Recipe("fira", "Fira", "FiraAdamW", 3e-3, 1e-2, {"scale": 0.25, "projector": "svd"}),
+        Recipe("frugal", "FRUGAL", "FrugalAdamW", 1e-3, 1e-2, {"state_free": "sign"}),
+        Recipe("apollo", "APOLLO", "ApolloAdamW", 3e-3, 1e-2, {"scale": 1.0}),
+    )
+}
+
+
+def choose(names: Sequence[str]) -> list[Recipe]:
+    """Look recipes up by name, in the order given.
+
+    Raises:
+        ValueError: a name is unknown, given twice, or there is none.
+    """
+    known = ", ".join(RECIPES)
+    if not names:
+        raise ValueError(f"no method given; choose among {known}")
+    for place, name in enumerate(names):
+        if name not in RECIPES:
+            raise ValueError(f"unknown method '{name}'; choose among {known}")
+        if name in names[:place]:
+            raise ValueError(f"method '{name}' is given twice")
+    return [RECIPES[name] for name in names]
+
+
+def build_optimizer(
+    recipe: Recipe, model: nn.Module, *, rank: int | float, steps: int, seed: int
+) -> torch.optim.Optimizer:
+    """Make the recipe's optimizer over the model, with one split of parameters for all methods.
+
+    Args:
+        rank: of the subspaces: a number of columns, or a share of the shorter axis in (0, 1].
+        steps: length of the run; subspaces are refreshed a third of it apart, or PAPERS_GAP
+            steps if that is less.
+        seed: of the random projectors.
+    """
+    groups = lowrank_optim.param_groups(
+        model, rank=rank, lr=recipe.lr, rest_lr=recipe.rest_lr, weight_decay=WEIGHT_DECAY
+    )
+    if recipe.optimizer == "AdamW":
+        plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+        return torch.optim.AdamW(plain, lr=recipe.lr, betas=BETAS)
+    settings = dict(recipe.settings)
+    if not recipe.every_step:
+        settings["update_proj_gap"] = max(1, min(PAPERS_GAP, steps // 3))
+    make = getattr(lowrank_optim, recipe.optimizer)
+    optimizer: torch.optim.Optimizer = make(
+        groups, lr=recipe.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, seed=seed, **settings
+    )
+    return optimizer

@@ -187,8 +187,10 @@ class LowRank(Optimizer):
         if self._is_skipped(work):
             return loss
         self._create_state(work)
-        if fresh and _is_rehearsal(work):
-            return loss
+        if fresh:
+            self._warn_if_plain(work)
+            if _is_rehearsal(work):
+                return loss
         for group, plan, jobs in work:
             plain = []
             for job in jobs:
@@ -287,6 +289,17 @@ class LowRank(Optimizer):
             for param, site in self._sites(group, plan):
                 if not self.state.get(param) and (param.requires_grad or param.grad is not None):
                     self.state[param] = init_state(param, site, group, plan)
+
+    def _warn_if_plain(self, work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> None:
+        """Warn if nothing at all is projected: the memory that was asked for is not saved."""
+        jobs = [job for _, _, jobs in work for job in jobs]
+        if jobs and all(job.site is None for job in jobs):
+            warnings.warn(
+                f"{type(self).__name__} projects none of its {len(jobs)} parameter tensors and "
+                "saves nothing: every projected axis is as short as the rank, or the groups with a "
+                "rank hold no matrices (lowrank_optim.param_groups finds them)",
+                stacklevel=4,
+            )
 
     @property
     def skipped_steps(self) -> int:

@@ -8,6 +8,7 @@ from cases import Model, assert_same, train, weights
 
 from lowrank_optim import ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*projects none of its:UserWarning")
 PRESETS = [GaLoreAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, ApolloAdamW, LowRank]
 WAYS = {
     "no rank in the group": lambda model: [
@@ -81,3 +82,11 @@ def test_checkpoint_of_torch_adamw_can_be_continued():
     train(theirs, adamw, range(3, 6))
     train(ours, optimizer, range(3, 6))
     assert_same(weights(ours), weights(theirs))
+
+
+def test_nothing_projected_is_said_once():
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=50)
+    with pytest.warns(UserWarning, match="projects none of its 9 parameter tensors") as caught:
+        train(model, optimizer, range(3))
+    assert len(caught) == 1

@@ -27,7 +27,7 @@ from lowrank_optim.demo.recipes import RECIPES, choose
 from lowrank_optim.demo.train import Settings, train
 
 RESULTS = Path(__file__).parent / "results" / "tune_demo.csv"
-SEED, THREADS, POINTS = 1, 1, 10
+SEED, THREADS, POINTS = 1, 1, 12
 KEY = ("method", "lr", "rest_lr", "steps", "seed")
 FIELDS = (*KEY, "val_loss", "torch", "threads", "date", "commit")
 STARTS = {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .plan import Plan, Site, State
-from .settings import STRUCTURE, SettingError, described, plan_of
+from .geometry import subspace_of
+from .plan import Group, Plan, Site, State
+from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
 from .update import template
 
 if TYPE_CHECKING:
@@ -35,15 +35,16 @@ def load(
     taken from it again as it was saved.
     """
     kept: dict[str, Any] = {}
-    live = [{key: group[key] for key in STRUCTURE} for group in optimizer.param_groups]
+    live = [dict(group) for group in optimizer.param_groups]
 
     def check_and_keep(_: Any, incoming: dict[str, Any]) -> None:
         check(optimizer, incoming)
         kept.update(incoming)
 
     def restore(_: Any) -> None:
-        for group, structure in zip(optimizer.param_groups, live, strict=True):
-            group.update(structure)
+        saved_groups = kept["param_groups"]
+        for group, saved, own in zip(optimizer.param_groups, saved_groups, live, strict=True):
+            group.update({k: v for k, v in own.items() if k in STRUCTURE or k not in saved})
         saved_ids = chain.from_iterable(group["params"] for group in kept["param_groups"])
         params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
         for saved_id, param in zip(saved_ids, params, strict=True):
@@ -80,43 +81,44 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         for key, value in described(group).items():
-            if key in saved and saved[key] != value:
+            if key in saved and kind_of(saved[key]) != kind_of(value):
                 raise SettingError(
                     f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
                     f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                     "start without its optimizer state"
                 )
-        plan = plan_of({**group, "state_dtype": saved.get("state_dtype", group["state_dtype"])})
-        sites = optimizer._sites({**group, "params": group["params"]}, plan)
-        for place, (saved_id, (param, site)) in enumerate(zip(saved["params"], sites, strict=True)):
-            state = state_dict["state"].get(saved_id)
-            if state:
-                check_state(optimizer._name(index, place), param, site, state, group, saved, plan)
+        merged = {k: saved.get(k, v) if k not in STRUCTURE else v for k, v in group.items()}
+        merged["params"] = group["params"]
+        plan = plan_of(merged)
+        for place, (saved_id, (param, site)) in enumerate(
+            zip(saved["params"], optimizer._sites(merged, plan), strict=True)
+        ):
+            name, shape = optimizer._name(index, place), tuple(param.shape)
+            ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
+            if "rank" in saved and (
+                subspace_of(shape, saved["rank"], plan.side, plan.projector.whole)
+                != subspace_of(shape, group["rank"], plan.side, plan.projector.whole)
+            ):
+                raise SettingError(f"the ranks of {name} differ: {ranks}")
+            if state := state_dict["state"].get(saved_id):
+                check_state(name, param, site, state, merged, plan)
 
 
 def check_state(
-    name: str,
-    param: Tensor,
-    site: Site | None,
-    state: State,
-    group: dict[str, Any],
-    saved: dict[str, Any],
-    plan: Plan,
+    name: str, param: Tensor, site: Site | None, state: State, group: Group, plan: Plan
 ) -> None:
     """Raise SettingError if the saved state of one parameter is not of the shape it needs."""
-    if site is not None:
-        done = max(0, int(state["step"]) - 1) if "step" in state else 0
-        site = replace(site, step=done, gap=saved.get("update_proj_gap", site.gap))
+    if site is not None and "step" in state:
+        site.step = max(0, int(state["step"]) - 1)
     wanted = template(param, site, group, plan)
-    ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
     for key in sorted({*wanted, *state}):
         if key not in state or key not in wanted:
             where = "this optimizer" if key not in state else "the checkpoint"
-            raise SettingError(f"only {where} has {key!r} for {name} ({ranks})")
+            raise SettingError(f"only {where} has {key!r} for {name}")
         if isinstance(wanted[key], Tensor):
             shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else None
             if shape != tuple(wanted[key].shape):
                 raise SettingError(
                     f"{key!r} of {name} has shape {shape} in the checkpoint and "
-                    f"{tuple(wanted[key].shape)} here ({ranks})"
+                    f"{tuple(wanted[key].shape)} here: another side, or other parameters"
                 )

@@ -47,10 +47,43 @@ def row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(parts, dim=-2)
 
 
-def usable(grad: Tensor) -> Tensor:
-    """Return `(..., 1, 1)` booleans: is each matrix finite and not all zero? No host sync."""
-    peak: Tensor = torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1), keepdim=True)
-    return peak.isfinite() & (peak > 0)
+def peaks(x: Tensor) -> Tensor:
+    """Return the largest absolute value of each matrix, `(..., 1, 1)`; nan where one is."""
+    peak: Tensor = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+    return peak
+
+
+def usable(grad: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Return `(..., 1, 1)` booleans, without a host sync: finite, not all zero, and wanted?"""
+    peak = peaks(grad)
+    good = peak.isfinite() & (peak > 0)
+    return good if wanted is None else good & wanted
+
+
+def product(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `grad @ factor` in `dtype`, without widening a half-precision gradient whole.
+
+    bfloat16 is multiplied as it is, and summed in float32; float16, whose sums would overflow, is
+    widened some rows at a time.
+
+    Args:
+        grad: `(..., rows, cols)`.
+        factor: `(..., cols, k)`.
+        dtype: of the arithmetic.
+    """
+    if grad.dtype != torch.float16:
+        return (grad @ factor.to(grad.dtype)).to(dtype)
+    chunks = row_chunks(grad.shape[-2], grad.numel() // grad.shape[-2])
+    return torch.cat([grad[..., rows, :].to(dtype) @ factor.to(dtype) for rows in chunks], dim=-2)
+
+
+def product_t(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `grad^T @ factor`, as `product` does: `(..., rows, k)` to `(..., cols, k)`."""
+    if grad.dtype != torch.float16:
+        return (grad.mT @ factor.to(grad.dtype)).to(dtype)
+    chunks = row_chunks(grad.shape[-2], grad.numel() // grad.shape[-2])
+    parts = [grad[..., rows, :].mT.to(dtype) @ factor[..., rows, :].to(dtype) for rows in chunks]
+    return torch.stack(parts).sum(0)
 
 
 def adam_moments(
@@ -129,8 +162,8 @@ def dct_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
     Made in float64 from `(2j+1) k mod 4n`, which keeps the argument of the cosine small.
     """
-    j = torch.arange(n, dtype=torch.int64).unsqueeze(1)
-    k = torch.arange(n, dtype=torch.int64)
+    k = torch.arange(n, dtype=torch.int64, device="cpu")
+    j = k.unsqueeze(1)
     phase = ((2 * j + 1) * k).remainder_(4 * n)
     basis = torch.cos(phase.to(torch.float64) * (math.pi / (2 * n))).mul_(math.sqrt(2 / n))
     basis[:, 0] = math.sqrt(1 / n)
@@ -147,11 +180,12 @@ def canonical_signs(basis: Tensor) -> Tensor:
 
 
 def stochastic_round(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Round float32 to bfloat16 up or down at random, so that the expectation is the value.
+    """Round to bfloat16 up or down at random, so that the expectation is the (float32) value.
 
     Sixteen random bits are added below the bits that stay, and the rest is cut off. Values that are
     not finite are rounded as usual.
     """
+    x = x.to(torch.float32)
     noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=rng)
     bits = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)

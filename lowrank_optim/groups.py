@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from .geometry import subspace_of
 from .settings import SettingError
-from .update import matrix_shape
 
 HEADS = frozenset(
     {"lm_head", "head", "output", "output_layer", "embed_out", "classifier", "score", "fc_out"}
 )
-"""Last components of the names of output heads."""
+"""Last components of the names of output heads, where they stand outside numbered layers."""
+
+NUMBERED = re.compile(r"\.\d+(\.|$)")
 
 EMBEDDING = re.compile(r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|relative_attention)")
 
@@ -33,8 +35,11 @@ def param_groups(
 
     Parameters are classified, not modules, so that GPT-2's Conv1D and 3-D stacks of experts count:
     1. projected: matrices, stacks of matrices and convolutions, with `rank`;
-    2. plain with decay: embeddings, output head, and what `exclude` names;
-    3. plain without decay: norms, biases and everything else below two dimensions.
+    2. plain with decay: embeddings, output head, matrices with an axis no longer than the rank
+       (they would be plain anyway, and belong with the rates of the plain ones), 1-D convolutions
+       (three dimensions that are no stack), and what `exclude` names;
+    3. plain without decay: norms, biases of any shape, everything else below two dimensions, and
+       parameters that their module marks with `_no_weight_decay`, as state-space models do.
     Frozen parameters are left out, tied ones stand once (a head tied to an embedding is an
     embedding). Groups without parameters are left out.
 
@@ -68,11 +73,12 @@ def param_groups(
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
-        if param.ndim < 2 or special.get(id(param)) == "norm":
+        kind = special.get(id(param))
+        if param.ndim < 2 or kind == "no decay":
             group = no_decay
         elif (
-            id(param) in special
-            or matrix_shape(param.shape) is None
+            kind is not None
+            or subspace_of(tuple(param.shape), rank, settings.get("side", "auto")) is None
             or (include is not None and not re.search(include, name))
             or (exclude is not None and re.search(exclude, name))
         ):
@@ -84,8 +90,8 @@ def param_groups(
     if not projected["params"]:
         raise SettingError(
             f"no parameter of {type(model).__name__} would be projected: it has no trainable "
-            f"matrix besides embeddings and head, or include={include!r} and exclude={exclude!r} "
-            "leave none"
+            f"matrix, besides embeddings and head, with axes longer than rank={rank}, or "
+            f"include={include!r} and exclude={exclude!r} leave none"
         )
     return [group for group in groups if group["params"]]
 
@@ -95,24 +101,27 @@ def _rate(lr: float | None) -> dict[str, Any]:
 
 
 def _not_projected(model: nn.Module) -> dict[int, str]:
-    """Return ids of the parameters of embeddings, output heads and norms, with the kind."""
+    """Return ids of parameters that are plain whatever their shape: "no decay" or "plain"."""
     found: dict[int, str] = {}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        kind = ""
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or EMBEDDING.search(last):
-            kind = "embedding"
-        elif last in HEADS:
-            kind = "head"
-        elif "norm" in type(module).__name__.lower():
-            kind = "norm"
-        for parameter_name, param in module.named_parameters(recurse=False):
-            if kind or EMBEDDING.search(parameter_name):
-                found.setdefault(id(param), kind or "embedding")
+        convolution = isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
+        head = last in HEADS and not NUMBERED.search(name)
+        embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or EMBEDDING.search(last)
+        norm = "norm" in type(module).__name__.lower()
+        for own, param in module.named_parameters(recurse=False):
+            bias = own == "bias" or own.endswith("_bias")
+            if embedding or EMBEDDING.search(own):
+                found.setdefault(id(param), "plain")
+            elif norm or bias or getattr(param, "_no_weight_decay", False):
+                found.setdefault(id(param), "no decay")
+            elif head or convolution:
+                found.setdefault(id(param), "plain")
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module_of = getattr(model, getter, None)
-        embedding = module_of() if callable(module_of) else None
-        if isinstance(embedding, nn.Module):
-            for param in embedding.parameters(recurse=False):
-                found.setdefault(id(param), "embedding")
+        layer = module_of() if callable(module_of) else None
+        if isinstance(layer, nn.Module):
+            for own, param in layer.named_parameters(recurse=False):
+                if own != "bias":
+                    found.setdefault(id(param), "plain")
     return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +12,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
+from .functional import compute_dtype
+from .geometry import matrix_shape, subspace_of
 from .plan import Job, Plan, Projector, Residual, Rule, Shared, Site
 from .settings import SettingError, plan_of
-from .update import init_state, matrix_shape, site_of, step_plain, step_projected
+from .update import init_state, step_plain, step_projected
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Found = list[tuple[dict[str, Any], Plan, list[tuple[Tensor, Site | None]]]]
+Work = list[tuple[dict[str, Any], Plan, list[Job]]]
 
 
 class LowRank(Optimizer):
@@ -61,8 +65,8 @@ class LowRank(Optimizer):
     Raises:
         ValueError: a setting out of its range or misspelt in a group, no rank in any group, or a
             parameter that is not real and floating; the message names it. Nothing is changed then.
-        RuntimeError: from `step`, a sparse or complex gradient, or a parameter that was a matrix
-            and has been flattened.
+        RuntimeError: a parameter that is a flat piece of a matrix; from `step` also a sparse or
+            complex gradient.
     """
 
     _shared: Shared
@@ -131,11 +135,13 @@ class LowRank(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, a copy or a checkpoint; settings it lacks take our defaults."""
         super().__setstate__(state)
-        self._forget()
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
-            self._shapes[index] = [tuple(param.shape) for param in group["params"]]
+        if "_shapes" not in self.__dict__:
+            self._forget()
+            for index, group in enumerate(self.param_groups):
+                self._shapes[index] = [tuple(param.shape) for param in group["params"]]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked first, and nothing is added if one is wrong."""
@@ -152,13 +158,12 @@ class LowRank(Optimizer):
                 group[key] = settings.CHECKS[key](key, group[key], where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
-        for param in _tensors(group["params"]):
+        for name, param in _named(group["params"], where):
             if not param.is_floating_point():
                 raise SettingError(
-                    f"a parameter of shape {tuple(param.shape)}{where} is {param.dtype}: only real "
-                    "floating-point parameters can be optimized"
+                    f"{name} is {param.dtype}: only real floating-point parameters can be optimized"
                 )
-            _refuse_flat(param, f"a parameter{where}")
+            _refuse_flat(param, name)
         super().add_param_group(group)
         self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
 
@@ -183,52 +188,84 @@ class LowRank(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fresh = not self.state
-        work = self._collect()
-        if self._is_skipped(work):
+        found = self._checked()
+        if self._is_skipped(found):
             return loss
-        self._create_state(work)
+        fresh = not self.state
+        work = self._jobs(found)
         if fresh:
             self._warn_if_plain(work)
             if _is_rehearsal(work):
                 return loss
-        for group, plan, jobs in work:
-            plain = []
-            for job in jobs:
-                job = job._replace(state=self.state[job.param])
-                if job.site is None:
-                    plain.append(job)
-                else:
-                    step_projected(job, group, plan)
-            if plain:
-                step_plain(plain, group, plan)
+        with _without_autocast(work):
+            for group, plan, jobs in work:
+                for job in jobs:
+                    if job.site is not None:
+                        step_projected(job, group, plan)
+                if plain := [job for job in jobs if job.site is None]:
+                    step_plain(plain, group, plan)
+        self._shared.sweep()
         return loss
 
-    def _collect(self) -> list[tuple[dict[str, Any], Plan, list[Job]]]:
-        """Return what there is to do, group by group; every check is here and changes nothing."""
-        work, position = [], 0
+    def _checked(self) -> Found:
+        """Return every group with its plan and its parameters' sites; check all, change nothing."""
+        found = []
         for index, group in enumerate(self.param_groups):
             plan = plan_of(group)
+            sites = self._sites(group, plan)
+            for place, (param, site) in enumerate(sites):
+                if param.grad is not None:
+                    self._check(index, place, param, param.grad, site, plan)
+            found.append((group, plan, sites))
+        return found
+
+    def _jobs(self, found: Found) -> Work:
+        """Create what state is missing, where a gradient is required, and return what is to do."""
+        work, position = [], 0
+        for group, plan, sites in found:
             jobs = []
-            for place, (param, site) in enumerate(self._sites(group, plan)):
+            for param, site in sites:
                 position += 1
-                if param.grad is None:
-                    continue
-                self._check(index, place, param, param.grad, site, plan)
-                jobs.append(Job(param, param.grad, {}, site, position))
+                state = self.state.get(param)
+                if not state and (param.requires_grad or param.grad is not None):
+                    state = self.state[param] = init_state(param, site, group, plan)
+                if param.grad is not None and state is not None:
+                    if site is not None:
+                        site.step = int(state["step"])
+                    jobs.append(Job(param, param.grad, state, site, position))
             work.append((group, plan, jobs))
         return work
 
     def _sites(self, group: dict[str, Any], plan: Plan) -> list[tuple[Tensor, Site | None]]:
-        """Return the parameters of a group with their sites, turns among the projected included."""
+        """Return the parameters of a group with their sites, None where not projected."""
         params: list[Tensor] = group["params"]
-        sites = [site_of(p.shape, p.dtype, p.device, group, plan) for p in params]
-        turns, turn = sum(site is not None for site in sites), 0
-        for place, site in enumerate(sites):
-            if site is not None:
-                sites[place] = replace(site, turn=turn, turns=turns, shared=self._shared)
-                turn += 1
-        return list(zip(params, sites, strict=True))
+        rank, side, seed, gap = (group[key] for key in ("rank", "side", "seed", "update_proj_gap"))
+        whole = plan.projector.whole
+        spaces = [subspace_of(tuple(param.shape), rank, side, whole) for param in params]
+        takes_turn = [
+            space is not None and param.requires_grad
+            for param, space in zip(params, spaces, strict=True)
+        ]
+        turn, turns = 0, sum(takes_turn)
+        found: list[tuple[Tensor, Site | None]] = []
+        for param, space, takes in zip(params, spaces, takes_turn, strict=True):
+            site = None
+            if space is not None:
+                site = Site(
+                    rank=space[1],
+                    cols=space[0],
+                    dtype=compute_dtype(param.dtype),
+                    device=param.device,
+                    seed=seed,
+                    gap=gap,
+                    turn=turn,
+                    turns=turns,
+                    share=rank if isinstance(rank, float) else None,
+                    shared=self._shared,
+                )
+                turn += takes
+            found.append((param, site))
+        return found
 
     def _check(
         self, index: int, place: int, param: Tensor, grad: Tensor, site: Site | None, plan: Plan
@@ -265,33 +302,25 @@ class LowRank(Optimizer):
             return f"parameter {names[place]!r} of shape {shape}"
         return f"parameter {place} of group {index}, of shape {shape},"
 
-    def _is_skipped(self, work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> bool:
-        """Return whether a checked gradient is not finite, and count it."""
-        watched = [group for group in self.param_groups if group["skip_nonfinite"]]
-        peaks = [
-            torch.linalg.vector_norm(job.grad, float("inf"))
-            for group, _, jobs in work
-            for job in jobs
-            if group["skip_nonfinite"] and job.grad.numel()
+    def _is_skipped(self, found: Found) -> bool:
+        """Return whether a watched gradient is not finite, and count it."""
+        watched = [(group, sites) for group, _, sites in found if group["skip_nonfinite"]]
+        grads = [param.grad for _, sites in watched for param, _ in sites]
+        extremes = [
+            torch.linalg.vector_norm(grad, float("inf"))
+            for grad in grads
+            if grad is not None and grad.numel()
         ]
-        if not peaks:
+        if not extremes:
             return False
-        device = peaks[0].device
-        finite = torch.stack([peak.isfinite().to(device) for peak in peaks]).all()
-        if finite:
+        device = extremes[0].device
+        if torch.stack([extreme.isfinite().to(device) for extreme in extremes]).all():
             return False
-        for group in watched:
+        for group, _ in watched:
             group["skipped_steps"] += 1
         return True
 
-    def _create_state(self, work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> None:
-        """Create what state is missing, for every parameter that requires a gradient."""
-        for group, plan, _ in work:
-            for param, site in self._sites(group, plan):
-                if not self.state.get(param) and (param.requires_grad or param.grad is not None):
-                    self.state[param] = init_state(param, site, group, plan)
-
-    def _warn_if_plain(self, work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> None:
+    def _warn_if_plain(self, work: Work) -> None:
         """Warn if nothing at all is projected: the memory that was asked for is not saved."""
         jobs = [job for _, _, jobs in work for job in jobs]
         if jobs and all(job.site is None for job in jobs):
@@ -329,14 +358,31 @@ class LowRank(Optimizer):
         return memory.summary(self)
 
 
-def _tensors(params: Any) -> list[Tensor]:
-    """Return the tensors among what a group calls `params`; torch refuses the rest."""
+def _named(params: Any, where: str) -> list[tuple[str, Tensor]]:
+    """Return the tensors among what a group calls `params`, with what to call each in a message."""
     listed = [params] if isinstance(params, Tensor) else list(params)
-    found = [item[1] if isinstance(item, tuple) else item for item in listed]
-    return [item for item in found if isinstance(item, Tensor)]
+    found = []
+    for place, item in enumerate(listed):
+        name = f"parameter {place}{where}"
+        if isinstance(item, tuple):
+            name, item = f"parameter {item[0]!r}{where}", item[1]
+        if isinstance(item, Tensor):
+            found.append((f"{name}, of shape {tuple(item.shape)},", item))
+    return found
 
 
-def _is_rehearsal(work: list[tuple[dict[str, Any], Plan, list[Job]]]) -> bool:
+@contextmanager
+def _without_autocast(work: Work) -> Iterator[None]:
+    """Compute in the dtypes that are written, as torch's optimizers do, also under autocast."""
+    devices = {job.param.device.type for _, _, jobs in work for job in jobs}
+    with ExitStack() as stack:
+        for device in devices:
+            if device != "meta" and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def _is_rehearsal(work: Work) -> bool:
     """Return whether every learning rate is 0 and every gradient zero. Looks at lr first."""
     rates = [group["lr"] for group, _, jobs in work if jobs]
     if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):

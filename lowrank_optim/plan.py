@@ -7,7 +7,6 @@ is empty for a matrix and `(E,)` for a stack of E matrices, which are projected 
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -18,34 +17,38 @@ from torch import Tensor
 State = dict[str, Any]
 Group = Mapping[str, Any]
 Moments = dict[str, Tensor]
+Draw = Callable[[], torch.Generator]
+"""Gives the generator of one parameter's step, the same one at every call."""
 
 
 class Shared:
     """Tensors that parameters of one optimizer share: derived from numbers, never saved.
 
-    The newest `keep` entries of each family stay; an evicted one is made again when asked for.
+    What one step did not ask for is dropped by `sweep` and made again when asked for.
     """
 
     def __init__(self) -> None:
-        self._families: dict[Any, OrderedDict[Any, Tensor]] = {}
+        self._kept: dict[Any, Tensor] = {}
+        self._asked: set[Any] = set()
 
-    def get(self, family: Any, key: Any, make: Callable[[], Tensor], keep: int = 2) -> Tensor:
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """Return the tensor for `key`, made once."""
-        entries = self._families.setdefault(family, OrderedDict())
-        if key in entries:
-            entries.move_to_end(key)
-        else:
-            entries[key] = make()
-            while len(entries) > keep:
-                entries.popitem(last=False)
-        return entries[key]
+        self._asked.add(key)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def sweep(self) -> None:
+        """Drop what was not asked for since the last sweep."""
+        self._kept = {key: kept for key, kept in self._kept.items() if key in self._asked}
+        self._asked.clear()
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor held now."""
-        return [tensor for entries in self._families.values() for tensor in entries.values()]
+        return list(self._kept.values())
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Site:
     """What a projector knows of the matrix it works on, apart from its gradient and state.
 
@@ -55,11 +58,12 @@ class Site:
         dtype: dtype of the arithmetic: float32, or float64 for float64 parameters.
         device: device of the parameter.
         seed: the optimizer's seed; with `step` it fixes every random draw.
-        step: updates done before this one.
+        step: updates of this parameter before this one.
         gap: updates between refreshes.
         turn, turns: place of this matrix among the projected ones of its group, and their number.
         share: the rank as a share of `cols` where it was given so (FRUGAL's density).
         shared: tensors common to several parameters.
+        wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
     """
 
     rank: int
@@ -72,7 +76,8 @@ class Site:
     turn: int = 0
     turns: int = 1
     share: float | None = None
-    shared: Shared = field(default_factory=Shared, compare=False)
+    shared: Shared = field(default_factory=Shared)
+    wanted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,14 @@ class Projector(Protocol):
     """Maps `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
 
     `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
-    names this projector owns in a parameter's state; `whole` says that it takes a matrix whole or
-    not at all instead of a part of every row.
+    names this projector owns in a parameter's state; `learns` says that the subspace comes from
+    the gradient; `whole` says that it takes a matrix whole or not at all instead of a part of
+    every row.
     """
 
     keys: ClassVar[tuple[str, ...]]
     on_refresh: ClassVar[tuple[str, ...]]
+    learns: ClassVar[bool]
     whole: ClassVar[bool]
 
     def width(self, site: Site) -> int:
@@ -124,7 +131,8 @@ class Projector(Protocol):
     def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor | None:
         """Move the subspace, in place; return `down(grad)` if that came out on the way.
 
-        A gradient that is all zero or has a non-finite value leaves the subspace as it is.
+        A subspace that comes from the gradient stays as it is where the gradient is all zero or has
+        a value that is not finite.
         """
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
@@ -195,8 +203,8 @@ class Storage(Protocol):
     def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the moment in the dtype of the arithmetic; the stored one itself if that fits."""
 
-    def store(self, stored: Tensor, value: Tensor) -> None:
-        """Write a loaded and changed moment back."""
+    def store(self, stored: Tensor, value: Tensor, draw: Draw) -> None:
+        """Write a loaded and changed moment back; `draw` gives randomness for the rounding."""
 
 
 @dataclass(frozen=True)

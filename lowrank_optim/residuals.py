@@ -45,7 +45,9 @@ def limiter_state(batch: tuple[int, ...], site: Site, growth: float | None) -> S
 
 def check_limiter(growth: float | None) -> None:
     """Raise ValueError unless `growth` is None or a number of at least 1."""
-    if growth is not None and not growth >= 1:
+    if growth is None:
+        return
+    if isinstance(growth, bool) or not isinstance(growth, (int, float)) or not growth >= 1:
         raise ValueError(f"limiter must be None or a number of at least 1, got {growth!r}")
 
 
@@ -83,8 +85,9 @@ class NormScaled:
     S = phi * (G - c R P^T),  phi_i = |N_i| / (|R_i| + 1e-8),  update = k N P^T + S, with |S|_F
     limited to `limiter` times its value of the step before. c = k in the authors' code, whose
     numbers are the published ones (`form="code"`), and 1 in the paper (`form="paper"`).
-    |S|_F comes from row norms alone: |G_i - c R_i P^T|^2 = |G_i|^2 - (2c - c^2) |R_i|^2. It is
-    measured before bias correction, as in the authors' code.
+    |S|_F comes from row norms alone: |G_i - c R_i P^T|^2 = |G_i|^2 - (2c - c^2) |R_i|^2, where a
+    difference below rounding noise is 0. It is measured before bias correction, as in the authors'
+    code.
 
     Args:
         limiter: largest growth of the norm in one step; None for no limit.
@@ -125,8 +128,10 @@ class NormScaled:
         phi = row_norms(direction, low.dtype) / (low_norms + TINY)
         factor: Tensor | float = 1.0
         if self.limiter is not None:
-            dropped = row_norms(grad, low.dtype).square()
-            dropped.sub_((2 * kept - kept**2) * low_norms.square()).clamp_(min=0)
+            whole_row = row_norms(grad, low.dtype).square()
+            dropped = whole_row - (2 * kept - kept**2) * low_norms.square()
+            noise = 16 * torch.finfo(low.dtype).eps * whole_row
+            dropped.masked_fill_(dropped < noise, 0)
             norm = phi.square().mul_(dropped).sum((-2, -1)).sqrt() * uncorrected
             factor = limit(norm, state, self.limiter)
         phi = phi * factor
@@ -158,8 +163,9 @@ class StateFree:
     def __post_init__(self) -> None:
         if self.form not in ("sign", "sgd", "none"):
             raise ValueError(f'state_free must be "sign", "sgd" or "none", got {self.form!r}')
-        if not self.scale >= 0:
-            raise ValueError(f"state_free_scale must not be negative, got {self.scale!r}")
+        number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+        if not number or not 0 <= self.scale < math.inf:
+            raise ValueError(f"state_free_scale must be a number from 0, got {self.scale!r}")
 
     def init(self, batch: tuple[int, ...], site: Site) -> State:
         """Return no state."""

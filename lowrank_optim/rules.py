@@ -45,7 +45,7 @@ class Adam:
         return float((1 - beta1**count) / math.sqrt(1 - beta2**count))
 
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
-        """Call torch's own functional AdamW where parameter and moments agree in dtype.
+        """Call torch's own functional AdamW where parameter, gradient and moments agree in dtype.
 
         The result is that of `torch.optim.AdamW` to the bit; on a CUDA device, that of its fused
         form unless the group says otherwise. Half-precision parameters are left undone.
@@ -74,7 +74,7 @@ class Adam:
 
     def _is_native(self, job: Job) -> bool:
         dtype = job.param.dtype
-        exact = dtype in (torch.float32, torch.float64)
+        exact = dtype in (torch.float32, torch.float64) and job.grad.dtype == dtype
         return exact and all(job.state[slot].dtype == dtype for slot in self.slots)
 
 

@@ -6,6 +6,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,15 @@ from .storage import DTYPES, Dense
 
 SIDES = ("auto", "left", "right", "reverse")
 ON_REFRESH = ("keep", "reset", "rotate", "align")
-STRUCTURE = ("rule", "projector", "residual", "side", "on_refresh")
+STRUCTURE = ("rank", "rule", "projector", "residual", "side", "on_refresh")
 """Settings that decide what the state means: a checkpoint must agree with them."""
 
 KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "lr_scale", "initial_lr"})
 """Group keys that torch and trainers put beside the settings."""
 
 FOREIGN = {
+    "beta1": "use 'betas', a pair",
+    "beta2": "use 'betas', a pair",
     "proj": 'use \'projector\' ("svd", "power", "random", ...)',
     "scale_type": "use ApolloAdamW, with rank 1 for one factor a tensor",
     "density": "use 'rank' with a float: the share of the projected axis",
@@ -59,18 +62,21 @@ def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, st
     def check(key: str, value: Any, where: str) -> Any:
         if not is_real(value) or not good(value):
             raise fail(where, key, value, wanted)
-        return value
+        return float(value)
 
     return check
 
 
 def learning_rate(key: str, value: Any, where: str) -> Any:
-    """Check lr: a number or a tensor of one element."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise fail(where, key, value, "a number or a tensor of one element")
-        return value
-    return number("at least 0", lambda x: 0 <= x < math.inf)(key, value, where)
+    """Check lr: a number or a tensor of one element, whose value is looked at on the CPU only."""
+    check = number("a number of at least 0, or a tensor of one", lambda x: 0 <= x < math.inf)
+    if not isinstance(value, Tensor):
+        return check(key, value, where)
+    if value.numel() != 1:
+        raise fail(where, key, value, "a number of at least 0, or a tensor of one")
+    if value.device.type == "cpu":
+        check(key, value.item(), where)
+    return value
 
 
 def betas(key: str, value: Any, where: str) -> tuple[float, float]:
@@ -218,6 +224,12 @@ def check_keys(group: Group, where: str) -> None:
             continue
         if key in FOREIGN:
             raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
+        if key in ("amsgrad", "differentiable"):
+            if group[key]:
+                raise SettingError(f"{key}=True{where}: {key} is not offered")
+            continue
+        if key.endswith(("_mult", "_rate")):
+            continue
         near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
         if near:
             raise SettingError(f"unknown group key {key!r}{where}: did you mean {near[0]!r}?")
@@ -229,16 +241,26 @@ def check_values(group: dict[str, Any], where: str) -> None:
         if key in group:
             group[key] = check(key, group[key], where)
     try:
-        plan_of(group)
+        plan = plan_of(group)
     except ValueError as error:
         raise SettingError(f"{error}{where}") from None
     share = group["rank"]
-    if plan_of(group).projector.whole and isinstance(share, int):
+    if plan.projector.whole and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
+    if group.get("foreach") and isinstance(group["lr"], Tensor):
+        raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
 
 
 def plan_of(group: Group) -> Plan:
-    """Return the plan of a group; equal settings give the same object."""
+    """Return the plan of a group; equal settings give the same object.
+
+    Raises:
+        SettingError: parts that do not go together, or a value set later that is none of ours.
+    """
+    for key, registry in (("rule", RULES), ("projector", PROJECTORS), ("residual", RESIDUALS)):
+        if isinstance(group[key], str) and group[key] not in registry:
+            names = ", ".join(map(repr, registry))
+            raise fail("", key, group[key], f"one of {names}, or an object")
     return _plan(
         group["rule"],
         group["projector"],
@@ -268,13 +290,23 @@ def _plan(
     )
 
 
-def described(group: Group) -> dict[str, Any]:
-    """Return the structural settings as text that a checkpoint can hold: repr of each object."""
+def described(group: Group) -> dict[str, str]:
+    """Return the structural settings as text that a checkpoint can hold."""
     plan = plan_of(group)
     return {
-        "rule": repr(plan.rule),
-        "projector": repr(plan.projector),
-        "residual": repr(plan.residual),
+        "rule": text_of(plan.rule),
+        "projector": text_of(plan.projector),
+        "residual": text_of(plan.residual),
         "side": plan.side,
         "on_refresh": plan.on_refresh,
     }
+
+
+def text_of(part: Any) -> str:
+    """Return an object as `Name(settings)`, or `Name()` where its text might hold an address."""
+    return repr(part) if is_dataclass(part) else f"{type(part).__name__}()"
+
+
+def kind_of(text: str) -> str:
+    """Return the name in a text of `text_of`: what decides the meaning of the state."""
+    return text.partition("(")[0]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .functional import compute_dtype
+from .functional import compute_dtype, stochastic_round
+from .plan import Draw
 
 DTYPES = {
     "float32": torch.float32,
@@ -39,7 +40,13 @@ class Dense:
         """Return the moment in `dtype`: the stored tensor itself where it has it."""
         return stored.to(dtype)
 
-    def store(self, stored: Tensor, value: Tensor) -> None:
-        """Write a changed moment back, rounding to the stored dtype."""
-        if stored is not value:
-            stored.copy_(value)
+    def store(self, stored: Tensor, value: Tensor, draw: Draw) -> None:
+        """Write a changed moment back.
+
+        bfloat16 is rounded stochastically: an average with a decay of 0.999 changes by less than
+        half a unit in the last place of bfloat16 a step, and would never fall.
+        """
+        if stored is value:
+            return
+        bfloat16 = stored.dtype == torch.bfloat16
+        stored.copy_(stochastic_round(value, draw()) if bfloat16 else value)

@@ -3,77 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import compute_dtype, generator, lift_write, round_into_, row_chunks
-from .plan import Group, Job, Plan, Site, State
+from .functional import (
+    compute_dtype,
+    generator,
+    lift_write,
+    peaks,
+    round_into_,
+    row_chunks,
+    usable,
+)
+from .geometry import oriented
+from .plan import Draw, Group, Job, Plan, Site, State
 from .rules import wants_fused
-
-
-def matrix_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the shape as a matrix `(m, n)` or a stack `(E, m, n)`; None for fewer dimensions.
-
-    A convolution's weight `(out, in, k, k)`, or one of more dimensions, is `(out, in*k*k)`.
-    """
-    if len(shape) < 2 or 0 in shape:
-        return None
-    if len(shape) <= 3:
-        return tuple(shape)
-    return (shape[0], torch.Size(shape[1:]).numel())
-
-
-def is_wide(shape: tuple[int, ...], side: str) -> bool:
-    """Return whether the matrix is seen transposed, so that the projected axis comes last."""
-    rows, cols = shape[-2:]
-    if side == "auto":
-        return rows < cols
-    if side == "reverse":
-        return rows >= cols
-    return side == "left"
-
-
-def oriented(tensor: Tensor, side: str) -> tuple[Tensor, Tensor]:
-    """Return the tensor as a matrix or stack, and its view with the projected axis last.
-
-    The first is a view of the tensor too, unless it is a convolution's weight whose strides do not
-    allow that (channels last): then it is a copy.
-    """
-    matrix = tensor if tensor.ndim <= 3 else tensor.flatten(1)
-    return matrix, matrix.mT if is_wide(tuple(matrix.shape), side) else matrix
-
-
-def site_of(
-    shape: torch.Size | tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    group: Group,
-    plan: Plan,
-) -> Site | None:
-    """Return the site of a parameter of this shape, or None where it is not projected.
-
-    Not projected are: a group without rank, fewer than two dimensions, no elements, and a projected
-    axis that is no longer than the rank.
-    """
-    matrix, rank = matrix_shape(shape), group["rank"]
-    if matrix is None or rank is None:
-        return None
-    cols = matrix[-2] if is_wide(matrix, plan.side) else matrix[-1]
-    share = rank if isinstance(rank, float) else None
-    width = max(1, round(share * cols)) if share is not None else rank
-    if width >= cols or (plan.projector.whole and share == 1):
-        return None
-    return Site(
-        rank=width,
-        cols=cols,
-        dtype=compute_dtype(dtype),
-        device=device,
-        seed=group["seed"],
-        gap=group["update_proj_gap"],
-        share=share,
-    )
 
 
 def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> State:
@@ -91,6 +38,10 @@ def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> St
     batch, rows = tuple(view.shape[:-2]), view.shape[-2]
     for slot in slots:
         state[slot] = storage.zeros(param, (*batch, rows, plan.projector.width(site)))
+    if plan.on_refresh == "reset":
+        state["age"] = 0
+    if plan.projector.learns:
+        state["pending"] = torch.Size(batch).numel()
     state.update(plan.projector.init(batch, storage.dtype(param), site))
     state.update(plan.residual.init(batch, site))
     return state
@@ -105,22 +56,23 @@ def template(param: Tensor, site: Site | None, group: Group, plan: Plan) -> Stat
 
 def step_projected(job: Job, group: Group, plan: Plan) -> None:
     """Do one step of a projected parameter, in place."""
-    param, grad, state = job.param, job.grad, job.state
-    assert job.site is not None
-    done, lr = int(state["step"]), rate_of(group)
-    site = replace(job.site, step=done)
+    param, state, site = job.param, job.state, job.site
+    assert site is not None
+    lr, draw = rate_of(group), generator_of(param, site.step, group, job.position)
     matrix, view = oriented(param, plan.side)
-    _, grad = oriented(grad, plan.side)
-    low = refresh(grad, state, site, group, plan) if is_due(state, site, plan) else None
+    _, grad = oriented(job.grad, plan.side)
+    low = refresh(grad, state, site, group, plan, draw)
     if low is None:
         low = plan.projector.down(grad, state, site)
     state["step"] += 1
-    count = done % site.gap + 1 if plan.on_refresh == "reset" else done + 1
+    count = site.step + 1
+    if plan.on_refresh == "reset":
+        state["age"] = count = state["age"] + 1
 
     moments = {slot: plan.storage.load(state[slot], site.dtype) for slot in plan.rule.slots}
     direction = plan.rule.direction(low, moments, count, group)
     for slot, value in moments.items():
-        plan.storage.store(state[slot], value)
+        plan.storage.store(state[slot], value, draw)
 
     uncorrected = plan.rule.uncorrected(count, group)
     update = plan.residual.update(grad, low, direction, state, group, uncorrected)
@@ -134,7 +86,7 @@ def step_projected(job: Job, group: Group, plan: Plan) -> None:
         sign=update.sign,
         projected=low if update.sign else None,
         lift_=lambda out, part: plan.projector.lift_(out, part, state, site),
-        rng=rounding_of(param, done, group, job.position),
+        rng=draw() if rounds(param, group) else None,
     )
     if matrix.data_ptr() != param.data_ptr():
         param.copy_(matrix.view(param.shape))
@@ -146,19 +98,39 @@ def rate_of(group: Group) -> float | Tensor:
     return lr.reshape(()) if isinstance(lr, Tensor) else lr
 
 
-def is_due(state: State, site: Site, plan: Plan) -> bool:
-    """Return whether the subspace moves now: every `gap` updates, and when a block's turn ends."""
-    moment: Tensor = state[plan.rule.slots[0]]
-    return site.step % site.gap == 0 or moment.shape[-1] != plan.projector.width(site)
+def refresh(
+    grad: Tensor, state: State, site: Site, group: Group, plan: Plan, draw: Draw
+) -> Tensor | None:
+    """Move the subspace if it is time, and what depends on it; return `low` if it came out.
+
+    It is time every `gap` updates, when a block's turn ends, and, for matrices that have not had a
+    usable gradient yet (zero-initialised layers, experts that no token has reached), as soon as
+    they have one. Only these are looked for on the host, while `pending` counts any.
+    """
+    projector, rule = plan.projector, plan.rule
+    first: Tensor = state[rule.slots[0]]
+    arrived = None
+    if state.get("pending"):
+        unset, good = peaks(first) == 0, usable(grad)
+        state["pending"] = int((unset & ~good).sum())
+        arrived = unset & good
+    if site.step % site.gap == 0 or first.shape[-1] != projector.width(site):
+        return move(grad, state, site, group, plan, draw)
+    if arrived is not None and arrived.any():
+        return projector.refresh(grad, state, replace(site, wanted=arrived))
+    return None
 
 
-def refresh(grad: Tensor, state: State, site: Site, group: Group, plan: Plan) -> Tensor | None:
-    """Move the subspace and what depends on it, in place; return `low` if it came out."""
+def move(
+    grad: Tensor, state: State, site: Site, group: Group, plan: Plan, draw: Draw
+) -> Tensor | None:
+    """Move the subspace and do with the moments what `on_refresh` says, in place."""
     projector, storage = plan.projector, plan.storage
     carries = plan.on_refresh in ("rotate", "align") and site.step > 0
     before = snapshot(state, projector.keys) if carries else {}
     low = projector.refresh(grad, state, site)
     if plan.on_refresh == "reset":
+        state["age"] = 0
         width = projector.width(site)
         for slot in plan.rule.slots:
             moment: Tensor = state[slot]
@@ -173,7 +145,7 @@ def refresh(grad: Tensor, state: State, site: Site, group: Group, plan: Plan) ->
         moments = {slot: storage.load(state[slot], site.dtype) for slot in plan.rule.slots}
         projector.transport(plan.rule, moments, before, state, site, group)
         for slot, value in moments.items():
-            storage.store(state[slot], value)
+            storage.store(state[slot], value, draw)
     return low
 
 
@@ -184,11 +156,14 @@ def snapshot(state: State, keys: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def rounding_of(param: Tensor, step: int, group: Group, position: int) -> torch.Generator | None:
-    """Return the generator for stochastic rounding of this step, or None where it is off."""
-    if not group["stochastic_rounding"] or param.dtype != torch.bfloat16:
-        return None
-    return generator(param.device, group["seed"], step, position)
+def rounds(param: Tensor, group: Group) -> bool:
+    """Return whether the weight is rounded stochastically."""
+    return group["stochastic_rounding"] and param.dtype == torch.bfloat16
+
+
+def generator_of(param: Tensor, step: int, group: Group, position: int) -> Draw:
+    """Return what gives the generator of one parameter's step, made when first asked for."""
+    return cache(lambda: generator(param.device, group["seed"], step, position))
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
@@ -201,7 +176,7 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     for param, grad, state, _, position in plan.rule.step_plain(jobs, group):
         done, dtype = int(state["step"]), compute_dtype(param.dtype)
         state["step"] += 1
-        rng = rounding_of(param, done, group, position)
+        draw = generator_of(param, done, group, position)
         flat = param.ndim == 0
         length = 1 if flat else param.shape[0]
         for rows in row_chunks(length, param.numel() // max(1, length)):
@@ -210,7 +185,8 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             moments = {slot: plan.storage.load(x, dtype) for slot, x in stored.items()}
             direction = plan.rule.direction(grad[part].to(dtype), moments, done + 1, group)
             for slot, value in moments.items():
-                plan.storage.store(stored[slot], value)
+                plan.storage.store(stored[slot], value, draw)
             target = param[part]
             out = target.to(dtype)
+            rng = draw() if rounds(param, group) else None
             round_into_(target, out.mul_(decay).add_(direction.mul_(step_size)), rng)

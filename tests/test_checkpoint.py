@@ -11,13 +11,13 @@ from cases import CASES, GAP, RANK, Model, assert_same, train, weights
 from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 
 KEYS = {
-    "galore": {"step", "exp_avg", "exp_avg_sq", "basis"},
-    "dct": {"step", "exp_avg", "exp_avg_sq", "index"},
-    "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "residual_norm"},
-    "frugal": {"step", "exp_avg", "exp_avg_sq", "index"},
-    "frugal-blocks": {"step", "exp_avg", "exp_avg_sq"},
+    "galore": {"step", "exp_avg", "exp_avg_sq", "basis", "pending"},
+    "dct": {"step", "exp_avg", "exp_avg_sq", "index", "pending"},
+    "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "residual_norm"},
+    "frugal": {"step", "exp_avg", "exp_avg_sq", "index", "age"},
+    "frugal-blocks": {"step", "exp_avg", "exp_avg_sq", "age"},
     "apollo": {"step", "exp_avg", "exp_avg_sq", "drawn", "residual_norm"},
-    "lion": {"step", "exp_avg", "basis"},
+    "lion": {"step", "exp_avg", "basis", "pending"},
 }
 GROUP_KEYS = {
     "params", "lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale",
@@ -136,7 +136,7 @@ def test_hooks_of_the_user_see_the_checkpoint_and_the_final_state():
 REFUSED = {
     "rank": (
         lambda p: GaLoreAdamW(p, rank=2),
-        r"'basis' of parameter 0 of group 0, of shape \(13, 7\).*rank 3 in the checkpoint, 2 here",
+        r"ranks of parameter 0 of group 0, of shape \(13, 7\).*rank 3 in the checkpoint, 2 here",
     ),
     "projector": (lambda p: GaLoreAdamW(p, rank=RANK, projector="power"), "projector=SVD()"),
     "method": (lambda p: FiraAdamW(p, rank=RANK), "residual=Drop()"),

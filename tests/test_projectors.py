@@ -152,9 +152,49 @@ def test_dct_l2_is_the_best_subset_of_its_basis(problem):
     assert (state["index"].diff() > 0).all()
 
 
+@pytest.mark.parametrize("projector", [SVD(), Power(), DCT(), Random(), Columns()], ids=repr)
+@pytest.mark.parametrize("batch", [(), (2,)])
+def test_fewer_rows_than_the_rank(projector, batch):
+    """The longer axis projected (`side="reverse"`): the basis is complete and holds all energy."""
+    site = Site(rank=6, cols=20, dtype=torch.float64, device=CPU)
+    grad = gradient((*batch, 4, 20), torch.float64)
+    basis = projector.basis(refreshed(projector, grad, site), site)
+    eye = torch.eye(6, dtype=torch.float64).expand(*basis.shape[:-2], -1, -1)
+    torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-8)
+    if isinstance(projector, (SVD, Power)):
+        assert energy(grad, basis) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("projector", [SVD(), Power(), DCT()], ids=repr)
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float16, 2e4), (torch.bfloat16, 1e38), (torch.float32, 3e38), (torch.float32, 1e-38)],
+)
+def test_gradients_at_the_ends_of_their_range(projector, dtype, size):
+    """Signs times a number near the largest or smallest of the dtype: no error, and most energy."""
+    left, right = (gradient((n,), torch.float64, n).sign() for n in (64, 32))
+    grad = (size * torch.outer(left, right)).to(dtype)
+    site = Site(rank=8, cols=32, dtype=torch.float32, device=CPU)
+    basis = projector.basis(refreshed(projector, grad, site), site)
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(8), rtol=0, atol=1e-5)
+    if not isinstance(projector, DCT):
+        assert float((right.float() @ basis).square().sum()) > 0.99 * 32
+
+
+def test_default_device_does_not_matter():
+    site = Site(rank=3, cols=8, dtype=torch.float32, device=CPU)
+    grad = gradient((9, 8), torch.float32)
+    for projector in BASES:
+        expected = projector.basis(refreshed(projector, grad, site), site)
+        with torch.device("meta"):
+            fresh = Site(rank=3, cols=8, dtype=torch.float32, device=CPU)
+            found = projector.basis(refreshed(projector, grad, fresh), fresh)
+        assert torch.equal(found, expected)
+
+
 def test_layers_of_one_width_share_one_dct_basis():
     site = Site(rank=3, cols=8, dtype=torch.float32, device=CPU)
-    assert DCT().cosines(torch.float32, site) is DCT().cosines(torch.float32, site)
+    assert DCT().cosines(site) is DCT().cosines(site)
     assert len(site.shared.tensors()) == 1
 
 

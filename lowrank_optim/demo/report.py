@@ -124,7 +124,7 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     rows, c = found["rows"], found["conditions"]
     drawing = Figure(figsize=(10, 4.4), layout="constrained")
     FigureCanvasAgg(drawing)
-    curves, bars = drawing.subplots(1, 2, width_ratios=(3, 2))
+    curves, bars = drawing.subplots(1, 2, width_ratios=(3, 2), gridspec_kw={"wspace": 0.08})
     _draw_curves(curves, rows, c["steps"])
     _draw_bars(bars, rows)
     drawing.suptitle(heading(found), fontsize=11, fontweight="bold")
@@ -160,20 +160,32 @@ def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], steps: int) -> No
     low, high = min(end[0] for end in ends), max(early)
     margin = 0.06 * max(high - low, 0.1)
     axes.set_ylim(low - margin, high + margin)
-    gap, last = 0.055 * (high - low + 2 * margin), -math.inf
-    for loss, step, label, colour in sorted(ends):
-        last = max(loss, last + gap)
+    ends.sort()
+    heights = _apart([end[0] for end in ends], 0.055 * (high - low + 2 * margin))
+    for (loss, step, label, colour), height in zip(ends, heights, strict=True):
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.7, "relpos": (0, 0.5)}
         axes.annotate(
             label,
             (step, loss),
-            (1.04, last),
+            (1.05, height),
             textcoords=axes.get_yaxis_transform(),
             color=colour,
             va="center",
             fontsize=9,
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 3},
+            arrowprops={**line, "shrinkA": 0, "shrinkB": 3},
         )
+
+
+def _apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Move sorted heights as little as makes neighbours about a gap apart."""
+    moved = list(heights)
+    for _ in range(200):
+        for place in range(len(moved) - 1):
+            lack = max(0.0, gap - (moved[place + 1] - moved[place]))
+            moved[place] -= lack / 2
+            moved[place + 1] += lack / 2
+    return moved
 
 
 def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -181,7 +193,7 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     sizes = [row["state_mib"] for row in rows]
     colours = [COLOURS[row["name"]] for row in rows]
     drawn = axes.barh([row["label"] for row in rows], sizes, color=colours, height=0.62)
-    notes = [f"{row['state_mib']:.1f}" for row in rows]
+    notes = [f"{row['state_mib']:.2f}" for row in rows]
     for place, row in enumerate(rows):
         if row["saved"] is not None:
             notes[place] += f"  ({row['saved']:.0%} saved)"

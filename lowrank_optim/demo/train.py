@@ -40,8 +40,8 @@ class Settings:
     layers: int = 4
     heads: int = 6
     curve_points: int = 10
-    curve_windows: int = 64
-    windows: int = 512
+    curve_windows: int = 48
+    windows: int = 384
 
 
 @dataclass(frozen=True)

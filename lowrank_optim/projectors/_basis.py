@@ -7,19 +7,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import select_moment
+from ..functional import product, select_moment
 from ..plan import Group, Moments, Rule, Site, State
 
 
 class Basis:
     """A projector onto the columns of an orthonormal basis `(..., cols, rank)`.
 
-    The products run in the dtype of the gradient and add up in float32, so that a bf16 gradient is
-    never widened whole.
+    A half-precision gradient is never widened whole, see `functional.product`.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("basis",)
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate", "align")
+    learns: ClassVar[bool] = True
     whole: ClassVar[bool] = False
 
     def basis(self, state: State, site: Site) -> Tensor:
@@ -38,7 +38,7 @@ class Basis:
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Return `G P`."""
-        return (grad @ self.basis(state, site).to(grad.dtype)).to(site.dtype)
+        return product(grad, self.basis(state, site), site.dtype)
 
     def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
         """Add `low P^T` to `out` in place."""
@@ -62,7 +62,10 @@ class Basis:
         """
         basis: Tensor = state["basis"]
         work = basis.to(torch.float32) if basis.dtype == torch.bfloat16 else basis
-        left, _, right = torch.linalg.svd(work.mT @ before["basis"].to(work.dtype))
+        try:
+            left, _, right = torch.linalg.svd(work.mT @ before["basis"].to(work.dtype))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return
         basis.copy_(work @ (left @ right))
 
 

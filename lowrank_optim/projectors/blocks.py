@@ -20,7 +20,8 @@ class Blocks:
     """A share of the group's matrices is active and keeps full moments; the others keep none.
 
     The group's `rank` is that share, a float: of N matrices `max(1, round(share N))` are active
-    between two refreshes, and every matrix has its turn once a round. With `StateFree` the others
+    between two refreshes, and every matrix has its turn once a round, as long as all get their
+    gradients in step: a turn goes by the matrix's own updates. With `StateFree` the others
     move by the sign of their gradient; with `Drop` they wait (block coordinate descent).
 
     Args:
@@ -37,6 +38,7 @@ class Blocks:
     order: str = "random"
     keys: ClassVar[tuple[str, ...]] = ()
     on_refresh: ClassVar[tuple[str, ...]] = ("reset",)
+    learns: ClassVar[bool] = False
     whole: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -90,4 +92,4 @@ class Blocks:
 def shuffled(seed: int, lap: int, turns: int) -> tuple[int, ...]:
     """Return the order of one round, a function of its arguments alone."""
     rng = generator(torch.device("cpu"), seed, lap)
-    return tuple(torch.randperm(turns, generator=rng).tolist())
+    return tuple(torch.randperm(turns, device="cpu", generator=rng).tolist())

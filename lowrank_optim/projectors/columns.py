@@ -24,6 +24,7 @@ class Columns(IndexTransport, Basis):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("index",)
+    learns: ClassVar[bool] = False
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
 
     def basis(self, state: State, site: Site) -> Tensor:
@@ -35,9 +36,9 @@ class Columns(IndexTransport, Basis):
         return {"index": torch.arange(site.rank, device=site.device)}
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw the subset of this step, sorted."""
+        """Draw the subset of this step, sorted, whatever the gradient."""
         rng = generator(torch.device("cpu"), site.seed, site.step)
-        drawn = torch.randperm(site.cols, generator=rng)[: site.rank].sort().values
+        drawn = torch.randperm(site.cols, device="cpu", generator=rng)[: site.rank].sort().values
         state["index"].copy_(drawn)
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:

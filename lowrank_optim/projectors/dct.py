@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import dct_basis, usable
+from ..functional import dct_basis, product, usable
 from ..plan import Site, State
 from ._basis import Basis, IndexTransport
 
@@ -39,14 +39,14 @@ class DCT(IndexTransport, Basis):
         if self.norm not in ("l1", "l2"):
             raise ValueError(f'norm must be "l1" or "l2", got {self.norm!r}')
 
-    def cosines(self, dtype: torch.dtype, site: Site) -> Tensor:
+    def cosines(self, site: Site) -> Tensor:
         """Return Q, `(cols, cols)`, one for all layers of this width, dtype and device."""
-        n, device = site.cols, site.device
-        return site.shared.get("dct", (n, dtype, device), lambda: dct_basis(n, dtype, device), 64)
+        n, dtype, device = site.cols, site.dtype, site.device
+        return site.shared.get(("dct", n, dtype, device), lambda: dct_basis(n, dtype, device))
 
     def basis(self, state: State, site: Site) -> Tensor:
         """Return `Q[:, index]`."""
-        rows = self.cosines(site.dtype, site).mT
+        rows = self.cosines(site).mT
         return rows[state["index"]].mT
 
     def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
@@ -56,8 +56,9 @@ class DCT(IndexTransport, Basis):
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Choose the columns of largest norm and return the projected gradient."""
-        good = usable(grad).squeeze(-1)
-        spectrum = grad @ self.cosines(site.dtype, site).to(grad.dtype)
+        good = usable(grad, site.wanted).squeeze(-1)
+        dtype = site.dtype if grad.dtype == torch.float16 else grad.dtype
+        spectrum = product(grad, self.cosines(site), dtype)
         scores = torch.linalg.vector_norm(spectrum, 1 if self.norm == "l1" else 2, dim=-2)
         best = scores.topk(site.rank, dim=-1).indices.sort(dim=-1).values
         index: Tensor = state["index"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import canonical_signs, generator, usable
+from ..functional import canonical_signs, generator, peaks, product, product_t, usable
 from ..plan import Site, State
 from ._basis import Basis
 
@@ -37,33 +37,40 @@ class Power(Basis):
     oversample: int = 8
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {self.iterations!r}")
-        if self.oversample < 0:
-            raise ValueError(f"oversample must not be negative, got {self.oversample!r}")
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise ValueError(f"iterations must be an int of at least 1, got {self.iterations!r}")
+        if not isinstance(self.oversample, int) or self.oversample < 0:
+            raise ValueError(f"oversample must be an int of at least 0, got {self.oversample!r}")
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
         """Move the basis towards the top right-singular vectors of `grad`."""
-        good = usable(grad)
+        good = usable(grad, site.wanted)
         width = min(site.rank + self.oversample, site.cols)
         old: Tensor = state["basis"].to(site.dtype)
         known = 0 if site.step == 0 else site.rank
         rng = generator(torch.device("cpu"), site.seed, site.step)
-        fresh = torch.randn(site.cols, width - known, dtype=site.dtype, generator=rng)
+        fresh = torch.randn(site.cols, width - known, dtype=site.dtype, device="cpu", generator=rng)
         fresh = fresh.to(site.device).expand(*old.shape[:-2], -1, -1)
         probe = torch.cat([old[..., :known], fresh], dim=-1)
-        for _ in range(self.iterations):
-            image = self._image(grad, probe, good)
-            product = (grad.mT @ image.to(grad.dtype)).to(site.dtype).masked_fill_(~good, 0)
-            probe = torch.linalg.qr(product).Q
-        image = self._image(grad, probe, good)
-        order = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(-1)
+        limits = torch.finfo(site.dtype)
+        scale = peaks(grad).to(site.dtype).clamp(limits.tiny**0.8, limits.max**0.8)
+        try:
+            for _ in range(self.iterations):
+                image = normed(product(grad, probe / scale, site.dtype))
+                back = product_t(grad, image / scale, site.dtype)
+                good = good & peaks(back).isfinite()
+                probe = torch.linalg.qr(back.masked_fill_(~good, 0)).Q
+            image = normed(product(grad, probe / scale, site.dtype))
+            good = good & peaks(image).isfinite()
+            image.masked_fill_(~good, 0)
+            order = torch.linalg.eigh(image.mT @ image).eigenvectors.flip(-1)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            return
         basis = canonical_signs(probe @ order[..., : site.rank])
         state["basis"].copy_(torch.where(good, basis, state["basis"]))
 
-    @staticmethod
-    def _image(grad: Tensor, probe: Tensor, good: Tensor) -> Tensor:
-        """Return `G X`, scaled to a largest entry of 1 so that no product over- or underflows."""
-        image = (grad @ probe.to(grad.dtype)).to(probe.dtype).masked_fill_(~good, 0)
-        peak = torch.linalg.vector_norm(image, float("inf"), dim=(-2, -1), keepdim=True)
-        return image.div_(torch.where(peak > 0, peak, 1.0))
+
+def normed(image: Tensor) -> Tensor:
+    """Scale each matrix to a largest entry of 1, in place: no product over- or underflows."""
+    peak = peaks(image)
+    return image.div_(torch.where(peak > 0, peak, 1.0))

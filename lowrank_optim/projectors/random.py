@@ -22,25 +22,28 @@ class Random(Basis):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("drawn",)
+    learns: ClassVar[bool] = False
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
 
     def basis(self, state: State, site: Site) -> Tensor:
         """Return the basis of `state["drawn"]`: the Q of a Gaussian matrix."""
-        family = ("random", site.cols, site.rank, site.dtype, site.device)
         drawn = int(state["drawn"])
 
         def draw() -> Tensor:
             rng = generator(torch.device("cpu"), site.seed, drawn)
-            gauss = torch.randn(site.cols, site.rank, dtype=torch.float64, generator=rng)
+            gauss = torch.randn(
+                site.cols, site.rank, dtype=torch.float64, device="cpu", generator=rng
+            )
             basis = canonical_signs(torch.linalg.qr(gauss).Q)
             return basis.to(device=site.device, dtype=site.dtype)
 
-        return site.shared.get(family, (site.seed, drawn), draw)
+        key = ("random", site.cols, site.rank, site.dtype, site.device, site.seed, drawn)
+        return site.shared.get(key, draw)
 
     def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
         """Return step 0 as the step of the draw."""
         return {"drawn": 0}
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw for this step."""
+        """Draw for this step, whatever the gradient."""
         state["drawn"] = site.step

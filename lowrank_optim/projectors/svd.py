@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..functional import canonical_signs, usable
+from ..functional import canonical_signs, peaks, usable
 from ..plan import Site, State
 from ._basis import Basis
 
@@ -18,7 +18,7 @@ class SVD(Basis):
 
     O(rows cols^2) work and a decomposition's workspace at every refresh: `Power` finds practically
     the same subspace in a small part of the time. Signs are made canonical, so that kept moments do
-    not depend on the library.
+    not depend on the library. Where there are fewer rows than the rank, the basis is completed.
 
     Reference: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
         Projection", arXiv 2403.03507.
@@ -26,13 +26,13 @@ class SVD(Basis):
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
         """Set the basis from `grad`; keep it if the gradient or the decomposition is not usable."""
-        good = usable(grad)
+        good = usable(grad, site.wanted)
         work = grad.to(site.dtype, copy=True)
-        work.masked_fill_(~good, 0)
+        work.div_(torch.where(good, peaks(work), 1.0)).masked_fill_(~good, 0)
         try:
             if work.shape[-2] > work.shape[-1]:
                 work = torch.linalg.qr(work, mode="r").R
-            right = torch.linalg.svd(work, full_matrices=False).Vh
+            right = torch.linalg.svd(work, full_matrices=work.shape[-2] < site.rank).Vh
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             return
         basis = canonical_signs(right[..., : site.rank, :].mT)

@@ -1,0 +1,63 @@
+"""How a parameter is seen as a matrix, and which of its axes is projected to what length."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+def matrix_shape(shape: Shape) -> Shape | None:
+    """Return the shape as a matrix `(m, n)` or a stack `(E, m, n)`; None if it is neither.
+
+    A convolution's weight `(out, in, k, k)`, or one of more dimensions, is `(out, in*k*k)`. Three
+    dimensions are always a stack.
+    """
+    if len(shape) < 2 or 0 in shape:
+        return None
+    if len(shape) <= 3:
+        return tuple(shape)
+    return (shape[0], torch.Size(shape[1:]).numel())
+
+
+def is_wide(shape: Shape, side: str) -> bool:
+    """Return whether the matrix is seen transposed, so that the projected axis comes last."""
+    rows, cols = shape[-2:]
+    if side == "auto":
+        return rows < cols
+    if side == "reverse":
+        return rows >= cols
+    return side == "left"
+
+
+def oriented(tensor: Tensor, side: str) -> tuple[Tensor, Tensor]:
+    """Return the tensor as a matrix or stack, and its view with the projected axis last.
+
+    The first is a view of the tensor too, unless it is a convolution's weight whose strides do not
+    allow that (channels last): then it is a copy.
+    """
+    matrix = tensor if tensor.ndim <= 3 else tensor.flatten(1)
+    return matrix, matrix.mT if is_wide(matrix.shape, side) else matrix
+
+
+@lru_cache(maxsize=4096, typed=True)
+def subspace_of(
+    shape: Shape, rank: int | float | None, side: str, whole: bool = False
+) -> tuple[int, int] | None:
+    """Return the length of the projected axis and the rank in columns; None if not projected.
+
+    Not projected are: a group without rank, fewer than two dimensions, no elements, and a projected
+    axis that is no longer than the rank. Where matrices are taken `whole` (`Blocks`), the rank is
+    their share, which leaves none out but at 1.
+    """
+    matrix = matrix_shape(shape)
+    if matrix is None or rank is None:
+        return None
+    cols = matrix[-2] if is_wide(matrix, side) else matrix[-1]
+    if whole:
+        return None if rank >= 1 else (cols, cols)
+    width = max(1, round(rank * cols)) if isinstance(rank, float) else rank
+    return None if width >= cols else (cols, width)

@@ -150,3 +150,38 @@ def test_real_models_train_and_tell_their_coverage(build, preset):
     assert losses[-1] < losses[0] - 0.1
     share = float(optimizer.summary().splitlines()[0].split(": ")[1].split("%")[0])
     assert share > 80
+
+
+def test_heads_are_looked_for_outside_numbered_layers_only():
+    """GPT-J and CodeGen name the second matrix of each MLP `fc_out`."""
+    block = nn.ModuleDict({"fc_in": nn.Linear(16, 32), "fc_out": nn.Linear(32, 16)})
+    model = nn.ModuleDict({"h": nn.ModuleList([block]), "fc_out": nn.Linear(16, 64)})
+    found = names(param_groups(model, rank=4))
+    assert found["projected"] == {"h.0.fc_in.weight", "h.0.fc_out.weight"}
+    assert found["plain"] == {"fc_out.weight"}
+
+
+def test_biases_of_two_dimensions_and_marked_parameters_are_not_decayed():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(4, 16, 32))
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(4, 32))
+            self.a_log = nn.Parameter(torch.zeros(16, 12))
+            self.a_log._no_weight_decay = True
+
+    found = names(param_groups(Experts(), rank=4, weight_decay=0.1))
+    assert found["projected"] == {"gate_up_proj"}
+    assert found["no decay"] == {"gate_up_proj_bias", "a_log"}
+
+
+def test_what_cannot_be_projected_has_the_rates_of_the_plain_parameters():
+    model = nn.ModuleDict({
+        "router": nn.Linear(64, 8), "matrix": nn.Linear(64, 64), "conv": nn.Conv1d(64, 64, 5),
+    })  # fmt: skip
+    groups = param_groups(model, rank=16, lr=1e-2, rest_lr=1e-3)
+    assert groups[0]["param_names"] == ["matrix.weight"]
+    assert set(groups[1]["param_names"]) == {"router.weight", "conv.weight"}
+    assert groups[1]["lr"] == 1e-3
+    with pytest.raises(ValueError, match="axes longer than rank=64"):
+        param_groups(model, rank=64)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .geometry import subspace_of
 from .plan import Group, Plan, Site, State
 from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
-from .update import template
+from .update import step_device, template
 
 if TYPE_CHECKING:
     from .optimizer import LowRank
@@ -45,13 +45,13 @@ def load(
         saved_groups = kept["param_groups"]
         for group, saved, own in zip(optimizer.param_groups, saved_groups, live, strict=True):
             group.update({k: v for k, v in own.items() if k in STRUCTURE or k not in saved})
-        saved_ids = chain.from_iterable(group["params"] for group in kept["param_groups"])
-        params = chain.from_iterable(group["params"] for group in optimizer.param_groups)
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            if saved_id in kept["state"]:
-                current = optimizer.state[param]
-                for key, value in kept["state"][saved_id].items():
-                    current[key] = placed(key, value, current[key], param)
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            plan = plan_of(group)
+            sites = optimizer._sites(group, plan)
+            for saved_id, (param, site) in zip(saved["params"], sites, strict=True):
+                for key, value in kept["state"].get(saved_id, {}).items():
+                    device = step_device(param, site, group, plan) if key == "step" else None
+                    optimizer.state[param][key] = placed(value, device or param.device)
 
     before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
@@ -62,12 +62,9 @@ def load(
         after.remove()
 
 
-def placed(key: str, saved: Any, cast: Any, param: Tensor) -> Any:
-    """Return a saved value in its own dtype on the device of its parameter, not shared with it."""
-    if not isinstance(saved, Tensor):
-        return saved
-    device = cast.device if key == "step" else param.device
-    return saved.detach().to(device, copy=True)
+def placed(saved: Any, device: torch.device) -> Any:
+    """Return a saved value in its own dtype on a device, sharing no memory with the checkpoint."""
+    return saved.detach().to(device, copy=True) if isinstance(saved, Tensor) else saved
 
 
 def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:

@@ -51,8 +51,8 @@ class LowRank(Optimizer):
         on_refresh: what becomes of the moments when the subspace moves: "keep" them as they are,
             "reset" them and the bias correction, "rotate" them into the new basis, or "align" the
             new basis to the old one and keep them.
-        state_dtype: dtype of moments and basis, e.g. torch.bfloat16; None is float32, and float64
-            for float64 parameters.
+        state_dtype: dtype of moments and basis, e.g. torch.bfloat16 (moments are then rounded
+            stochastically); None is float32, and float64 for float64 parameters.
         stochastic_rounding: round bf16 weights up or down at random, so that small updates count on
             average; a function of (seed, step). Other dtypes are not affected.
         skip_nonfinite: check the gradients of the group first, and if any value is not finite leave

@@ -164,6 +164,9 @@ class Rule(Protocol):
     def uncorrected(self, count: int, group: Group) -> float:
         """Return the factor from the direction to the one without bias correction."""
 
+    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
+        """Return whether `step_plain` wants the step count of this parameter on its device."""
+
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
         """Do whole steps of parameters that are not projected; return those it leaves undone."""
 

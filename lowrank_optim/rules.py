@@ -72,6 +72,11 @@ class Adam:
             )
         return [job for job in jobs if not self._is_native(job)]
 
+    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
+        """Return whether torch's fused kernel will read the step count."""
+        exact = param.dtype in (torch.float32, torch.float64) and moments == param.dtype
+        return exact and bool(wants_fused(param, group))
+
     def _is_native(self, job: Job) -> bool:
         dtype = job.param.dtype
         exact = dtype in (torch.float32, torch.float64) and job.grad.dtype == dtype
@@ -99,6 +104,10 @@ class _OneMoment:
     def uncorrected(self, count: int, group: Group) -> float:
         """Return 1: there is no bias correction."""
         return 1.0
+
+    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
+        """Return False: the step count stays on the host."""
+        return False
 
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
         """Leave all undone: torch has no functional form of these with decoupled decay."""

@@ -20,13 +20,11 @@ from .functional import (
 )
 from .geometry import oriented
 from .plan import Draw, Group, Job, Plan, Site, State
-from .rules import wants_fused
 
 
 def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> State:
     """Return a new state, on the device of `param`."""
-    fused = site is None and wants_fused(param, group)
-    counter = param.device if fused or param.device.type == "meta" else "cpu"
+    counter = step_device(param, site, group, plan)
     state: State = {"step": torch.zeros((), dtype=torch.float32, device=counter)}
     slots, storage = plan.rule.slots, plan.storage
     if site is None:
@@ -45,6 +43,14 @@ def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> St
     state.update(plan.projector.init(batch, storage.dtype(param), site))
     state.update(plan.residual.init(batch, site))
     return state
+
+
+def step_device(param: Tensor, site: Site | None, group: Group, plan: Plan) -> torch.device:
+    """Return where the step count lives: with the host, but where a fused kernel reads it."""
+    host = torch.device("meta" if param.device.type == "meta" else "cpu")
+    if site is None and plan.rule.counts_on_device(param, plan.storage.dtype(param), group):
+        return param.device
+    return host
 
 
 def template(param: Tensor, site: Site | None, group: Group, plan: Plan) -> State:
@@ -189,4 +195,4 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             target = param[part]
             out = target.to(dtype)
             rng = draw() if rounds(param, group) else None
-            round_into_(target, out.mul_(decay).add_(direction.mul_(step_size)), rng)
+            round_into_(target, out.mul_(decay).add_(direction * step_size), rng)

@@ -52,7 +52,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     console = Console(highlight=False, soft_wrap=True)
     corpus = load_corpus(tuning=True)
-    settings = Settings(steps=args.steps, seed=SEED, curve_points=1)
+    settings = Settings(steps=args.steps, seed=SEED, curve_points=1, windows=512)
     for recipe in choose(args.methods.split(",")):
 
         def measure(place: Place, name: str = recipe.name) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 from pathlib import Path
@@ -112,6 +113,19 @@ def test_shares_of_the_table_are_measured():
         optimizer.step()
         state = lowrank_optim.state_bytes(optimizer)
         assert state / (2 * param.numel() * 4) == pytest.approx(float(share) / 100, abs=0.001), name
+
+
+def test_losses_of_three_seeds_are_those_on_file():
+    with (ROOT / "benchmarks" / "results" / "demo_seeds.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(float(row["val_loss"]))
+    heads, _, cells = re.search(r"^(\| AdamW \|.*)\n(.*)\n(.*)$", TEXT, re.M).groups()
+    names = [head.strip().lower() for head in heads.strip("|").split("|")]
+    for name, cell in zip(names, cells.strip("|").split("|"), strict=True):
+        assert len(found[name]) == 3
+        assert cell.strip() == f"{min(found[name]):.3f} - {max(found[name]):.3f}"
 
 
 def test_default_weight_decay_and_eps_are_what_the_readme_says():

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,13 +13,13 @@ from torch.optim import Optimizer
 from . import checkpoint, memory, settings
 from .functional import compute_dtype
 from .geometry import matrix_shape, subspace_of
+from .guards import Work, flat_message, is_rehearsal, named, refuse_flat, without_autocast
 from .plan import Job, Plan, Projector, Residual, Rule, Shared, Site
 from .settings import SettingError, plan_of
 from .update import init_state, step_plain, step_projected
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Found = list[tuple[dict[str, Any], Plan, list[tuple[Tensor, Site | None]]]]
-Work = list[tuple[dict[str, Any], Plan, list[Job]]]
 
 
 class LowRank(Optimizer):
@@ -158,12 +157,12 @@ class LowRank(Optimizer):
                 group[key] = settings.CHECKS[key](key, group[key], where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
-        for name, param in _named(group["params"], where):
+        for name, param in named(group["params"], where):
             if not param.is_floating_point():
                 raise SettingError(
                     f"{name} is {param.dtype}: only real floating-point parameters can be optimized"
                 )
-            _refuse_flat(param, name)
+            refuse_flat(param, name)
         super().add_param_group(group)
         self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
 
@@ -195,9 +194,9 @@ class LowRank(Optimizer):
         work = self._jobs(found)
         if fresh:
             self._warn_if_plain(work)
-            if _is_rehearsal(work):
+            if is_rehearsal(work):
                 return loss
-        with _without_autocast(work):
+        with without_autocast(work):
             for group, plan, jobs in work:
                 for job in jobs:
                     if job.site is not None:
@@ -280,8 +279,8 @@ class LowRank(Optimizer):
             raise RuntimeError(f"{self._name(index, place)} has a complex gradient")
         known = self._shapes[index]
         if place < len(known) and matrix_shape(known[place]) and param.ndim == 1:
-            raise RuntimeError(_flat_message(self._name(index, place), known[place]))
-        _refuse_flat(param, self._name(index, place))
+            raise RuntimeError(flat_message(self._name(index, place), known[place]))
+        refuse_flat(param, self._name(index, place))
         state = self.state.get(param)
         if state and not plan.projector.whole:
             moment: Tensor = state[plan.rule.slots[0]]
@@ -356,56 +355,3 @@ class LowRank(Optimizer):
             ValueError: no parameter is projected, so the optimizer would save nothing.
         """
         return memory.summary(self)
-
-
-def _named(params: Any, where: str) -> list[tuple[str, Tensor]]:
-    """Return the tensors among what a group calls `params`, with what to call each in a message."""
-    listed = [params] if isinstance(params, Tensor) else list(params)
-    found = []
-    for place, item in enumerate(listed):
-        name = f"parameter {place}{where}"
-        if isinstance(item, tuple):
-            name, item = f"parameter {item[0]!r}{where}", item[1]
-        if isinstance(item, Tensor):
-            found.append((f"{name}, of shape {tuple(item.shape)},", item))
-    return found
-
-
-@contextmanager
-def _without_autocast(work: Work) -> Iterator[None]:
-    """Compute in the dtypes that are written, as torch's optimizers do, also under autocast."""
-    devices = {job.param.device.type for _, _, jobs in work for job in jobs}
-    with ExitStack() as stack:
-        for device in devices:
-            if device != "meta" and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-def _is_rehearsal(work: Work) -> bool:
-    """Return whether every learning rate is 0 and every gradient zero. Looks at lr first."""
-    rates = [group["lr"] for group, _, jobs in work if jobs]
-    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
-        return False
-    if any(float(rate) != 0 for rate in rates):
-        return False
-    return not any(bool(job.grad.count_nonzero()) for _, _, jobs in work for job in jobs)
-
-
-def _refuse_flat(param: Tensor, name: str) -> None:
-    """Raise for a flat piece of a matrix, as ZeRO and FSDP1 hand out, instead of using AdamW."""
-    shape = getattr(param, "ds_shape", None)
-    if shape is not None and len(shape) > 1 and param.ndim == 1:
-        raise RuntimeError(_flat_message(name, tuple(shape)))
-    if getattr(param, "_is_flat_param", False) or (
-        getattr(param, "_fsdp_flattened", False) and param.ndim == 1
-    ):
-        raise RuntimeError(_flat_message(name, None))
-
-
-def _flat_message(name: str, shape: tuple[int, ...] | None) -> str:
-    was = "matrices" if shape is None else f"a matrix of shape {shape}"
-    return (
-        f"{name} is a flat piece of {was}: rows and columns are gone, and it cannot be projected. "
-        "Shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps them, or use DDP"
-    )

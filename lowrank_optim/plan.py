@@ -131,8 +131,8 @@ class Projector(Protocol):
     def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor | None:
         """Move the subspace, in place; return `down(grad)` if that came out on the way.
 
-        A subspace that comes from the gradient stays as it is where the gradient is all zero or has
-        a value that is not finite.
+        The subspace stays as it is where the gradient has a value that is not finite, and one that
+        comes from the gradient also where that is all zero.
         """
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import generator
+from ..functional import generator, peaks
 from ..plan import Site, State
 from ._basis import Basis, IndexTransport
 
@@ -36,10 +36,11 @@ class Columns(IndexTransport, Basis):
         return {"index": torch.arange(site.rank, device=site.device)}
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw the subset of this step, sorted, whatever the gradient."""
+        """Draw the subset of this step, sorted, unless the gradient is not finite."""
         rng = generator(torch.device("cpu"), site.seed, site.step)
         drawn = torch.randperm(site.cols, device="cpu", generator=rng)[: site.rank].sort().values
-        state["index"].copy_(drawn)
+        finite = peaks(grad).isfinite().all()
+        state["index"].copy_(torch.where(finite, drawn.to(site.device), state["index"]))
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Return the selected columns."""

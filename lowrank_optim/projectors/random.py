@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import canonical_signs, generator
+from ..functional import canonical_signs, generator, peaks
 from ..plan import Site, State
 from ._basis import Basis
 
@@ -45,5 +45,6 @@ class Random(Basis):
         return {"drawn": 0}
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw for this step, whatever the gradient."""
-        state["drawn"] = site.step
+        """Draw for this step, unless the gradient is not finite: looked at on the host, once a gap."""
+        if peaks(grad).isfinite().all():
+            state["drawn"] = site.step

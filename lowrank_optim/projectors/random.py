@@ -45,6 +45,6 @@ class Random(Basis):
         return {"drawn": 0}
 
     def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw for this step, unless the gradient is not finite: looked at on the host, once a gap."""
+        """Draw for this step, unless the gradient is not finite (the host looks, once a gap)."""
         if peaks(grad).isfinite().all():
             state["drawn"] = site.step

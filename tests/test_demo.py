@@ -299,6 +299,19 @@ def test_figure_survives_a_method_that_diverged(folder: Path, tmp_path: Path) ->
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("last", [2.5, 9.0, 1e4])
+def test_figure_names_curves_that_end_above_the_start(
+    folder: Path, tmp_path: Path, last: float
+) -> None:
+    """Their names stay inside the figure; matplotlib warns where its layout has no room left."""
+    climbing = (Point(0, None, 5.5), Point(1, 5.0, 2.0), Point(4, 5.0, last))
+    found = report.results(
+        [make_run("adamw"), make_run("apollo", curve=climbing)], load_corpus(folder), TINY
+    )
+    report.write(found, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

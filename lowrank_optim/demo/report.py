@@ -22,6 +22,8 @@ from .train import Run, Settings
 
 MIB = 2**20
 BASELINE = "adamw"
+# A little above the loss of a uniform guess: only a diverging run goes further, and is cut off.
+CEILING = 1.1 * math.log(256)
 # Spread of a method's loss over three seeds at the default settings:
 # benchmarks/results/demo_seeds.csv.
 SEED_NOISE = 0.05
@@ -133,8 +135,8 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     _draw_bars(bars, rows)
     drawing.suptitle(heading(found), fontsize=11, fontweight="bold")
     drawing.supxlabel(
-        f"{c['corpus']}: {c['train_bytes'] / 1e6:.1f} MB to train on, "
-        f"{c['validation_bytes'] / 1e6:.1f} MB held out by file. Learning rates of matrices and "
+        f"{c['corpus']}: {_size(c['train_bytes'])} to train on, "
+        f"{_size(c['validation_bytes'])} held out. Learning rates of matrices and "
         f"of the rest tuned for each method. torch {c['torch']}, CPU threads: {c['threads']}.",
         fontsize=8,
         color="#555555",
@@ -161,10 +163,11 @@ def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], steps: int) -> No
     axes.spines[["top", "right"]].set_visible(False)
     if not ends:
         return
-    low, high = min(end[0] for end in ends), max(early)
+    low = min(end[0] for end in ends)
+    high = max(low, min(CEILING, max(*early, *(end[0] for end in ends))))
     margin = 0.06 * max(high - low, 0.1)
     axes.set_ylim(low - margin, high + margin)
-    ends.sort()
+    ends = sorted((min(loss, high + margin), *rest) for loss, *rest in ends)
     heights = _apart([end[0] for end in ends], 0.055 * (high - low + 2 * margin))
     for (loss, step, label, colour), height in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "color": colour, "lw": 0.7, "relpos": (0, 0.5)}
@@ -214,6 +217,10 @@ def _shared(found: Mapping[str, Any]) -> str:
     shares = [(row["label"], row["shared_bytes"] / MIB) for row in found["rows"]]
     notes = [f"{label}'s shared basis, {size:.2f} MiB" for label, size in shares if size]
     return f" ({' and '.join(notes)}, not counted)" if notes else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _rank(rank: int | float) -> str:

@@ -12,13 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-pytest.importorskip("rich")
-pytest.importorskip("matplotlib")
-
 from rich.console import Console
+from torch import Tensor, nn
 
 from lowrank_optim import cli
 from lowrank_optim.demo import report

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .geometry import matrix_shape
 from .plan import Job, Plan
 
 Work = list[tuple[dict[str, Any], Plan, list[Job]]]
@@ -48,21 +49,26 @@ def is_rehearsal(work: Work) -> bool:
     return not any(bool(job.grad.count_nonzero()) for _, _, jobs in work for job in jobs)
 
 
-def refuse_flat(param: Tensor, name: str) -> None:
-    """Raise for a flat piece of a matrix, as ZeRO and FSDP1 hand out, instead of using AdamW."""
-    shape = getattr(param, "ds_shape", None)
-    if shape is not None and len(shape) > 1 and param.ndim == 1:
-        raise RuntimeError(flat_message(name, tuple(shape)))
-    if getattr(param, "_is_flat_param", False) or (
-        getattr(param, "_fsdp_flattened", False) and param.ndim == 1
-    ):
-        raise RuntimeError(flat_message(name, None))
+def flat_piece(param: Tensor, known: tuple[int, ...] | None = None) -> str | None:
+    """Return what the parameter is a flat piece of, as ZeRO and FSDP1 hand out; None if it is none.
+
+    Args:
+        param: the parameter as it is now.
+        known: its shape when it was given to the optimizer.
+    """
+    if getattr(param, "_is_flat_param", False):
+        return "matrices"
+    if param.ndim != 1:
+        return None
+    for shape in (known, getattr(param, "ds_shape", None)):
+        if shape is not None and matrix_shape(tuple(shape)):
+            return f"a matrix of shape {tuple(shape)}"
+    return "matrices" if getattr(param, "_fsdp_flattened", False) else None
 
 
-def flat_message(name: str, shape: tuple[int, ...] | None) -> str:
-    """Return what to say of a flat piece, and what to use instead."""
-    was = "matrices" if shape is None else f"a matrix of shape {shape}"
-    return (
-        f"{name} is a flat piece of {was}: rows and columns are gone, and it cannot be projected. "
+def flat_error(name: str, piece: str) -> RuntimeError:
+    """Return the error for a flat piece: plain AdamW in its place would be silent."""
+    return RuntimeError(
+        f"{name} is a flat piece of {piece}: rows and columns are gone, so it cannot be projected. "
         "Shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps them, or use DDP"
     )

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
 from .functional import compute_dtype
-from .geometry import matrix_shape, subspace_of
-from .guards import Work, flat_message, is_rehearsal, named, refuse_flat, without_autocast
+from .geometry import subspace_of
+from .guards import Work, flat_error, flat_piece, is_rehearsal, named, without_autocast
 from .plan import Job, Plan, Projector, Residual, Rule, Shared, Site
 from .settings import SettingError, plan_of
 from .update import init_state, step_plain, step_projected
@@ -151,10 +151,8 @@ class LowRank(Optimizer):
         group = dict(param_group)
         settings.translate(group, where)
         settings.check_keys(group, where)
-        settings.check_values({**self.defaults, **group}, where)
-        for key in group:
-            if key in settings.CHECKS:
-                group[key] = settings.CHECKS[key](key, group[key], where)
+        group = {**self.defaults, **group}
+        settings.check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
         for name, param in named(group["params"], where):
@@ -162,7 +160,8 @@ class LowRank(Optimizer):
                 raise SettingError(
                     f"{name} is {param.dtype}: only real floating-point parameters can be optimized"
                 )
-            refuse_flat(param, name)
+            if (piece := flat_piece(param)) is not None:
+                raise flat_error(name, piece)
         super().add_param_group(group)
         self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
 
@@ -278,9 +277,9 @@ class LowRank(Optimizer):
         if grad.is_complex():
             raise RuntimeError(f"{self._name(index, place)} has a complex gradient")
         known = self._shapes[index]
-        if place < len(known) and matrix_shape(known[place]) and param.ndim == 1:
-            raise RuntimeError(flat_message(self._name(index, place), known[place]))
-        refuse_flat(param, self._name(index, place))
+        piece = flat_piece(param, known[place] if place < len(known) else None)
+        if piece is not None:
+            raise flat_error(self._name(index, place), piece)
         state = self.state.get(param)
         if state and not plan.projector.whole:
             moment: Tensor = state[plan.rule.slots[0]]

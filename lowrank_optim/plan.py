@@ -7,7 +7,7 @@ is empty for a matrix and `(E,)` for a stack of E matrices, which are projected 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -108,6 +108,14 @@ class Job(NamedTuple):
     position: int
 
 
+class Matrix(NamedTuple):
+    """What a projector works on: a gradient with the projected axis last, state and place."""
+
+    grad: Tensor
+    state: State
+    site: Site
+
+
 class Projector(Protocol):
     """Maps `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
 
@@ -128,11 +136,11 @@ class Projector(Protocol):
     def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
         """Return the state before the first refresh: a valid subspace that knows no gradient."""
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor | None:
-        """Move the subspace, in place; return `down(grad)` if that came out on the way.
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
+        """Move the subspaces of matrices of one shape, dtype and device, in place.
 
-        The subspace stays as it is where the gradient has a value that is not finite, and one that
-        comes from the gradient also where that is all zero.
+        A subspace that comes from the gradient stays as it is where that has a value that is not
+        finite or is all zero. Nothing here may wait for the device.
         """
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:

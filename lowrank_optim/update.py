@@ -19,7 +19,7 @@ from .functional import (
     usable,
 )
 from .geometry import oriented
-from .plan import Draw, Group, Job, Plan, Site, State
+from .plan import Draw, Group, Job, Matrix, Plan, Site, State
 
 
 def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> State:
@@ -123,7 +123,7 @@ def refresh(
     if site.step % site.gap == 0 or first.shape[-1] != projector.width(site):
         return move(grad, state, site, group, plan, draw)
     if arrived is not None and arrived.any():
-        return projector.refresh(grad, state, replace(site, wanted=arrived))
+        projector.refresh([Matrix(grad, state, replace(site, wanted=arrived))])
     return None
 
 
@@ -134,7 +134,8 @@ def move(
     projector, storage = plan.projector, plan.storage
     carries = plan.on_refresh in ("rotate", "align") and site.step > 0
     before = snapshot(state, projector.keys) if carries else {}
-    low = projector.refresh(grad, state, site)
+    projector.refresh([Matrix(grad, state, site)])
+    low = None
     if plan.on_refresh == "reset":
         state["age"] = 0
         width = projector.width(site)

@@ -67,8 +67,9 @@ def test_a_projector_rule_and_residual_of_the_user():
     class First(Columns):
         on_refresh: ClassVar[tuple[str, ...]] = ("keep",)
 
-        def refresh(self, grad, state, site):
-            state["index"].copy_(torch.arange(site.rank))
+        def refresh(self, matrices):
+            for _, state, site in matrices:
+                state["index"].copy_(torch.arange(site.rank))
 
     @dataclass(frozen=True)
     class Sign(SGDM):

@@ -108,7 +108,7 @@ SMALL = 8 * SHAPE[0] * 16 * 4
 @pytest.mark.parametrize("method", ["galore", "galore power", "dct", "fira", "frugal", "apollo"])
 def test_no_full_size_temporary_beyond_one_gradient(method, wide, dtype, monkeypatch):
     """Also at a refresh, but for the workspace of an exact SVD, which is LAPACK's."""
-    monkeypatch.setattr(functional, "CHUNK", 4 * SHAPE[1])
+    monkeypatch.setattr(functional.products, "CHUNK", 4 * SHAPE[1])
     factory, settings, _ = EXACT[method]
     shape = SHAPE[::-1] if wide else SHAPE
     param = torch.nn.Parameter(torch.randn(shape).to(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional import generator
-from ..plan import Group, Moments, Rule, Site, State
+from ..plan import Group, Matrix, Moments, Rule, Site, State
 
 ORDERS = ("random", "ascending", "descending", "mirror")
 
@@ -65,7 +66,7 @@ class Blocks:
         """Return no state: whose turn it is follows from the step."""
         return {}
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Do nothing: the turn follows from the step."""
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:

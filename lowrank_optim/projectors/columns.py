@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..functional import generator, peaks
-from ..plan import Site, State
+from ..functional import generator
+from ..plan import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
 
@@ -35,12 +36,12 @@ class Columns(IndexTransport, Basis):
         """Return the first `rank` columns."""
         return {"index": torch.arange(site.rank, device=site.device)}
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw the subset of this step, sorted, unless the gradient is not finite."""
-        rng = generator(torch.device("cpu"), site.seed, site.step)
-        drawn = torch.randperm(site.cols, device="cpu", generator=rng)[: site.rank].sort().values
-        finite = peaks(grad).isfinite().all()
-        state["index"].copy_(torch.where(finite, drawn.to(site.device), state["index"]))
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
+        """Draw the subset of this step, sorted."""
+        for _, state, site in matrices:
+            rng = generator(torch.device("cpu"), site.seed, site.step)
+            drawn = torch.randperm(site.cols, device="cpu", generator=rng)[: site.rank]
+            state["index"].copy_(drawn.sort().values, non_blocking=True)
 
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Return the selected columns."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import dct_basis, product, usable
-from ..plan import Site, State
+from ..plan import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
 
@@ -54,8 +55,12 @@ class DCT(IndexTransport, Basis):
         index = torch.arange(site.rank, device=site.device)
         return {"index": index.expand(*batch, -1).clone()}
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> Tensor:
-        """Choose the columns of largest norm and return the projected gradient."""
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
+        """Choose the columns of largest norm."""
+        for matrix in matrices:
+            self._refresh(*matrix)
+
+    def _refresh(self, grad: Tensor, state: State, site: Site) -> None:
         good = usable(grad, site.wanted).squeeze(-1)
         dtype = site.dtype if grad.dtype == torch.float16 else grad.dtype
         spectrum = product(grad, self.cosines(site), dtype)
@@ -63,5 +68,3 @@ class DCT(IndexTransport, Basis):
         best = scores.topk(site.rank, dim=-1).indices.sort(dim=-1).values
         index: Tensor = state["index"]
         index.copy_(torch.where(good, best, index))
-        columns = index.unsqueeze(-2).expand(*spectrum.shape[:-1], -1)
-        return spectrum.gather(-1, columns).to(site.dtype)

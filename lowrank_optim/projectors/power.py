@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..functional import canonical_signs, generator, peaks, product, product_t, usable
-from ..plan import Site, State
+from ..plan import Matrix, Site, State
 from ._basis import Basis
 
 
@@ -42,8 +43,12 @@ class Power(Basis):
         if not isinstance(self.oversample, int) or self.oversample < 0:
             raise ValueError(f"oversample must be an int of at least 0, got {self.oversample!r}")
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Move the basis towards the top right-singular vectors of `grad`."""
+        for matrix in matrices:
+            self._refresh(*matrix)
+
+    def _refresh(self, grad: Tensor, state: State, site: Site) -> None:
         good = usable(grad, site.wanted)
         width = min(site.rank + self.oversample, site.cols)
         old: Tensor = state["basis"].to(site.dtype)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..functional import canonical_signs, generator, peaks
-from ..plan import Site, State
+from ..functional import canonical_signs, generator
+from ..plan import Matrix, Site, State
 from ._basis import Basis
 
 
@@ -44,7 +45,7 @@ class Random(Basis):
         """Return step 0 as the step of the draw."""
         return {"drawn": 0}
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
-        """Draw for this step, unless the gradient is not finite (the host looks, once a gap)."""
-        if peaks(grad).isfinite().all():
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
+        """Draw for this step."""
+        for _, state, site in matrices:
             state["drawn"] = site.step

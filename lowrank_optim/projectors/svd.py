@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..functional import canonical_signs, peaks, usable
-from ..plan import Site, State
+from ..plan import Matrix, Site, State
 from ._basis import Basis
 
 
@@ -24,8 +25,12 @@ class SVD(Basis):
         Projection", arXiv 2403.03507.
     """
 
-    def refresh(self, grad: Tensor, state: State, site: Site) -> None:
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Set the basis from `grad`; keep it if the gradient or the decomposition is not usable."""
+        for matrix in matrices:
+            self._refresh(*matrix)
+
+    def _refresh(self, grad: Tensor, state: State, site: Site) -> None:
         good = usable(grad, site.wanted)
         work = grad.to(site.dtype, copy=True)
         work.div_(torch.where(good, peaks(work), 1.0)).masked_fill_(~good, 0)

@@ -1,0 +1,77 @@
+"""What Adam does with its moments, and how they are carried into a new subspace."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def adam_moments(
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    count: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    """Update Adam's moments in place and return the bias-corrected direction.
+
+    M <- b1 M + (1-b1) g,  V <- b2 V + (1-b2) g*g,
+    N = (M / (1-b1^t)) / (sqrt(V / (1-b2^t)) + eps)
+
+    Args:
+        grad: any shape, in the dtype of the moments.
+        exp_avg, exp_avg_sq: same shape; modified in place.
+        count: t, the number of gradients seen, this one included.
+        beta1, beta2, eps: as in `torch.optim.AdamW`.
+    """
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(eps)
+    return (exp_avg / denominator).div_(1 - beta1**count)
+
+
+def rotate_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, rotation: Tensor, count: int, beta1: float, beta2: float
+) -> None:
+    """Carry Adam's moments into a new basis, in place: exact for M, an estimate for V.
+
+    With Q = P_old^T P_new, t gradients seen, m = M / (1-b1^t) and v = V / (1-b2^t):
+    M <- M Q,  V <- (1-b2^t) |(v - m*m) (Q*Q) + (m Q)^2|
+    that is, the variance is carried as if the coordinates were uncorrelated.
+
+    Args:
+        exp_avg, exp_avg_sq: `(..., rows, rank)`; modified in place.
+        rotation: `(..., rank, rank)`.
+        count: t, at least 1.
+        beta1, beta2: as in `torch.optim.AdamW`.
+
+    Reference: Robert, Safaryan, Modoranu, Alistarh, "LDAdam: Adaptive Optimization from
+        Low-Dimensional Gradient Statistics", arXiv 2410.16103.
+    """
+    correction1, correction2 = 1 - beta1**count, 1 - beta2**count
+    mean = exp_avg / correction1
+    variance = (exp_avg_sq / correction2).addcmul_(mean, mean, value=-1)
+    mean = mean @ rotation
+    exp_avg.copy_(mean * correction1)
+    second = (variance @ rotation.square()).addcmul_(mean, mean)
+    exp_avg_sq.copy_(second.abs_().mul_(correction2))
+
+
+def select_moment(moment: Tensor, old: Tensor, new: Tensor) -> None:
+    """Carry a moment between two subsets of one basis, in place.
+
+    The columns of indices that stay are copied, those of new indices become zero: the product
+    with the 0/1 matrix `P_old^T P_new`, without the product.
+
+    Args:
+        moment: `(..., rows, rank)`; modified in place.
+        old, new: `(..., rank)` integers, sorted and distinct; may lack leading axes of `moment`.
+    """
+    place = torch.searchsorted(old, new).clamp_(max=old.shape[-1] - 1)
+    stays = old.gather(-1, place) == new
+    columns = place.unsqueeze(-2).expand(moment.shape)
+    moment.copy_(moment.gather(-1, columns).mul_(stays.unsqueeze(-2)))

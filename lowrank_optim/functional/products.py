@@ -1,0 +1,75 @@
+"""Norms and products of matrices that are never widened whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22
+"""Elements of a matrix that are widened or copied at once, where a temporary cannot be avoided."""
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the arithmetic: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_chunks(rows: int, row_size: int) -> Iterator[slice]:
+    """Yield slices of the rows that hold at most `CHUNK` elements each, and at least one row."""
+    size = max(1, CHUNK // max(1, row_size))
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
+
+
+def row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the l2 norm of each row, `(..., rows, cols)` to `(..., rows, 1)`, in `dtype`."""
+    if x.dtype == dtype:
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norms
+    parts = [
+        torch.linalg.vector_norm(x[..., rows, :].to(dtype), dim=-1, keepdim=True)
+        for rows in row_chunks(x.shape[-2], x.numel() // max(1, x.shape[-2]))
+    ]
+    return torch.cat(parts, dim=-2)
+
+
+def peaks(x: Tensor) -> Tensor:
+    """Return the largest absolute value of each matrix, `(..., 1, 1)`; nan where one is."""
+    peak: Tensor = torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True)
+    return peak
+
+
+def usable(grad: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Return `(..., 1, 1)` booleans, without a host sync: finite, not all zero, and wanted?"""
+    peak = peaks(grad)
+    good = peak.isfinite() & (peak > 0)
+    return good if wanted is None else good & wanted
+
+
+def product(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `grad @ factor` in `dtype`, without widening a half-precision gradient whole.
+
+    bfloat16 is multiplied as it is, and summed in float32; float16, whose sums would overflow, is
+    widened some rows at a time.
+
+    Args:
+        grad: `(..., rows, cols)`.
+        factor: `(..., cols, k)`.
+        dtype: of the arithmetic.
+    """
+    if grad.dtype != torch.float16:
+        return (grad @ factor.to(grad.dtype)).to(dtype)
+    chunks = row_chunks(grad.shape[-2], grad.numel() // grad.shape[-2])
+    return torch.cat([grad[..., rows, :].to(dtype) @ factor.to(dtype) for rows in chunks], dim=-2)
+
+
+def product_t(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `grad^T @ factor`, as `product` does: `(..., rows, k)` to `(..., cols, k)`."""
+    if grad.dtype != torch.float16:
+        return (grad.mT @ factor.to(grad.dtype)).to(dtype)
+    chunks = row_chunks(grad.shape[-2], grad.numel() // grad.shape[-2])
+    parts = [grad[..., rows, :].mT.to(dtype) @ factor[..., rows, :].to(dtype) for rows in chunks]
+    return torch.stack(parts).sum(0)

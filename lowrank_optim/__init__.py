@@ -1,5 +1,7 @@
 """Drop-in PyTorch optimizers whose state is small because the gradient is projected first."""
 
+from pathlib import Path
+
 from ._version import __version__
 from .groups import param_groups
 from .memory import predicted_bytes, state_bytes
@@ -10,6 +12,11 @@ from .projectors import DCT, SVD, Blocks, Columns, Power, Random
 from .residuals import Drop, GradScaled, NormScaled, StateFree
 from .rules import SGDM, Adam, Lion
 from .settings import SettingError
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "pyproject.toml").is_file():
+    # A bare checkout: there the kernels lie beside this folder, once installed inside it.
+    __path__.append(str(_root))
 
 __all__ = [
     "DCT", "SGDM", "SVD", "Adam", "ApolloAdamW", "Blocks", "Columns", "DCTAdamW", "Drop",

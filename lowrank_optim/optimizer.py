@@ -16,6 +16,8 @@ from .geometry import subspace_of
 from .guards import Work, flat_error, flat_piece, is_rehearsal, named, without_autocast
 from .plan import Job, Plan, Projector, Residual, Rule, Shared, Site
 from .settings import SettingError, plan_of
+from .storage import shape_of
+from .subspace import Watch, set_steps
 from .update import init_state, step_plain, step_projected
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -51,15 +53,21 @@ class LowRank(Optimizer):
             "reset" them and the bias correction, "rotate" them into the new basis, or "align" the
             new basis to the old one and keep them.
         state_dtype: dtype of moments and basis, e.g. torch.bfloat16 (moments are then rounded
-            stochastically); None is float32, and float64 for float64 parameters.
+            stochastically), or "8bit" (see `storage.Blockwise8`); None is float32, and float64 for
+            float64 parameters.
         stochastic_rounding: round bf16 weights up or down at random, so that small updates count on
             average; a function of (seed, step). Other dtypes are not affected.
         skip_nonfinite: check the gradients of the group first, and if any value is not finite leave
             all parameters and state as they are; counted in `skipped_steps`. One host sync a step.
         maximize: ascend instead of descend.
-        capturable: only False: see the error message.
+        capturable: keep counts on the device, so that a step between two refreshes can be captured
+            in a CUDA graph; see `step`.
         seed: a non-negative int; every random draw is a function of it and of the step.
-        impl: "auto" or "eager", which are the same: plain torch.
+        impl: "auto" runs Triton kernels on CUDA devices and plain torch elsewhere, "eager" plain
+            torch always, "triton" kernels or an error. `summary()` says what runs and why.
+        stagger: spread the refreshes of projectors that learn from the gradient over the interval,
+            after the first, so that no step has to do all of them; a matrix's first interval may
+            be shorter for it. Not with `capturable`.
 
     Raises:
         ValueError: a setting out of its range or misspelt in a group, no rank in any group, or a
@@ -70,6 +78,7 @@ class LowRank(Optimizer):
 
     _shared: Shared
     _shapes: dict[int, list[tuple[int, ...]]]
+    _watch: Watch
 
     def __init__(
         self,
@@ -94,6 +103,7 @@ class LowRank(Optimizer):
         capturable: bool = False,
         seed: int = 0,
         impl: str = "auto",
+        stagger: bool = True,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -115,6 +125,7 @@ class LowRank(Optimizer):
             "capturable": capturable,
             "seed": seed,
             "impl": impl,
+            "stagger": stagger,
             "skipped_steps": 0,
         }
         settings.check_values(defaults, "")
@@ -130,6 +141,7 @@ class LowRank(Optimizer):
         """Set what is derived and never saved to empty."""
         self._shared = Shared()
         self._shapes = {}
+        self._watch = Watch()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, a copy or a checkpoint; settings it lacks take our defaults."""
@@ -186,6 +198,7 @@ class LowRank(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._watch.read()
         found = self._checked()
         if self._is_skipped(found):
             return loss
@@ -195,13 +208,14 @@ class LowRank(Optimizer):
             self._warn_if_plain(work)
             if is_rehearsal(work):
                 return loss
+        waiting: list[Job] = []
         with without_autocast(work):
             for group, plan, jobs in work:
-                for job in jobs:
-                    if job.site is not None:
-                        step_projected(job, group, plan)
+                if projected := [job for job in jobs if job.site is not None]:
+                    waiting += step_projected(projected, group, plan)
                 if plain := [job for job in jobs if job.site is None]:
                     step_plain(plain, group, plan)
+            self._watch = Watch(waiting, work)
         self._shared.sweep()
         return loss
 
@@ -228,9 +242,8 @@ class LowRank(Optimizer):
                 if not state and (param.requires_grad or param.grad is not None):
                     state = self.state[param] = init_state(param, site, group, plan)
                 if param.grad is not None and state is not None:
-                    if site is not None:
-                        site.step = int(state["step"])
                     jobs.append(Job(param, param.grad, state, site, position))
+            set_steps(jobs)
             work.append((group, plan, jobs))
         return work
 
@@ -282,11 +295,11 @@ class LowRank(Optimizer):
             raise flat_error(self._name(index, place), piece)
         state = self.state.get(param)
         if state and not plan.projector.whole:
-            moment: Tensor = state[plan.rule.slots[0]]
-            fits = moment.shape == param.shape if site is None else moment.shape[-1] == site.rank
+            shape = shape_of(state, plan.rule.slots[0])
+            fits = shape == param.shape if site is None else shape[-1] == site.rank
             if not fits:
                 raise RuntimeError(
-                    f"the state of {self._name(index, place)} has shape {tuple(moment.shape)}, "
+                    f"the state of {self._name(index, place)} has shape {tuple(shape)}, "
                     "which does not go with its group: rank and side cannot change once there is "
                     "state"
                 )

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .functional import Norms, Want
+
 State = dict[str, Any]
 Group = Mapping[str, Any]
 Moments = dict[str, Tensor]
-Draw = Callable[[], torch.Generator]
-"""Gives the generator of one parameter's step, the same one at every call."""
 
 
 class Shared:
@@ -82,19 +82,22 @@ class Site:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step adds to a weight, in three small pieces; no full matrix is formed.
+    """What a step adds to a weight, as four small factors; no matrix is formed.
 
-    update = low P^T + row_scale * G + sign * sgn(G - g P^T), with g the projected gradient.
-    The weight moves by `-lr * update`.
+    update = (direction * N + low * R) P^T + grad * G + sign * sgn(G - R P^T)
+    with G the gradient, R = G P its projection and N the rule's direction on R. The weight moves by
+    `-lr * update`.
 
     Attributes:
-        low: `(..., rows, rank)`, or None for nothing.
-        row_scale: `(..., rows, 1)`, a number, or None for nothing.
-        sign: factor of the sign term, 0 for none.
+        direction: a number.
+        low: a number, or one a row, `(..., rows, 1)`.
+        grad: likewise.
+        sign: a number.
     """
 
-    low: Tensor | None = None
-    row_scale: Tensor | float | None = None
+    direction: float = 0.0
+    low: Tensor | float = 0.0
+    grad: Tensor | float = 0.0
     sign: float = 0.0
 
 
@@ -143,11 +146,8 @@ class Projector(Protocol):
         finite or is all zero. Nothing here may wait for the device.
         """
 
-    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
-        """Return `G P`, `(..., rows, rank)`, in `site.dtype`."""
-
-    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
-        """Add `low P^T` to `out` `(..., rows, cols)`, in place."""
+    def factor(self, state: State, site: Site) -> Tensor:
+        """Return P, `(..., cols, rank)`, or `(rank,)` integers: P is a choice of columns."""
 
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
@@ -159,17 +159,23 @@ class Projector(Protocol):
 
 
 class Rule(Protocol):
-    """What turns gradients into a direction: Adam, Lion, momentum. It knows no lr and no decay."""
+    """What turns gradients into a direction: Adam, Lion, momentum. It knows no lr and no decay.
+
+    `slots` are its moments; those in `squares` are averages of squares and never negative.
+    """
 
     slots: ClassVar[tuple[str, ...]]
+    squares: ClassVar[tuple[str, ...]]
 
-    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+    def direction(
+        self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
+    ) -> Tensor:
         """Update the moments in place with the `count`-th gradient and return the direction."""
 
     def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
         """Carry moments of `count` gradients by `P_old^T P_new` `(..., rank, rank)`, in place."""
 
-    def uncorrected(self, count: int, group: Group) -> float:
+    def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
         """Return the factor from the direction to the one without bias correction."""
 
     def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
@@ -182,40 +188,47 @@ class Rule(Protocol):
 class Residual(Protocol):
     """What happens to the part of the gradient that the projection drops.
 
-    `needs_norms` says that it compares rows of `low` with rows of the gradient.
+    `want` says which results of `functional.project_moments` it and its update need; `keys` are
+    the names of its state, one number a matrix each.
     """
 
-    needs_norms: ClassVar[bool]
+    @property
+    def want(self) -> Want:
+        """What has to be computed."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Names of its state."""
 
     def init(self, batch: tuple[int, ...], site: Site) -> State:
-        """Return its state for one parameter."""
+        """Return its state for one parameter: tensors of shape `batch`."""
 
     def update(
         self,
-        grad: Tensor,
-        low: Tensor,
-        direction: Tensor,
+        norms: Norms | None,
         state: State,
+        rank: int,
         group: Group,
-        uncorrected: float,
+        uncorrected: float | Tensor,
     ) -> Update:
-        """Return the update made of the direction and of what was dropped; state in place."""
+        """Return the factors of the update, from row norms; state in place."""
 
 
 class Storage(Protocol):
-    """How one moment lies in memory."""
+    """How moments are made; how one lies in memory can be seen from the state."""
 
     def dtype(self, like: Tensor) -> torch.dtype:
-        """Return the dtype of the state of a parameter, its basis included."""
+        """Return the dtype of a dense moment of a parameter, and of a basis."""
 
-    def zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a zero moment of `shape` on the device of `like`."""
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, whole: bool) -> State:
+        """Return the entries of a zero moment on the device of `like`.
 
-    def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the moment in the dtype of the arithmetic; the stored one itself if that fits."""
-
-    def store(self, stored: Tensor, value: Tensor, draw: Draw) -> None:
-        """Write a loaded and changed moment back; `draw` gives randomness for the rounding."""
+        Args:
+            slot: name of the moment.
+            shape: of the moment.
+            like: the parameter.
+            whole: whether the moment is that of a whole parameter, which is not projected.
+        """
 
 
 @dataclass(frozen=True)
@@ -236,7 +249,7 @@ class Plan:
                 f"on_refresh={self.on_refresh!r} does not go with the projector {name}: "
                 f"choose one of {', '.join(map(repr, self.projector.on_refresh))}"
             )
-        if self.residual.needs_norms and self.projector.whole:
+        if self.residual.want.norms and self.projector.whole:
             raise ValueError(
                 f"the residual {type(self.residual).__name__} does not go with the projector "
                 f"{name}: a matrix that sits out has no projected gradient to compare norms "

@@ -1,8 +1,8 @@
 """The published methods as settings of one engine; no logic.
 
 Each takes the settings of `LowRank` that all methods share as keywords too: rank, side, seed,
-state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl. Memory is given for a
-matrix of m rows and n columns, m >= n, at rank r.
+state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl, stagger. Memory is
+given for a matrix of m rows and n columns, m >= n, at rank r.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Common(TypedDict, total=False):
     capturable: bool
     seed: int
     impl: str
+    stagger: bool
 
 
 class GaLoreAdamW(LowRank):

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .functional import row_norms
+from .functional import Norms, Want
 from .plan import Group, Residual, Site, State, Update
 
 TINY = 1e-8
@@ -59,7 +58,15 @@ class Drop:
         Projection", arXiv 2403.03507.
     """
 
-    needs_norms: ClassVar[bool] = False
+    @property
+    def want(self) -> Want:
+        """The direction alone."""
+        return Want(low=False, norms=False)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """No state."""
+        return ()
 
     def init(self, batch: tuple[int, ...], site: Site) -> State:
         """Return no state."""
@@ -67,15 +74,14 @@ class Drop:
 
     def update(
         self,
-        grad: Tensor,
-        low: Tensor,
-        direction: Tensor,
+        norms: Norms | None,
         state: State,
+        rank: int,
         group: Group,
-        uncorrected: float,
+        uncorrected: float | Tensor,
     ) -> Update:
-        """Return `k N` as the low part."""
-        return Update(low=direction * group["scale"])
+        """Return k as the factor of N."""
+        return Update(direction=group["scale"])
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,21 @@ class NormScaled:
 
     limiter: float | None = 1.01
     form: str = "code"
-    needs_norms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_limiter(self.limiter)
         if self.form not in ("code", "paper"):
             raise ValueError(f'form must be "code" or "paper", got {self.form!r}')
+
+    @property
+    def want(self) -> Want:
+        """Everything."""
+        return Want()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The limiter's norm, if there is one."""
+        return () if self.limiter is None else ("residual_norm",)
 
     def init(self, batch: tuple[int, ...], site: Site) -> State:
         """Return `residual_norm`, one number a matrix."""
@@ -115,27 +130,24 @@ class NormScaled:
 
     def update(
         self,
-        grad: Tensor,
-        low: Tensor,
-        direction: Tensor,
+        norms: Norms | None,
         state: State,
+        rank: int,
         group: Group,
-        uncorrected: float,
+        uncorrected: float | Tensor,
     ) -> Update:
-        """Return `k N - c phi R` as the low part and phi as the row factor, both limited."""
+        """Return k as the factor of N, phi as that of G and -c phi as that of R, both limited."""
+        assert norms is not None
         kept = group["scale"] if self.form == "code" else 1.0
-        low_norms = row_norms(low, low.dtype)
-        phi = row_norms(direction, low.dtype) / (low_norms + TINY)
-        factor: Tensor | float = 1.0
+        phi = norms.direction / (norms.low + TINY)
         if self.limiter is not None:
-            whole_row = row_norms(grad, low.dtype).square()
-            dropped = whole_row - (2 * kept - kept**2) * low_norms.square()
-            noise = 16 * torch.finfo(low.dtype).eps * whole_row
+            whole_row = norms.grad.square()
+            dropped = whole_row - (2 * kept - kept**2) * norms.low.square()
+            noise = 16 * torch.finfo(phi.dtype).eps * whole_row
             dropped.masked_fill_(dropped < noise, 0)
             norm = phi.square().mul_(dropped).sum((-2, -1)).sqrt() * uncorrected
-            factor = limit(norm, state, self.limiter)
-        phi = phi * factor
-        return Update(low=direction * group["scale"] - kept * phi * low, row_scale=phi)
+            phi = phi * limit(norm, state, self.limiter)
+        return Update(direction=group["scale"], low=phi * -kept, grad=phi)
 
 
 @dataclass(frozen=True)
@@ -158,7 +170,6 @@ class StateFree:
 
     form: str = "sign"
     scale: float = 1.0
-    needs_norms: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.form not in ("sign", "sgd", "none"):
@@ -167,26 +178,34 @@ class StateFree:
         if not number or not 0 <= self.scale < math.inf:
             raise ValueError(f"state_free_scale must be a number from 0, got {self.scale!r}")
 
+    @property
+    def want(self) -> Want:
+        """The direction, and the projected gradient if the rest is used."""
+        return Want(low=self.form != "none", norms=False)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """No state."""
+        return ()
+
     def init(self, batch: tuple[int, ...], site: Site) -> State:
         """Return no state."""
         return {}
 
     def update(
         self,
-        grad: Tensor,
-        low: Tensor,
-        direction: Tensor,
+        norms: Norms | None,
         state: State,
+        rank: int,
         group: Group,
-        uncorrected: float,
+        uncorrected: float | Tensor,
     ) -> Update:
-        """Return `k N` and the sign's factor, or `k N - c R` and the row factor c."""
-        inside = direction * group["scale"]
+        """Return k as the factor of N and c as that of the sign, or c of G and -c of R."""
         if self.form == "sign":
-            return Update(low=inside, sign=self.scale)
+            return Update(direction=group["scale"], sign=self.scale)
         if self.form == "sgd":
-            return Update(low=inside - self.scale * low, row_scale=self.scale)
-        return Update(low=inside)
+            return Update(direction=group["scale"], low=-self.scale, grad=self.scale)
+        return Update(direction=group["scale"])
 
 
 @dataclass(frozen=True)
@@ -212,12 +231,21 @@ class GradScaled:
 
     limiter: float | None = 1.01
     per: str = "auto"
-    needs_norms: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_limiter(self.limiter)
         if self.per not in ("auto", "row", "tensor"):
             raise ValueError(f'per must be "auto", "row" or "tensor", got {self.per!r}')
+
+    @property
+    def want(self) -> Want:
+        """Norms alone: there is no lift."""
+        return Want(low=False, direction=False)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The limiter's norm, if there is one."""
+        return () if self.limiter is None else ("residual_norm",)
 
     def init(self, batch: tuple[int, ...], site: Site) -> State:
         """Return `residual_norm`, one number a matrix."""
@@ -225,21 +253,20 @@ class GradScaled:
 
     def update(
         self,
-        grad: Tensor,
-        low: Tensor,
-        direction: Tensor,
+        norms: Norms | None,
         state: State,
+        rank: int,
         group: Group,
-        uncorrected: float,
+        uncorrected: float | Tensor,
     ) -> Update:
-        """Return phi as the row factor and no low part."""
-        grad_norms = row_norms(grad, low.dtype)
-        low_norms, norms = row_norms(low, low.dtype), row_norms(direction, low.dtype)
-        if self.per == "tensor" or (self.per == "auto" and low.shape[-1] == 1):
-            low_norms, norms = whole(low_norms), whole(norms)
-        phi = math.sqrt(group["scale"]) * norms / (low_norms + TINY)
-        norm = (phi * grad_norms).square_().sum((-2, -1)).sqrt() * uncorrected
-        return Update(row_scale=phi * limit(norm, state, self.limiter))
+        """Return phi as the factor of G, and nothing else."""
+        assert norms is not None
+        low, direction = norms.low, norms.direction
+        if self.per == "tensor" or (self.per == "auto" and rank == 1):
+            low, direction = whole(low), whole(direction)
+        phi = math.sqrt(group["scale"]) * direction / (low + TINY)
+        norm = (phi * norms.grad).square_().sum((-2, -1)).sqrt() * uncorrected
+        return Update(grad=phi * limit(norm, state, self.limiter))
 
 
 def whole(norms: Tensor) -> Tensor:

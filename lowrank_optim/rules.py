@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,11 +24,14 @@ class Adam:
     """
 
     slots: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    squares: ClassVar[tuple[str, ...]] = ("exp_avg_sq",)
 
-    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
-        """Update both moments in place and return N, see `functional.adam_moments`."""
+    def direction(
+        self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
+    ) -> Tensor:
+        """Update both moments in place and return N, see `functional.adam`."""
         beta1, beta2 = group["betas"]
-        return functional.adam_moments(
+        return functional.adam(
             grad, moments["exp_avg"], moments["exp_avg_sq"], count, beta1, beta2, group["eps"]
         )
 
@@ -39,10 +41,10 @@ class Adam:
             moments["exp_avg"], moments["exp_avg_sq"], rotation, count, *group["betas"]
         )
 
-    def uncorrected(self, count: int, group: Group) -> float:
+    def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
         """Return (1-b1^t) / sqrt(1-b2^t)."""
-        beta1, beta2 = group["betas"]
-        return float((1 - beta1**count) / math.sqrt(1 - beta2**count))
+        correction1, correction2 = functional.bias_corrections(count, *group["betas"])
+        return correction1 / correction2
 
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
         """Call torch's own functional AdamW where parameter, gradient and moments agree in dtype.
@@ -69,6 +71,7 @@ class Adam:
                 weight_decay=group["weight_decay"],
                 eps=group["eps"],
                 maximize=group["maximize"],
+                capturable=group["capturable"] and native[0].param.is_cuda,
             )
         return [job for job in jobs if not self._is_native(job)]
 
@@ -80,7 +83,8 @@ class Adam:
     def _is_native(self, job: Job) -> bool:
         dtype = job.param.dtype
         exact = dtype in (torch.float32, torch.float64) and job.grad.dtype == dtype
-        return exact and all(job.state[slot].dtype == dtype for slot in self.slots)
+        stored = [job.state.get(slot) for slot in self.slots]
+        return exact and all(moment is not None and moment.dtype == dtype for moment in stored)
 
 
 def wants_fused(param: Tensor, group: Group) -> bool | None:
@@ -96,12 +100,13 @@ class _OneMoment:
     """What rules with one, linear moment have in common."""
 
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    squares: ClassVar[tuple[str, ...]] = ()
 
     def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
         """Carry the moment in place: M <- M Q, exactly."""
         moments["exp_avg"].copy_(moments["exp_avg"] @ rotation)
 
-    def uncorrected(self, count: int, group: Group) -> float:
+    def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
         """Return 1: there is no bias correction."""
         return 1.0
 
@@ -125,7 +130,9 @@ class Lion(_OneMoment):
     Reference: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
     """
 
-    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+    def direction(
+        self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
+    ) -> Tensor:
         """Update the moment in place and return the sign of the interpolation."""
         beta1, beta2 = group["betas"]
         moment = moments["exp_avg"]
@@ -141,7 +148,9 @@ class SGDM(_OneMoment):
     M <- b1 M + g,  N = M,  with b1 the first of the group's `betas`.
     """
 
-    def direction(self, grad: Tensor, moments: Moments, count: int, group: Group) -> Tensor:
+    def direction(
+        self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
+    ) -> Tensor:
         """Update the moment in place and return a copy of it."""
         return moments["exp_avg"].mul_(group["betas"][0]).add_(grad).clone()
 

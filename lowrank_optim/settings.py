@@ -17,7 +17,7 @@ from .plan import Group, Plan, Projector, Residual, Rule
 from .projectors import PROJECTORS
 from .residuals import RESIDUALS
 from .rules import RULES
-from .storage import DTYPES, Dense
+from .storage import DTYPES, STORAGES
 
 SIDES = ("auto", "left", "right", "reverse")
 ON_REFRESH = ("keep", "reset", "rotate", "align")
@@ -152,21 +152,10 @@ def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any
 def state_dtype(key: str, value: Any, where: str) -> str | None:
     """Check state_dtype and return it as a name, which a checkpoint can hold."""
     name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    if name is not None and (not isinstance(name, str) or name not in DTYPES):
+    if name is not None and (not isinstance(name, str) or name not in STORAGES):
         names = ", ".join(f"torch.{name}" for name in DTYPES)
-        raise fail(where, key, value, f"None or one of {names}")
+        raise fail(where, key, value, f'None, "8bit" or one of {names}')
     return name
-
-
-def not_yet(reason: str) -> Callable[[str, Any, str], Any]:
-    """Return a check that refuses True with a reason."""
-
-    def check(key: str, value: Any, where: str) -> Any:
-        if flag(key, value, where):
-            raise SettingError(f"{key}=True{where}: {reason}")
-        return value
-
-    return check
 
 
 CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
@@ -186,12 +175,10 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "stochastic_rounding": flag,
     "skip_nonfinite": flag,
     "maximize": flag,
-    "capturable": not_yet(
-        "a projected step decides on the host when to refresh and cannot be captured in a CUDA "
-        "graph; leave it False"
-    ),
+    "capturable": flag,
     "seed": integer(0),
-    "impl": one_of("auto", "eager"),
+    "impl": one_of("auto", "eager", "triton"),
+    "stagger": flag,
     "skipped_steps": integer(0),
 }
 
@@ -284,7 +271,7 @@ def _plan(
         rule=RULES[rule] if isinstance(rule, str) else rule,
         projector=PROJECTORS[projector] if isinstance(projector, str) else projector,
         residual=RESIDUALS[residual] if isinstance(residual, str) else residual,
-        storage=Dense(dtype),
+        storage=STORAGES[dtype],
         side=side,
         on_refresh=on_refresh,
     )

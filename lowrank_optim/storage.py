@@ -1,20 +1,27 @@
-"""How moments lie in memory."""
+"""How moments are made, and how they are found in a state."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .functional import compute_dtype, stochastic_round
-from .plan import Draw
+from .functional import BLOCK, Noise, Stored, bits_of, compute_dtype, load, store
+from .plan import Moments, Rule, State, Storage
+
+Held = dict[str, Stored]
+"""Moments as they lie in memory, by name."""
 
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
     "bfloat16": torch.bfloat16,
 }
+
+LEAST = 4096
+"""Elements from which on a moment of a whole parameter is kept in 8 bits, as in bitsandbytes."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +39,93 @@ class Dense:
         """Return the dtype that the state of a parameter gets."""
         return compute_dtype(like.dtype) if self.name is None else DTYPES[self.name]
 
-    def zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return a zero moment of `shape` on the device of `like`."""
-        return torch.zeros(shape, dtype=self.dtype(like), device=like.device)
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, whole: bool) -> State:
+        """Return one tensor; that of a whole parameter has its strides."""
+        if whole:
+            return {slot: torch.zeros_like(like, dtype=self.dtype(like), requires_grad=False)}
+        return {slot: torch.zeros(shape, dtype=self.dtype(like), device=like.device)}
 
-    def load(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the moment in `dtype`: the stored tensor itself where it has it."""
-        return stored.to(dtype)
 
-    def store(self, stored: Tensor, value: Tensor, draw: Draw) -> None:
-        """Write a changed moment back.
+@dataclass(frozen=True)
+class Blockwise8:
+    """Moments of one byte a value, in blocks of at most 256 values of a row with a scale each.
 
-        bfloat16 is rounded stochastically: an average with a decay of 0.999 changes by less than
-        half a unit in the last place of bfloat16 a step, and would never fall.
+    The codes are those of bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
+    of whole parameters below 4096 elements stay float32, and a basis is bfloat16.
+
+    Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
+    """
+
+    def dtype(self, like: Tensor) -> torch.dtype:
+        """Return the dtype of a basis."""
+        return torch.bfloat16
+
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, whole: bool) -> State:
+        """Return `codes` of the moment's shape and `scale`, a number a block.
+
+        A row is the last axis of a projected moment, and all axes but the first of a whole one.
         """
-        if stored is value:
-            return
-        bfloat16 = stored.dtype == torch.bfloat16
-        stored.copy_(stochastic_round(value, draw()) if bfloat16 else value)
+        if whole and like.numel() < LEAST:
+            return Dense().zeros(slot, shape, like, whole)
+        rows, length = tuple(shape[:-1]), shape[-1]
+        if whole and len(shape) > 1:
+            rows, length = tuple(shape[:1]), torch.Size(shape[1:]).numel()
+        blocks = -(-length // BLOCK)
+        return {
+            f"{slot}.codes": torch.zeros(shape, dtype=torch.uint8, device=like.device),
+            f"{slot}.scale": torch.zeros((*rows, blocks), dtype=torch.float32, device=like.device),
+        }
+
+
+def stored(state: State, slot: str) -> Stored:
+    """Return a moment as it lies in a state: a tensor, or codes and scale."""
+    dense: Tensor | None = state.get(slot)
+    return dense if dense is not None else (state[f"{slot}.codes"], state[f"{slot}.scale"])
+
+
+def moments_of(state: State, rule: Rule) -> Held:
+    """Return all moments as they lie in a state."""
+    return {slot: stored(state, slot) for slot in rule.slots}
+
+
+def load_moments(held: Held, rule: Rule, dtype: torch.dtype) -> Moments:
+    """Return moments in the dtype of the arithmetic; a stored tensor itself where it has that."""
+    return {slot: load(moment, dtype, slot in rule.squares) for slot, moment in held.items()}
+
+
+def store_moments(
+    held: Held,
+    moments: Moments,
+    rule: Rule,
+    noise: Noise,
+    *,
+    whole: bool = False,
+    carried: bool = False,
+) -> None:
+    """Write loaded and changed moments back, in place.
+
+    Args:
+        held: what they were loaded from.
+        moments: their values.
+        rule: whose moments they are.
+        noise: source of random bits.
+        whole: whether they are those of a whole parameter.
+        carried: whether they were carried into a new subspace, which draws bits of its own.
+    """
+    for place, (slot, value) in enumerate(moments.items()):
+        kind = 1 + place + len(moments) * carried
+        square = slot in rule.squares
+        store(held[slot], value, square, partial(bits_of, noise, kind, value, whole))
+
+
+def shape_of(state: State, slot: str) -> torch.Size:
+    """Return the shape of a moment."""
+    moment = stored(state, slot)
+    return (moment if isinstance(moment, Tensor) else moment[0]).shape
+
+
+STORAGES: dict[str | None, Storage] = {
+    None: Dense(),
+    **{name: Dense(name) for name in DTYPES},
+    "8bit": Blockwise8(),
+}

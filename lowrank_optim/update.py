@@ -1,25 +1,30 @@
-"""One parameter's step: orient, refresh, project, moments, residual, write."""
+"""One step of a group's parameters: project, moments, residual, write."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import dispatch, fused
 from .functional import (
+    WEIGHT,
+    Norms,
+    bits_of,
     compute_dtype,
-    generator,
+    down,
     lift_write,
-    peaks,
     round_into_,
     row_chunks,
-    usable,
+    row_norms,
 )
 from .geometry import oriented
-from .plan import Draw, Group, Job, Matrix, Plan, Site, State
+from .plan import Group, Job, Plan, Site, State
+from .rates import age_of, noise_of, rates_of, rounds
+from .storage import load_moments, moments_of, store_moments
+from .subspace import move_subspaces
 
 
 def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> State:
@@ -29,25 +34,27 @@ def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> St
     slots, storage = plan.rule.slots, plan.storage
     if site is None:
         for slot in slots:
-            zeros = storage.zeros(param, tuple(param.shape))
-            state[slot] = torch.empty_like(param, dtype=zeros.dtype).copy_(zeros)
+            state.update(storage.zeros(slot, tuple(param.shape), param, True))
         return state
     _, view = oriented(param, plan.side)
     batch, rows = tuple(view.shape[:-2]), view.shape[-2]
     for slot in slots:
-        state[slot] = storage.zeros(param, (*batch, rows, plan.projector.width(site)))
+        shape = (*batch, rows, plan.projector.width(site))
+        state.update(storage.zeros(slot, shape, param, False))
     if plan.on_refresh == "reset":
-        state["age"] = 0
+        state["age"] = torch.zeros_like(state["step"])
     if plan.projector.learns:
-        state["pending"] = torch.Size(batch).numel()
+        state["pending"] = 1
     state.update(plan.projector.init(batch, storage.dtype(param), site))
     state.update(plan.residual.init(batch, site))
     return state
 
 
 def step_device(param: Tensor, site: Site | None, group: Group, plan: Plan) -> torch.device:
-    """Return where the step count lives: with the host, but where a fused kernel reads it."""
+    """Return where the counts live: with the host, but where a kernel or a graph reads them."""
     host = torch.device("meta" if param.device.type == "meta" else "cpu")
+    if group["capturable"]:
+        return param.device
     if site is None and plan.rule.counts_on_device(param, plan.storage.dtype(param), group):
         return param.device
     return host
@@ -60,140 +67,105 @@ def template(param: Tensor, site: Site | None, group: Group, plan: Plan) -> Stat
     return init_state(torch.empty_like(param, device=meta), site, group, plan)
 
 
-def step_projected(job: Job, group: Group, plan: Plan) -> None:
-    """Do one step of a projected parameter, in place."""
-    param, state, site = job.param, job.state, job.site
+def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
+    """Do one step of projected parameters, in place; return those whose subspace is still unset."""
+    waiting = move_subspaces(jobs, group, plan)
+    with_kernels = []
+    for job in jobs:
+        job.state["step"] += 1
+        if "age" in job.state:
+            job.state["age"] += 1
+        if dispatch.refusal(plan, group, job) is None:
+            with_kernels.append(job)
+        else:
+            step_eagerly(job, group, plan)
+    if with_kernels:
+        fused.step_projected(with_kernels, group, plan)
+    return waiting
+
+
+def step_eagerly(job: Job, group: Group, plan: Plan) -> None:
+    """Do one step of a projected parameter whose subspace is in place, in plain torch."""
+    param, state, site, rule = job.param, job.state, job.site, plan.rule
     assert site is not None
-    lr, draw = rate_of(group), generator_of(param, site.step, group, job.position)
     matrix, view = oriented(param, plan.side)
     _, grad = oriented(job.grad, plan.side)
-    low = refresh(grad, state, site, group, plan, draw)
-    if low is None:
-        low = plan.projector.down(grad, state, site)
-    state["step"] += 1
-    count = site.step + 1
-    if plan.on_refresh == "reset":
-        state["age"] = count = state["age"] + 1
+    factor = plan.projector.factor(state, site)
+    noise, count = noise_of(job, group), age_of(job, group)
+    low = down(grad, factor, site.dtype)
 
-    moments = {slot: plan.storage.load(state[slot], site.dtype) for slot in plan.rule.slots}
-    direction = plan.rule.direction(low, moments, count, group)
-    for slot, value in moments.items():
-        plan.storage.store(state[slot], value, draw)
+    held = moments_of(state, rule)
+    moments = load_moments(held, rule, site.dtype)
+    direction = rule.direction(low, moments, count, group)
+    store_moments(held, moments, rule, noise)
 
-    uncorrected = plan.rule.uncorrected(count, group)
-    update = plan.residual.update(grad, low, direction, state, group, uncorrected)
+    want = plan.residual.want
+    norms = None
+    if want.norms:
+        norms = Norms(*(row_norms(x, site.dtype) for x in (grad, low, direction)))
+    uncorrected = rule.uncorrected(count, group)
+    update = plan.residual.update(norms, state, low.shape[-1], group, uncorrected)
+    update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
+    step_size, decay = rates_of(group)
     lift_write(
-        view,
-        grad,
-        step_size=lr if group["maximize"] else -lr,
-        decay=1 - lr * group["weight_decay"],
-        low=update.low,
-        row_scale=update.row_scale,
-        sign=update.sign,
-        projected=low if update.sign else None,
-        lift_=lambda out, part: plan.projector.lift_(out, part, state, site),
-        rng=draw() if rounds(param, group) else None,
+        [view],
+        [grad],
+        [factor],
+        low.unsqueeze(0),
+        direction.unsqueeze(0),
+        update,
+        step_size,
+        decay,
+        [noise] if rounds(param, group) else None,
     )
     if matrix.data_ptr() != param.data_ptr():
         param.copy_(matrix.view(param.shape))
 
 
-def rate_of(group: Group) -> float | Tensor:
-    """Return the learning rate as a number or a 0-d tensor."""
-    lr: float | Tensor = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr
-
-
-def refresh(
-    grad: Tensor, state: State, site: Site, group: Group, plan: Plan, draw: Draw
-) -> Tensor | None:
-    """Move the subspace if it is time, and what depends on it; return `low` if it came out.
-
-    It is time every `gap` updates, when a block's turn ends, and, for matrices that have not had a
-    usable gradient yet (zero-initialised layers, experts that no token has reached), as soon as
-    they have one. Only these are looked for on the host, while `pending` counts any.
-    """
-    projector, rule = plan.projector, plan.rule
-    first: Tensor = state[rule.slots[0]]
-    arrived = None
-    if state.get("pending"):
-        unset, good = peaks(first) == 0, usable(grad)
-        state["pending"] = int((unset & ~good).sum())
-        arrived = unset & good
-    if site.step % site.gap == 0 or first.shape[-1] != projector.width(site):
-        return move(grad, state, site, group, plan, draw)
-    if arrived is not None and arrived.any():
-        projector.refresh([Matrix(grad, state, replace(site, wanted=arrived))])
-    return None
-
-
-def move(
-    grad: Tensor, state: State, site: Site, group: Group, plan: Plan, draw: Draw
-) -> Tensor | None:
-    """Move the subspace and do with the moments what `on_refresh` says, in place."""
-    projector, storage = plan.projector, plan.storage
-    carries = plan.on_refresh in ("rotate", "align") and site.step > 0
-    before = snapshot(state, projector.keys) if carries else {}
-    projector.refresh([Matrix(grad, state, site)])
-    low = None
-    if plan.on_refresh == "reset":
-        state["age"] = 0
-        width = projector.width(site)
-        for slot in plan.rule.slots:
-            moment: Tensor = state[slot]
-            if moment.shape[-1] == width:
-                moment.zero_()
-            else:
-                state[slot] = storage.zeros(moment, (*moment.shape[:-1], width))
-    elif carries and plan.on_refresh == "align":
-        projector.align(before, state)
-        low = None
-    elif carries:
-        moments = {slot: storage.load(state[slot], site.dtype) for slot in plan.rule.slots}
-        projector.transport(plan.rule, moments, before, state, site, group)
-        for slot, value in moments.items():
-            storage.store(state[slot], value, draw)
-    return low
-
-
-def snapshot(state: State, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return copies of some entries of a state."""
-    return {
-        key: state[key].clone() if isinstance(state[key], Tensor) else state[key] for key in keys
-    }
-
-
-def rounds(param: Tensor, group: Group) -> bool:
-    """Return whether the weight is rounded stochastically."""
-    return group["stochastic_rounding"] and param.dtype == torch.bfloat16
-
-
-def generator_of(param: Tensor, step: int, group: Group, position: int) -> Draw:
-    """Return what gives the generator of one parameter's step, made when first asked for."""
-    return cache(lambda: generator(param.device, group["seed"], step, position))
+def in_list(factor: Tensor | float) -> Tensor | float:
+    """Return a factor of one matrix as that of a list of one."""
+    return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """Do one step of parameters that are not projected, in place.
 
-    What the rule cannot do whole is done here in the dtype of the arithmetic, some rows at a time.
+    What the rule cannot do whole is done by a kernel, or here in the dtype of the arithmetic, some
+    rows at a time.
     """
-    lr = rate_of(group)
-    step_size, decay = lr if group["maximize"] else -lr, 1 - lr * group["weight_decay"]
-    for param, grad, state, _, position in plan.rule.step_plain(jobs, group):
-        done, dtype = int(state["step"]), compute_dtype(param.dtype)
-        state["step"] += 1
-        draw = generator_of(param, done, group, position)
-        flat = param.ndim == 0
-        length = 1 if flat else param.shape[0]
-        for rows in row_chunks(length, param.numel() // max(1, length)):
-            part: slice | None = None if flat else rows
-            stored = {slot: state[slot][part] for slot in plan.rule.slots}
-            moments = {slot: plan.storage.load(x, dtype) for slot, x in stored.items()}
-            direction = plan.rule.direction(grad[part].to(dtype), moments, done + 1, group)
-            for slot, value in moments.items():
-                plan.storage.store(stored[slot], value, draw)
-            target = param[part]
-            out = target.to(dtype)
-            rng = draw() if rounds(param, group) else None
-            round_into_(target, out.mul_(decay).add_(direction * step_size), rng)
+    with_kernels = []
+    for job in plan.rule.step_plain(jobs, group):
+        job.state["step"] += 1
+        if dispatch.refusal(plan, group, job) is None:
+            with_kernels.append(job)
+        else:
+            step_plain_eagerly(job, group, plan)
+    if with_kernels:
+        fused.step_plain(with_kernels, group, plan)
+
+
+def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
+    """Do one step of a parameter that is not projected, in plain torch."""
+    param, rule, dtype = job.param, plan.rule, compute_dtype(job.param.dtype)
+    noise, count = noise_of(job, group), age_of(job, group)
+    step_size, decay = rates_of(group)
+    length = param.shape[0] if param.ndim > 1 else 1
+    for rows in row_chunks(length, param.numel() // max(1, length)):
+        part = rows if param.ndim > 1 else ...
+        here = noise._replace(stream=noise.stream + rows.start)
+        held = {slot: part_of(moment, part) for slot, moment in moments_of(job.state, rule).items()}
+        moments = load_moments(held, rule, dtype)
+        direction = rule.direction(job.grad[part].to(dtype), moments, count, group)
+        store_moments(held, moments, rule, here, whole=True)
+        target = param[part]
+        out = target.to(dtype).mul_(decay).add_(direction.mul_(step_size))
+        round_into_(
+            target, out, bits_of(here, WEIGHT, target, True) if rounds(param, group) else None
+        )
+
+
+def part_of(moment: Any, part: Any) -> Any:
+    """Return some rows of a stored moment."""
+    if isinstance(moment, Tensor):
+        return moment[part]
+    return tuple(piece[part] for piece in moment)

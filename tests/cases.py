@@ -65,7 +65,7 @@ CASES = [
     Case("galore-rotate", GaLoreAdamW, {"on_refresh": "rotate"}),
     Case("galore-align", GaLoreAdamW, {"on_refresh": "align"}),
     Case("galore-power", GaLoreAdamW, {"projector": "power"}),
-    Case("galore-power-rotate", GaLoreAdamW, {"projector": Power(1, 4), "on_refresh": "rotate"}),
+    Case("galore-power-rotate", GaLoreAdamW, {"projector": Power(1), "on_refresh": "rotate"}),
     Case("galore-reverse", GaLoreAdamW, {"side": "reverse", "rank": 2}),
     Case("galore-bf16-state", GaLoreAdamW, {"state_dtype": torch.bfloat16}),
     Case("galore-rounding", GaLoreAdamW, {"stochastic_rounding": True}),

@@ -134,7 +134,6 @@ def test_callers_group_is_not_changed():
     ("factory", "message"),
     [
         (lambda: Power(0), "iterations"),
-        (lambda: Power(1, -1), "oversample"),
         (lambda: DCT("l3"), "norm"),
         (lambda: Blocks("zigzag"), "order"),
         (lambda: NormScaled(0.5), "limiter"),

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.fft
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim import DCT, SVD, Blocks, Columns, Power, Random, Site
 from lowrank_optim.functional import (
+    bases,
     canonical_signs,
     dct_basis,
     generator,
+    gram,
+    orthonormal_,
     select_moment,
     stochastic_round,
 )
 from lowrank_optim.plan import Matrix
+from lowrank_optim.projectors import power
 
 CPU = torch.device("cpu")
-BASES = [SVD(), Power(), Power(1, 0), DCT(), DCT("l2"), Random(), Columns()]
+BASES = [SVD(), Power(), Power(1), DCT(), DCT("l2"), Random(), Columns()]
 each_projector = pytest.mark.parametrize("projector", BASES, ids=repr)
 each_learned = pytest.mark.parametrize("projector", [p for p in BASES if p.learns], ids=repr)
 few = settings(max_examples=25, deadline=None)
@@ -91,25 +98,31 @@ def test_down_undoes_up_and_both_are_the_products(projector, problem):
 @given(problem=problems(), decay=st.floats(0.3, 0.9), moved=st.floats(0.0, 1.0))
 @settings(max_examples=80, deadline=None)
 def test_power_captures_what_svd_does(problem, decay, moved):
-    """On spectra that decay by a tenth or more a column: from nothing, and from another basis."""
-    site, shape = problem
+    """On spectra that decay by a tenth or more a column: from nothing, and from another basis.
+
+    A random start may by chance miss a direction of these few; so it is the mean of 16 matrices.
+    """
+    site, (*_, rows, cols) = problem
+    shape = (16, rows, cols)
     rng = torch.Generator().manual_seed(site.seed)
     left = torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=rng)).Q
-    spectrum = decay ** torch.arange(shape[-1], dtype=torch.float64)
+    spectrum = decay ** torch.arange(cols, dtype=torch.float64)
 
     def matrix(old):
-        noise = torch.randn(*shape[:-2], shape[-1], shape[-1], dtype=torch.float64, generator=rng)
+        noise = torch.randn(16, cols, cols, dtype=torch.float64, generator=rng)
         right = torch.linalg.qr(noise if old is None else (1 - moved) * old + moved * noise).Q
         return right, ((left * spectrum) @ right.mT).to(site.dtype)
 
     right, first = matrix(None)
     _, second = matrix(right)
-    state = Power().init(shape[:-2], site.dtype, site)
+    state = Power().init((16,), site.dtype, site)
+    best = float(spectrum[: site.rank].square().sum())
     for step, grad in enumerate((first, second)):
-        at = Site(site.rank, site.cols, site.dtype, CPU, site.seed, step)
+        at = replace(site, step=step)
         Power().refresh([Matrix(grad, state, at)])
-        best = energy(grad, SVD().basis(refreshed(SVD(), grad, at), at))
-        assert energy(grad, state["basis"]) >= 0.95 * best
+        shares = (grad @ state["basis"]).square().sum((-2, -1)) / best
+        assert float(shares.mean()) >= 0.98
+        assert float(shares.min()) >= 0.7
 
 
 def test_power_finds_directions_that_its_old_basis_knows_nothing_of():
@@ -119,6 +132,146 @@ def test_power_finds_directions_that_its_old_basis_knows_nothing_of():
     grad[:4, 10:14] = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64))
     Power().refresh([Matrix(grad, state, site)])
     assert energy(grad, state["basis"]) > 0.99
+
+
+WAITS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal")
+WAITS += ("linalg_eigh", "_linalg_eigh", "linalg_qr", "_linalg_svd", "linalg_svd", "linalg_inv")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where a value is read on the host, and at decompositions that check themselves there.
+
+    On "meta" tensors reading a value fails by itself.
+    """
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in WAITS, name
+        if name == "index":
+            assert all(i is None or i.dtype != torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("step", [0, 4])
+def test_power_does_not_wait_for_the_device(dtype, batch, step):
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    site = Site(rank=4, cols=9, dtype=work, device=CPU, step=step)
+    if batch:
+        site.wanted = torch.tensor([True, False, True]).view(3, 1, 1)
+    grads = [gradient((*batch, 12, 9), torch.float32, seed).to(dtype) for seed in range(3)]
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        float(grads[0].flatten()[0])
+    matrices = [Matrix(grad, Power().init(batch, work, site), site) for grad in grads]
+    with NoWaiting():
+        Power().refresh(matrices)
+
+
+def some_matrices(projector, batch, dtype, step=3):
+    """Six matrices of one shape: two random, a nan, a zero, one of rank one, one of another step.
+
+    Of each stack the middle one is not wanted.
+    """
+    site = Site(rank=4, cols=9, dtype=torch.float32, device=CPU, seed=5, step=step)
+    if batch:
+        site.wanted = torch.tensor([True, False, True]).view(3, 1, 1)
+    grads = [gradient((*batch, 12, 9), torch.float32, seed) for seed in range(6)]
+    grads[2].view(-1)[0] = float("nan")
+    grads[3].zero_()
+    grads[4].copy_(grads[4][..., :1] * grads[4][..., :1, :])
+    sites = [*[site] * 5, replace(site, step=0)]
+    return [
+        Matrix(grad.to(dtype), projector.init(batch, torch.float32, at), at)
+        for grad, at in zip(grads, sites, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("projector", [Power(), Power(1), SVD()], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("budget", [1, 9000, 1 << 26])
+def test_a_list_is_its_matrices_one_by_one(projector, dtype, batch, budget, monkeypatch):
+    """Whatever is refreshed together, cut stacks and bad neighbours included."""
+    monkeypatch.setattr(power, "BUDGET", budget)
+    together = some_matrices(projector, batch, dtype)
+    projector.refresh(together)
+    monkeypatch.undo()
+    first = torch.eye(9, 4)
+    eye = torch.eye(4).expand(*batch, -1, -1)
+    for number, (one, other) in enumerate(
+        zip(together, some_matrices(projector, batch, dtype), strict=True)
+    ):
+        projector.refresh([other])
+        basis, expected = one.state["basis"], other.state["basis"]
+        if number == 4:  # what lies beside its one direction is a matter of rounding
+            basis, expected = (other.grad.float() @ p @ p.mT for p in (basis, expected))
+        torch.testing.assert_close(basis, expected, rtol=0, atol=1e-3 if number == 4 else 1e-5)
+        basis = one.state["basis"]
+        torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=1e-5)
+        kept = (basis == first).flatten(-2).all(-1).flatten().tolist()
+        if batch:
+            bad = {2: [True, True, False], 3: [True] * 3}.get(number, [False, True, False])
+        else:
+            bad = [number in (2, 3)]
+        assert kept == bad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 40), (3, 60, 20), (700, 128)])
+@pytest.mark.parametrize("kind", ["random", "graded", "dependent", "scaled"])
+def test_cholesky_qr_is_orthonormal_and_keeps_the_span(dtype, shape, kind, monkeypatch):
+    monkeypatch.setattr(bases, "PARTS", 1 << 12)
+    x = gradient(shape, torch.float64)
+    if kind == "graded":
+        x = torch.linalg.qr(x).Q * torch.logspace(0, -5, shape[-1], dtype=torch.float64)
+        x = x @ torch.linalg.qr(gradient((shape[-1],) * 2, torch.float64)).Q
+    elif kind == "dependent":
+        x = x[..., :1] + 1e-6 * x
+    elif kind == "scaled":
+        x = x * torch.logspace(-30, 30, shape[-1], dtype=torch.float64)
+    x = x.to(dtype)
+    triangular = torch.linalg.qr(x.double())
+    span = triangular.Q * triangular.R.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    orthonormal_(x)
+    eye = torch.eye(shape[-1], dtype=torch.float64).expand(*shape[:-2], -1, -1)
+    exact = dtype == torch.float64
+    torch.testing.assert_close(gram(x), eye, rtol=0, atol=1e-10 if exact else 2e-6)
+    torch.testing.assert_close(x.double(), span, rtol=0, atol=1e-4)
+
+
+def test_gram_does_not_depend_on_its_pieces(monkeypatch):
+    x = gradient((2, 50, 7), torch.float32)
+    whole = gram(x)
+    torch.testing.assert_close(whole, x.double().mT @ x.double(), rtol=0, atol=1e-12)
+    monkeypatch.setattr(bases, "PARTS", 1 << 16)
+    torch.testing.assert_close(gram(x), whole, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [3, 20, 39])
+def test_power_gives_an_orthonormal_basis_of_a_gradient_of_rank_one(dtype, rank):
+    site = Site(rank=rank, cols=40, dtype=dtype, device=CPU, step=3)
+    grad = torch.outer(gradient((50,), dtype), gradient((40,), dtype, 1))
+    state = refreshed(Power(), grad, site)
+    eye = torch.eye(rank, dtype=dtype)
+    basis = state["basis"]
+    atol = 1e-10 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(basis.mT @ basis, eye, rtol=0, atol=atol)
+    assert energy(grad, basis) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 40), (2, 50, 30)])
+def test_svd_in_float32_finds_the_subspace_of_float64(shape):
+    """Singular values from 1 to 1e-6: a float32 SVD loses half of the digits of the subspace."""
+    u = torch.linalg.qr(gradient(shape, torch.float64)).Q
+    v = torch.linalg.qr(gradient((*shape[:-2], shape[-1], shape[-1]), torch.float64, 1)).Q
+    grad = (u * torch.logspace(0, -6, shape[-1], dtype=torch.float64)) @ v.mT
+    grad = grad.float()
+    site = Site(rank=20, cols=shape[-1], dtype=torch.float32, device=CPU)
+    exact = torch.linalg.svd(grad.double()).Vh[..., :20, :]
+    basis = refreshed(SVD(), grad, site)["basis"].double()
+    torch.testing.assert_close(basis @ basis.mT, exact.mT @ exact, rtol=0, atol=1e-6)
 
 
 @given(problem=problems())
@@ -317,8 +470,11 @@ def test_failed_decomposition_keeps_the_basis(monkeypatch):
     state = refreshed(SVD(), gradient((13, 7), torch.float32), site)
     before = state["basis"].clone()
     monkeypatch.setattr(torch.linalg, "svd", fail)
-    SVD().refresh([Matrix(gradient((13, 7), torch.float32, 1), state, site)])
-    assert torch.equal(state["basis"], before)
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    for dtype in (torch.float32, torch.float64):
+        work = replace(site, dtype=dtype)
+        SVD().refresh([Matrix(gradient((13, 7), dtype, 1), state, work)])
+        assert torch.equal(state["basis"], before)
 
 
 def test_canonical_signs():

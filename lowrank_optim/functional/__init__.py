@@ -5,28 +5,84 @@ Matrices are seen with the projected axis last: `param` and `grad` are `(..., ro
 `(..., rows, rank)`.
 """
 
-from .bases import canonical_signs, dct_basis
-from .moments import adam_moments, rotate_moments, select_moment
+from .bases import canonical_signs, dct_basis, gram, orthonormal_
+from .blockwise import (
+    BLOCK,
+    dequantize_blockwise,
+    dequantize_squares,
+    dynamic_map,
+    quantize_blockwise,
+    quantize_squares,
+    square_map,
+)
+from .cosine import dct, dct_scores
+from .factors import down, drop_, is_index, lift_
+from .moments import adam, bias_corrections, rotate_moments, select_moment
 from .products import compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
-from .rounding import generator, round_into_, stochastic_round
-from .write import add_scaled_, lift_write
+from .rounding import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    WEIGHT,
+    Noise,
+    generator,
+    philox,
+    random_bits,
+    round_into_,
+    stochastic_round,
+    stream_of,
+)
+from .steps import Norms, Projected, Want, adam_moments, adam_step, bits_of, project_moments
+from .stored import Stored, load, store
+from .write import lift_write
 
 __all__ = [
+    "BLOCK",
+    "EXP_AVG",
+    "EXP_AVG_SQ",
+    "WEIGHT",
+    "Noise",
+    "Norms",
+    "Projected",
+    "Stored",
+    "Want",
+    "adam",
     "adam_moments",
-    "add_scaled_",
+    "adam_step",
+    "bias_corrections",
+    "bits_of",
     "canonical_signs",
     "compute_dtype",
+    "dct",
     "dct_basis",
+    "dct_scores",
+    "dequantize_blockwise",
+    "dequantize_squares",
+    "down",
+    "drop_",
+    "dynamic_map",
     "generator",
+    "gram",
+    "is_index",
+    "lift_",
     "lift_write",
+    "load",
+    "orthonormal_",
     "peaks",
+    "philox",
     "product",
     "product_t",
+    "project_moments",
+    "quantize_blockwise",
+    "quantize_squares",
+    "random_bits",
     "rotate_moments",
     "round_into_",
     "row_chunks",
     "row_norms",
     "select_moment",
+    "square_map",
     "stochastic_round",
+    "store",
+    "stream_of",
     "usable",
 ]

@@ -8,11 +8,21 @@ import torch
 from torch import Tensor
 
 
-def adam_moments(
+def bias_corrections(
+    count: int | Tensor, beta1: float, beta2: float
+) -> tuple[float | Tensor, float | Tensor]:
+    """Return 1 - b1^t and sqrt(1 - b2^t); for a count on the device in float64, and there too."""
+    if isinstance(count, Tensor):
+        t = count.to(torch.float64)
+        return 1 - beta1**t, (1 - beta2**t).sqrt()
+    return 1 - beta1**count, math.sqrt(1 - beta2**count)
+
+
+def adam(
     grad: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    count: int,
+    count: int | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -25,13 +35,14 @@ def adam_moments(
     Args:
         grad: any shape, in the dtype of the moments.
         exp_avg, exp_avg_sq: same shape; modified in place.
-        count: t, the number of gradients seen, this one included.
+        count: t, the number of gradients seen, this one included; a 0-d tensor stays on its device.
         beta1, beta2, eps: as in `torch.optim.AdamW`.
     """
+    correction1, correction2 = bias_corrections(count, beta1, beta2)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**count)).add_(eps)
-    return (exp_avg / denominator).div_(1 - beta1**count)
+    denominator = exp_avg_sq.sqrt().div_(correction2).add_(eps).mul_(correction1)
+    return torch.div(exp_avg, denominator, out=denominator)
 
 
 def rotate_moments(

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
+
+WEIGHT, EXP_AVG, EXP_AVG_SQ = 0, 1, 2
+"""What a draw is for: no two of them share random bits."""
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+WORD = 0xFFFFFFFF
+IN_CACHE = 1 << 16
+"""Elements whose bits are drawn at once: their 64-bit words then stay in a CPU's cache."""
 
 
 def generator(device: torch.device, *numbers: int) -> torch.Generator:
@@ -13,21 +24,87 @@ def generator(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int(seed) >> 1)
 
 
-def stochastic_round(x: Tensor, rng: torch.Generator) -> Tensor:
+class Noise(NamedTuple):
+    """Where the random bits of one matrix come from: a function of these numbers alone.
+
+    Attributes:
+        seed: of the optimizer.
+        step: t, the number of updates, this one included; an int or a 0-d tensor.
+        stream: `position << 32 | first row`, see `stream_of`.
+    """
+
+    seed: int
+    step: int | Tensor
+    stream: int
+
+
+def stream_of(position: int, first_row: int = 0) -> int:
+    """Return the stream of a matrix: place of its parameter, and its first row in a stack."""
+    return position << 32 | first_row
+
+
+def philox(seed: int, counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Return four tensors of random 32-bit words, as int64: Philox-4x32 of ten rounds.
+
+    Args:
+        seed: 64 bits, the key.
+        counter: four int64 tensors of 32-bit words that broadcast.
+
+    Reference: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    a, b, c, d = counter
+    key = [seed & WORD, seed >> 32 & WORD]
+    for _ in range(10):
+        first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
+        a, b, c, d = (
+            (second >> 32 & WORD) ^ b ^ key[0],
+            second & WORD,
+            (first >> 32 & WORD) ^ d ^ key[1],
+            first & WORD,
+        )
+        key = [key[0] + WEYL[0] & WORD, key[1] + WEYL[1] & WORD]
+    return a, b, c, d
+
+
+def random_bits(noise: Noise, kind: int, rows: slice, cols: int, device: torch.device) -> Tensor:
+    """Return 16 random bits for each element of some rows of a matrix, int32 `(rows, cols)`.
+
+    Element (i, j) has the half `j mod 2` (low half first) of the word `j mod 8 div 2` of Philox
+    at the counter (kind << 29 | j div 8, first row + i, position, step).
+    """
+    groups = torch.arange(-(-cols // 8), dtype=torch.int64, device=device) | kind << 29
+    position = torch.full((), noise.stream >> 32, dtype=torch.int64, device=device)
+    step = torch.as_tensor(noise.step, device=device).to(torch.int64)
+    first = noise.stream & WORD
+    bits = torch.empty(rows.stop - rows.start, cols, dtype=torch.int32, device=device)
+    height = max(1, IN_CACHE // max(1, cols))
+    for start in range(rows.start, rows.stop, height):
+        stop = min(start + height, rows.stop)
+        lines = torch.arange(first + start, first + stop, dtype=torch.int64, device=device)
+        words = philox(noise.seed, (groups, lines.unsqueeze(1), position, step))
+        halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
+        bits[start - rows.start : stop - rows.start] = halves.flatten(1)[:, :cols]
+    return bits
+
+
+def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:
     """Round to bfloat16 up or down at random, so that the expectation is the (float32) value.
 
     Sixteen random bits are added below the bits that stay, and the rest is cut off. Values that are
     not finite are rounded as usual.
+
+    Args:
+        x: any shape.
+        bits: same shape, int32, values below 2^16.
     """
-    x = x.to(torch.float32)
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=rng)
-    bits = noise.add_(x.contiguous().view(torch.int32)).bitwise_and_(-(1 << 16))
-    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
+    x = x.to(torch.float32).contiguous()
+    moved = (x.view(torch.int32) + bits).bitwise_and_(-(1 << 16))
+    return torch.where(x.isfinite(), moved.view(torch.float32), x).to(torch.bfloat16)
 
 
-def round_into_(target: Tensor, value: Tensor, rng: torch.Generator | None) -> None:
-    """Write `value` into `target`, rounding stochastically with `rng`; nothing if they are one."""
-    if rng is not None:
-        target.copy_(stochastic_round(value, rng))
+def round_into_(target: Tensor, value: Tensor, bits: Tensor | None) -> None:
+    """Write `value` into `target`, rounding stochastically with `bits`; nothing if they are one."""
+    if bits is not None:
+        target.copy_(stochastic_round(value, bits))
     elif target is not value:
         target.copy_(value)

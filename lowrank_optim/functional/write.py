@@ -1,72 +1,114 @@
-"""The update of a weight."""
+"""The update of weights: the reference of the second kernel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .factors import drop_, lift_
 from .products import compute_dtype, row_chunks
-from .rounding import round_into_
+from .rounding import WEIGHT, Noise, random_bits, round_into_
+
+
+class Coefficients(Protocol):
+    """The factors of an update, see `lowrank_optim.Update`."""
+
+    @property
+    def direction(self) -> float:
+        """Factor of the direction."""
+
+    @property
+    def low(self) -> Tensor | float:
+        """Factor of the projected gradient."""
+
+    @property
+    def grad(self) -> Tensor | float:
+        """Factor of the gradient."""
+
+    @property
+    def sign(self) -> float:
+        """Factor of the sign of what the projection drops."""
 
 
 def lift_write(
-    param: Tensor,
-    grad: Tensor,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    low: Tensor | None,
+    direction: Tensor | None,
+    update: Coefficients,
     step_size: float | Tensor,
     decay: float | Tensor,
-    low: Tensor | None,
-    row_scale: Tensor | float | None,
-    sign: float,
-    projected: Tensor | None,
-    lift_: Callable[[Tensor, Tensor], None],
-    rng: torch.Generator | None = None,
+    noises: Sequence[Noise] | None = None,
 ) -> None:
-    """Apply an update to a weight in place, without a full-size temporary.
+    """Apply updates to weights in place, without a full-size temporary.
 
-    W <- decay * W + step_size * (low P^T + row_scale * G + sign * sgn(G - g P^T))
+    W <- decay * W + step_size * ((a N + b R) P^T + phi G + c sgn(G - R P^T))
 
     The sum is made in float32 (float64 for float64) and rounded once; what has to be widened or
     copied for that is at most `CHUNK` elements at a time.
 
     Args:
-        param: `(..., rows, cols)`, a view of the weight; modified in place.
-        grad: same shape.
+        params: K tensors `(..., rows, cols)`, views of the weights; modified in place.
+        grads: K tensors likewise.
+        factors: K bases or choices of columns, see `factors`.
+        low: R, `(K, ..., rows, rank)`; None where b and c are 0.
+        direction: N, likewise; None where a is 0.
+        update: a, b, phi, c as `.direction`, `.low`, `.grad`, `.sign`; b and phi are numbers or
+            `(K, ..., rows, 1)`.
         step_size: `-lr`, or `+lr` to maximise; a number or a 0-d tensor.
         decay: `1 - lr * weight_decay`; likewise.
-        low: `(..., rows, rank)` or None.
-        row_scale: `(..., rows, 1)`, a number, or None.
-        sign: factor of the sign term; 0 leaves it out.
-        projected: g, `(..., rows, rank)`; used by the sign term only.
-        lift_: `lift_(out, low)` adds `low P^T` to `out` in place.
-        rng: round stochastically with this (bfloat16 weights only); None rounds to nearest.
+        noises: round bfloat16 weights stochastically with these; None rounds to nearest.
     """
-    dtype = compute_dtype(param.dtype)
-    wide = param.dtype == dtype
-    scaled_low = None if low is None else low * step_size
-    factor = None if row_scale is None else row_scale * step_size
-    rows, row_size = param.shape[-2], param.numel() // max(1, param.shape[-2])
-    chunks = [slice(0, rows)] if wide and sign == 0 else row_chunks(rows, row_size)
-    for chunk in chunks:
-        target = param[..., chunk, :]
-        out = target if wide else target.to(dtype)
-        out.mul_(decay)
-        if scaled_low is not None:
-            lift_(out, scaled_low[..., chunk, :])
-        if factor is not None:
-            part = factor[..., chunk, :] if isinstance(factor, Tensor) and factor.ndim else factor
-            add_scaled_(out, grad[..., chunk, :].to(dtype), part)
-        if sign and projected is not None:
-            dropped = grad[..., chunk, :].to(dtype, copy=True)
-            lift_(dropped, -projected[..., chunk, :])
-            out.add_(dropped.sign_().mul_(sign * step_size))
-        round_into_(target, out, rng)
+    for k, (param, grad, factor) in enumerate(zip(params, grads, factors, strict=True)):
+        inner = None
+        if direction is not None and update.direction:
+            inner = direction[k] * (step_size * update.direction)
+        scale_low, scale_grad = times(update.low, step_size, k), times(update.grad, step_size, k)
+        if low is not None and scale_low is not None:
+            part = low[k] * scale_low
+            inner = part if inner is None else inner.add_(part)
+        dtype = compute_dtype(param.dtype)
+        wide = param.dtype == dtype
+        rows, row_size = param.shape[-2], param.numel() // max(1, param.shape[-2])
+        chunks = [slice(0, rows)] if wide and not update.sign else row_chunks(rows, row_size)
+        for chunk in chunks:
+            target = param[..., chunk, :]
+            out = target if wide else target.to(dtype)
+            if inner is None:
+                out.mul_(decay)
+            else:
+                lift_(out, inner[..., chunk, :], factor, keep=decay)
+            if isinstance(scale_grad, Tensor) and scale_grad.ndim:
+                out.addcmul_(grad[..., chunk, :].to(dtype), scale_grad[..., chunk, :])
+            elif scale_grad is not None:
+                out.add_(grad[..., chunk, :].to(dtype) * scale_grad)
+            if update.sign and low is not None:
+                dropped = grad[..., chunk, :].to(dtype, copy=True)
+                dropped = drop_(dropped, low[k][..., chunk, :], factor)
+                out.add_(dropped.sign_().mul_(update.sign * step_size))
+            bits = None
+            if noises is not None and param.dtype == torch.bfloat16:
+                bits = chunk_bits(noises[k], target, rows, chunk)
+            round_into_(target, out, bits)
 
 
-def add_scaled_(out: Tensor, x: Tensor, factor: Tensor | float) -> None:
-    """Add `factor * x` to `out` in place; the factor is a number or broadcasts to `x`."""
+def times(factor: Tensor | float, step_size: float | Tensor, k: int) -> Tensor | float | None:
+    """Return the factor of the k-th matrix times the step size; None for nothing to add."""
     if isinstance(factor, Tensor):
-        out.addcmul_(x, factor.to(out.device))
-    else:
-        out.add_(x, alpha=factor)
+        return factor[k] * step_size
+    return factor * step_size if factor else None
+
+
+def chunk_bits(noise: Noise, target: Tensor, rows: int, chunk: slice) -> Tensor:
+    """Return random bits for some rows of a weight, or the same rows of each matrix of a stack."""
+    starts = range(chunk.start, chunk.start + rows * target.shape[:-2].numel(), rows)
+    height, cols = target.shape[-2:]
+    parts = [
+        random_bits(noise, WEIGHT, slice(start, start + height), cols, target.device)
+        for start in starts
+    ]
+    return torch.cat(parts).view(target.shape)

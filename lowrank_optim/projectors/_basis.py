@@ -36,6 +36,10 @@ class Basis:
         eye = torch.eye(site.cols, site.rank, dtype=dtype, device=site.device)
         return {"basis": eye.expand(*batch, -1, -1).clone()}
 
+    def factor(self, state: State, site: Site) -> Tensor:
+        """Return P."""
+        return self.basis(state, site)
+
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Return `G P`."""
         return product(grad, self.basis(state, site), site.dtype)

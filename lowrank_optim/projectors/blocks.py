@@ -69,6 +69,10 @@ class Blocks:
     def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Do nothing: the turn follows from the step."""
 
+    def factor(self, state: State, site: Site) -> Tensor:
+        """Return all columns, or none."""
+        return torch.arange(self.width(site), device=site.device)
+
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Return the gradient itself, or nothing of it."""
         return grad[..., : self.width(site)].to(site.dtype)

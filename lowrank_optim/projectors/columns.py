@@ -43,6 +43,11 @@ class Columns(IndexTransport, Basis):
             drawn = torch.randperm(site.cols, device="cpu", generator=rng)[: site.rank]
             state["index"].copy_(drawn.sort().values, non_blocking=True)
 
+    def factor(self, state: State, site: Site) -> Tensor:
+        """Return the columns."""
+        index: Tensor = state["index"]
+        return index
+
     def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
         """Return the selected columns."""
         return grad.index_select(-1, state["index"]).to(site.dtype)

@@ -1,0 +1,349 @@
+"""Time and memory of `optimizer.step()` on the parameter lists of LLaMA models, beside the peers'.
+
+Weights and gradients are random. Every optimizer starts from fresh state and the same numbers, and
+the baseline, torch's AdamW, is measured before and after each. What does not pass the gate (see
+`peers.gate`) is not timed, and the exit status is 1. README.md says how to read the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.metadata import distributions
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peers import BASELINE, BYTES, METHODS, NEVER, SIZES, Method, Problem, cheap_svd, floor, gate
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import lowrank_optim
+
+USUAL = {"60m": [128], "1b": [512], "7b": [1024, 256, 512, 128]}
+DEFAULTS = {"cuda": (["7b", "1b", "60m"], "bfloat16", 20), "cpu": (["60m"], "float32", 7)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FIELDS = """method size layers rank dtype state impl kind repeats ms ms_min ms_max ratio
+ps_per_param host_ms peak_bytes state_bytes floor_bytes_per_param floor_ms floor_gflop
+floor_flop_ms baseline_ms gap params note copy_gb_s matmul_tflops device driver torch triton
+package commit date threads""".split()  # noqa: SIM905
+HEADS = "method state between x bytes flops first refresh overall x MiB".split()  # noqa: SIM905
+CAPTION = "ms a step; x: against AdamW; refresh of an SVD: ms a matrix; MiB: peak beyond the state"
+Row = dict[str, Any]
+
+
+@dataclass
+class Sample:
+    """Times of some steps in ms, of the host alone too, and the most memory one of them took."""
+
+    ms: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    peak: int | str = ""
+
+    def row(self, kind: str) -> Row:
+        """Return its columns."""
+        host = f"{median(self.host):.4g}" if self.host else ""
+        low, high = f"{min(self.ms):.4g}", f"{max(self.ms):.4g}"
+        row = {"kind": kind, "repeats": len(self.ms), "ms": median(self.ms), "host_ms": host}
+        return row | {"ms_min": low, "ms_max": high, "peak_bytes": self.peak}
+
+
+def timed(
+    step: Callable[[], Any], device: str, repeats: int = 1, warm: int = 0, limit: float = math.inf
+) -> Sample:
+    """Time a step `repeats` times, fewer if that takes longer than `limit` seconds."""
+    for _ in range(warm):
+        step()
+    sample, cuda, end = Sample(), device == "cuda", time.perf_counter() + limit
+    while len(sample.ms) < repeats and (not sample.ms or time.perf_counter() < end):
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+        start = time.perf_counter()
+        step()
+        host = 1e3 * (time.perf_counter() - start)
+        if cuda:
+            events[1].record()
+            torch.cuda.synchronize()
+            sample.ms.append(events[0].elapsed_time(events[1]))
+            sample.host.append(host)
+            sample.peak = max(torch.cuda.max_memory_allocated() - before, sample.peak or 0)
+        else:
+            sample.ms.append(host)
+    return sample
+
+
+class Bench:
+    """One run: its settings, its clock, what it has found and what it has left out."""
+
+    def __init__(self, args: argparse.Namespace, console: Console) -> None:
+        self.args, self.console, self.device = args, console, args.device
+        self.start, self.longest = time.perf_counter(), 0.0
+        self.left_out, self.red = list[str](), dict[tuple[str, str], str]()
+        self.facts = facts(self.device, DTYPES[args.dtype])
+
+    def run(self) -> int:
+        """Measure the whole plan; returns the exit status."""
+        problem = None
+        for size, rank, methods in plan(self.args):
+            if problem is None or problem.size != size:
+                problem, self.longest = None, 0.0
+                problem = Problem(size, self.args.layers, DTYPES[self.args.dtype], self.device)
+            baselines, rows = [self.baseline(problem)], []
+            for method, state in methods:
+                begun = time.perf_counter()
+                if begun - self.start + 1.2 * self.longest > self.args.budget:
+                    self.left_out.append(f"{method.name} at {size}, rank {rank}, state {state}")
+                elif (found := self.case(problem, method, rank, state)) is not None:
+                    baselines.append(self.baseline(problem))
+                    around = (median(baselines[-2].ms) + median(baselines[-1].ms)) / 2
+                    done = [self.complete(r, problem, method, rank, state, around) for r in found]
+                    save(done, self.args.out)
+                    rows += done
+                    self.longest = max(self.longest, time.perf_counter() - begun)
+            pooled = Sample([ms for b in baselines for ms in b.ms], [], baselines[0].peak)
+            low, high = (f(median(b.ms) for b in baselines) for f in (min, max))
+            note = f"{len(baselines)} runs, medians from {low:.4g} to {high:.4g} ms"
+            row = pooled.row("between") | {"note": note}
+            row = self.complete(row, problem, BASELINE, rank, self.args.dtype, row["ms"])
+            save([row], self.args.out)
+            show(self.console, [row, *rows], problem)
+        for name in self.left_out:
+            self.console.print(f"left out, the budget of {self.args.budget:g} s is spent: {name}")
+        for (name, state), why in self.red.items():
+            self.console.print(f"NOT TIMED, the gate is red: {name}, state {state}: {why}")
+        self.console.print(f"{time.perf_counter() - self.start:.0f} s")
+        return 1 if self.red else 0
+
+    def baseline(self, problem: Problem) -> Sample:
+        """Measure torch's AdamW."""
+        problem.reset()
+        optimizer = BASELINE.build(problem.matrices, problem.rest)
+        return timed(optimizer.step, self.device, self.args.repeats, warm=2, limit=20)
+
+    def case(self, problem: Problem, method: Method, rank: int, state: str) -> list[Row] | None:
+        """Measure one method, or return a row that says what it raised; None for a red gate."""
+        try:
+            why = gate(method, DTYPES[self.args.dtype], self.device, state, self.args.impl)
+            if not why:
+                return list(self.measure(problem, method, rank, state))
+            self.red[method.name, state] = why
+            return None
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            return [{"kind": "none", "note": text[:300]}]
+        finally:
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def measure(self, problem: Problem, method: Method, rank: int, state: str) -> Iterator[Row]:
+        """Yield the rows of one method."""
+        problem.reset()
+        repeats = self.args.repeats if method.ours else min(5, self.args.repeats)
+        before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
+        settings = {"state_dtype": state, "impl": self.args.impl} if method.ours else {}
+        sides = (problem.matrices, problem.rest)
+        optimizer = method.build(*sides, rank=rank, gap=1 if method.ours else NEVER, **settings)
+        note = "first basis from a QR stand-in for torch.linalg.svd" if method.svd else ""
+        with cheap_svd(rank) if method.svd else nullcontext():
+            first = timed(optimizer.step, self.device)
+        held = torch.cuda.memory_allocated() - before if self.device == "cuda" else ""
+        yield first.row("first") | {"state_bytes": held, "note": note}
+        step_ms = 0.0
+        if method.gap != 1:
+            for group in optimizer.param_groups if method.ours else []:
+                group["update_proj_gap"] = NEVER
+            between = timed(optimizer.step, self.device, repeats, warm=1, limit=20)
+            yield between.row("between") | {"state_bytes": held, "note": note}
+            step_ms = median(between.ms)
+        if method.svd:
+            del optimizer
+            added, note = self.svd_refresh(problem, method, rank)
+            yield {"kind": "refresh-per-matrix", "ms": added / len(problem.matrices), "note": note}
+        elif method.gap:
+            for group in optimizer.param_groups if method.ours else []:
+                group["update_proj_gap"] = 1
+            if not method.ours:
+                optimizer = method.build(*sides, rank=rank, gap=1)
+                optimizer.step()
+            refresh = timed(optimizer.step, self.device, max(3, repeats // 4), limit=5)
+            yield refresh.row("refresh") | {"state_bytes": held}
+            added = median(refresh.ms) - step_ms
+        if method.gap:
+            yield {"kind": "with-refreshes", "ms": step_ms + added / method.gap, "note": note}
+
+    def svd_refresh(self, problem: Problem, method: Method, rank: int) -> tuple[float, str]:
+        """Return what a refresh takes, inferred from one matrix of each kind, and a note."""
+        total = 0.0
+        for shape, count in problem.kinds.items():
+            one = method.build([problem.one(shape)], [], rank=rank, gap=NEVER)
+            first, second = (timed(one.step, self.device).ms[0] for _ in range(2))
+            total += count * problem.layers * (first - second)
+        return total, f"svd timed on {len(problem.kinds)} matrices, the rest inferred"
+
+    def complete(
+        self, row: Row, problem: Problem, method: Method, rank: int, state: str, baseline: float
+    ) -> Row:
+        """Return a row with all that follows from its time and its place."""
+        full = {"method": method.name, "size": problem.size, "layers": problem.layers, "rank": rank}
+        full |= {"dtype": self.args.dtype, "state": state, "baseline_ms": f"{baseline:.4g}"}
+        full |= {"impl": self.args.impl if method.ours else "", "gap": method.gap, **self.facts}
+        full |= {"params": problem.params, **row}
+        if ms := row.get("ms"):
+            full |= {"ms": f"{ms:.4g}", "ratio": f"{ms / baseline:.3f}"}
+            full["ps_per_param"] = f"{1e9 * ms / problem.params:.4g}"
+            if row["kind"] == "between" or (method.gap == 1 and row["kind"] == "refresh"):
+                total, flops = floor(method, problem, rank, state)
+                full["floor_bytes_per_param"] = f"{total / problem.params:.3f}"
+                full["floor_ms"] = f"{total / self.facts['copy_gb_s'] / 1e6:.4g}"
+                full["floor_gflop"] = f"{flops / 1e9:.1f}"
+                full["floor_flop_ms"] = f"{flops / self.facts['matmul_tflops'] / 1e9:.4g}"
+        return full
+
+
+def facts(device: str, dtype: torch.dtype) -> Row:
+    """Return the columns that are the same in every row, the machine's two rates among them."""
+    cuda = device == "cuda"
+    source = torch.zeros((1 << 30 if cuda else 1 << 28) // 4, device=device)
+    target = torch.zeros_like(source)
+    copy = timed(lambda: target.copy_(source), device, 10, warm=2)
+    n = 8192 if cuda else 1024
+    left, right = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    product = timed(lambda: left @ right, device, 10, warm=2)
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    cpuinfo = output("grep", "-m1", "model name", "/proc/cpuinfo").partition(": ")[2]
+    head = output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    changed = head != "unknown" and output("git", "status", "--porcelain")
+    return {
+        "copy_gb_s": round(2 * source.nbytes / median(copy.ms) / 1e6, 1),
+        "matmul_tflops": round(2 * n**3 / median(product.ms) / 1e9, 4),
+        "device": torch.cuda.get_device_name() if cuda else cpuinfo or platform.processor(),
+        "driver": output(*query) if cuda else "",
+        "torch": torch.__version__,
+        "triton": next((found.version for found in distributions(name="triton")), "none"),
+        "package": lowrank_optim.__version__,
+        "commit": f"{head}+" if changed else head,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def output(*command: str) -> str:
+    """Return what a command prints; nothing if it fails or is not there."""
+    if shutil.which(command[0]) is None:
+        return ""
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, list[tuple[Method, str]]]]:
+    """Yield size, rank, and methods with their state, what matters most first.
+
+    Peers whose state does not depend on the rank, and what is not projected, come once a size; so
+    do the peers that are slow, at the first rank, unless methods are named.
+    """
+    for size in args.size:
+        for place, rank in enumerate(args.rank or USUAL[size]):
+            chosen = []
+            for name in args.method or METHODS:
+                method = METHODS[name]
+                states = args.state if method.ours else [method.state or args.dtype]
+                once = not method.projects or not (method.ours or args.method)
+                if place == 0 or not once:
+                    chosen += [(method, state) for state in states]
+            yield size, rank, chosen
+
+
+def save(rows: list[Row], path: Path | None) -> None:
+    """Add rows to the csv, at once: a run that is cut short keeps what it has."""
+    if path is not None:
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerows(rows)
+
+
+def show(console: Console, rows: list[Row], problem: Problem) -> None:
+    """Print the rows of one size and rank, a line for each method and state, then the notes."""
+    one, notes, lines = rows[0], dict[str, list[str]](), dict[tuple[str, str], dict[str, Row]]()
+    title = (
+        f"LLaMA {problem.size}, {problem.layers} layers, {problem.params / 1e6:.1f}M parameters, "
+        f"{one['dtype']}, rank {one['rank']}\n{one['device']}, threads: {one['threads']}, "
+        f"copy {one['copy_gb_s']:g} GB/s, products {one['matmul_tflops']:g} TFLOP/s"
+    )
+    table = Table(title=title, caption=CAPTION, box=box.SIMPLE_HEAD)
+    for head in HEADS:
+        table.add_column(head, justify="left" if head in ("method", "state") else "right")
+    for row in rows:
+        lines.setdefault((row["method"], row["state"]), {})[row["kind"]] = row
+    for (method, state), at in lines.items():
+        steady = "between" if "between" in at else "refresh"
+
+        def cell(kind: str, key: str = "ms", at: dict[str, Row] = at) -> str:
+            text = at.get(kind, {}).get(key, "")
+            return text and (f"{float(text):.3g}" if float(text) < 1000 else f"{float(text):.0f}")
+
+        peak = at.get(steady, {}).get("peak_bytes", "")
+        table.add_row(
+            method, state, cell("between"), cell("between", "ratio"), cell(steady, "floor_ms"),
+            cell(steady, "floor_flop_ms"), cell("first"),
+            cell("refresh") or cell("refresh-per-matrix"),
+            cell("with-refreshes"), cell("with-refreshes", "ratio"),
+            f"{peak / 2**20:.0f}" if peak != "" else "",
+        )  # fmt: skip
+        for note in dict.fromkeys(row["note"] for row in at.values() if row.get("note")):
+            notes.setdefault(note, []).append(f"{method} {state}")
+    console.print(table)
+    for note, names in notes.items():
+        console.print(f"{', '.join(names)}: {note}", markup=False)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the settings, those that depend on the device filled in."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add, cuda = parser.add_argument, torch.cuda.is_available()
+    add("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
+    add("--size", nargs="+", choices=SIZES, help="default: cuda all, cpu 60m")
+    add("--layers", type=int, help="fewer layers than the model has")
+    add("--dtype", choices=DTYPES, help="default: cuda bfloat16, cpu float32")
+    add("--rank", nargs="+", type=int, help="default: usual for the size")
+    add("--state", nargs="+", choices=BYTES, default=["float32"], help="of ours")
+    add("--method", nargs="+", choices=METHODS, help="default: all")
+    add("--impl", default="auto", help="of ours")
+    add("--repeats", type=int, help="steps a time; default: cuda 20, cpu 7; peers at most 5")
+    add("--budget", type=float, default=480, help="seconds")
+    add("--out", type=Path, help="csv to add the rows to")
+    args = parser.parse_args(argv)
+    sizes, dtype, repeats = DEFAULTS[args.device]
+    args.size, args.dtype = args.size or sizes, args.dtype or dtype
+    args.repeats = args.repeats or repeats
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print and save; returns the exit status."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Bench(parse(argv), Console(highlight=False, width=100)).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""What the launches share on the host: types, run-time numbers, tables of streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .tables import integers, pointers
+
+Stored = Tensor | tuple[Tensor, Tensor]
+"""A moment as it lies in memory: a tensor, or 8-bit codes and their scales."""
+
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+    torch.int64: tl.int64,
+}
+
+
+def tl_type(tensor: Tensor) -> tl.dtype:
+    """Return the type that a kernel knows the elements by."""
+    return TYPES[tensor.dtype]
+
+
+def form_of(exp_avg: Stored, exp_avg_sq: Stored) -> tuple[tl.dtype, tl.dtype, bool]:
+    """Return the types of both moments, and whether they are 8-bit codes."""
+    if isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor):
+        return tl_type(exp_avg), tl_type(exp_avg_sq), False
+    return tl.uint8, tl.uint8, True
+
+
+def moment_tables(
+    exp_avg: Sequence[Stored], exp_avg_sq: Sequence[Stored]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return tables of both moments and of their scales; without scales, the moments again."""
+    values = [[x if isinstance(x, Tensor) else x[0] for x in xs] for xs in (exp_avg, exp_avg_sq)]
+    scales = [[x if isinstance(x, Tensor) else x[1] for x in xs] for xs in (exp_avg, exp_avg_sq)]
+    first, second = (pointers(tensors) for tensors in values)
+    if values[0][0] is scales[0][0]:
+        return first, second, first, second
+    return first, second, pointers(scales[0]), pointers(scales[1])
+
+
+def matrix_shape(like: Tensor) -> tuple[int, int]:
+    """Return rows and columns of a whole parameter: first axis and rest; a vector is a row."""
+    rows = like.shape[0] if like.ndim > 1 else 1
+    return rows, like.numel() // max(1, rows)
+
+
+def corrections(
+    counts: Sequence[int | Tensor], beta1: float, beta2: float
+) -> tuple[float | Tensor, float | Tensor, bool]:
+    """Return 1 - b1^t, sqrt(1 - b2^t), and whether they are tensors of one value a matrix.
+
+    Raises:
+        ValueError: counts on the host that differ; those of one launch are alike.
+    """
+    t, counted = numbers(counts)
+    if isinstance(t, Tensor):
+        exact = t.to(torch.float64)
+        return (1 - beta1**exact).float(), (1 - beta2**exact).sqrt().float(), counted
+    return 1 - beta1**t, math.sqrt(1 - beta2**t), counted
+
+
+def numbers(values: Sequence[int | Tensor]) -> tuple[int | Tensor, bool]:
+    """Return one number for all, or a tensor of one a matrix where they lie on the device."""
+    if isinstance(values[0], Tensor):
+        return torch.stack([torch.as_tensor(value) for value in values]), True
+    if any(value != values[0] for value in values):
+        raise ValueError(f"matrices of one launch have the same count, but got {list(values)}")
+    return values[0], False
+
+
+def rates(
+    step_size: float | Tensor, decay: float | Tensor
+) -> tuple[float | Tensor, float | Tensor, bool]:
+    """Return step size and decay, and whether they are tensors; both are if one is."""
+    if not isinstance(step_size, Tensor) and not isinstance(decay, Tensor):
+        return step_size, decay, False
+    like = step_size if isinstance(step_size, Tensor) else decay
+    assert isinstance(like, Tensor)
+    both = [
+        torch.as_tensor(rate).to(like.device, torch.float32)
+        if isinstance(rate, Tensor)
+        else torch.full((), rate, dtype=torch.float32, device=like.device)
+        for rate in (step_size, decay)
+    ]
+    return both[0], both[1], True
+
+
+def streams(noises: Sequence[Any], device: torch.device) -> Tensor:
+    """Return the streams of random bits as a table."""
+    return integers([noise.stream for noise in noises], device)
+
+
+def aligned(*lists: Sequence[Stored]) -> bool:
+    """Return whether all tensors start at multiples of 16 bytes."""
+    return all(
+        piece.data_ptr() % 16 == 0
+        for tensors in lists
+        for tensor in tensors
+        for piece in ((tensor,) if isinstance(tensor, Tensor) else tensor)
+    )
+
+
+def precision() -> str:
+    """Return how products of float32 are made: as torch's are, which by default is exactly."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

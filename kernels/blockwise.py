@@ -1,0 +1,213 @@
+"""Moments in 8 bits: the format of `functional.quantize_blockwise` and `quantize_squares`.
+
+A value is found in the table by arithmetic: its decade by comparisons, its place in the decade by
+one multiplication, which is off by at most one; one comparison each way with the table itself then
+gives the very code that the reference finds by search.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 256
+LEVELS = tl.constexpr(65536.0)
+LEAST_SCALE = tl.constexpr(1e-38)
+TINY = tl.constexpr(1.1754943508222875e-38)
+FLOOR = tl.constexpr(6)
+
+
+@cache
+def signed_tables(device: torch.device) -> Tensor:
+    """Return the signed map and the 255 middles between its values, float32 `(2, 256)`."""
+    table = dynamic_map(True)
+    middles = (table[:-1] + table[1:]) * 0.5
+    return torch.stack((table, torch.cat((middles, middles.new_tensor([torch.inf]))))).to(device)
+
+
+@cache
+def square_table(device: torch.device) -> Tensor:
+    """Return the squares of the unsigned map, float32 `(256,)`."""
+    return dynamic_map(False).square().to(device)
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """Return the 256 values of the dynamic map: see `functional.dynamic_map`."""
+    values = [torch.tensor([0.0, 1.0])]
+    for k in range(7):
+        ends = torch.linspace(0.1, 1, 2 ** (k + (not signed)) + 1, dtype=torch.float32)
+        middles = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (k - 6)
+        values += [middles, -middles] if signed else [middles]
+    return torch.cat(values).sort().values
+
+
+@triton.jit
+def decade_of(x):
+    """Return k in 0..6 with 10^(k-7) <= x < 10^(k-6), and 10^(6-k): the decade of x in [0, 1]."""
+    k = tl.zeros_like(x).to(tl.int32)
+    power = tl.zeros_like(x) + 1e6
+    k += (x >= 1e-6).to(tl.int32)
+    power = tl.where(x >= 1e-6, 1e5, power)
+    k += (x >= 1e-5).to(tl.int32)
+    power = tl.where(x >= 1e-5, 1e4, power)
+    k += (x >= 1e-4).to(tl.int32)
+    power = tl.where(x >= 1e-4, 1e3, power)
+    k += (x >= 1e-3).to(tl.int32)
+    power = tl.where(x >= 1e-3, 1e2, power)
+    k += (x >= 1e-2).to(tl.int32)
+    power = tl.where(x >= 1e-2, 1e1, power)
+    k += (x >= 1e-1).to(tl.int32)
+    power = tl.where(x >= 1e-1, 1.0, power)
+    return k, power
+
+
+@triton.jit
+def place_of(x, PER_DECADE: tl.constexpr):
+    """Return the place of x in [0, 1] among the positive values, from 0, give or take one."""
+    k, power = decade_of(x)
+    count = PER_DECADE << k
+    inside = ((x * power - 0.1) * (count.to(tl.float32) * (1.0 / 0.9))).to(tl.int32)
+    inside = tl.minimum(tl.maximum(inside, 0), count - 1)
+    return count - PER_DECADE + inside
+
+
+@triton.jit
+def quantize_tile(x, tables):
+    """Return (codes as int32, scale) of a tile `(rows, 256)`, rounded to nearest."""
+    scale = tl.max(tl.abs(x), axis=1)
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, LEAST_SCALE))
+    u = x * inverse[:, None]
+    place = place_of(tl.minimum(tl.abs(u), 1.0), 1)
+    guess = tl.where(u < 0, 126 - place, 128 + place)
+    above = tl.load(tables + 256 + guess)
+    below = tl.load(tables + 256 + tl.maximum(guess - 1, 0))
+    code = guess + (above < u).to(tl.int32) - ((guess > 0) & (below >= u)).to(tl.int32)
+    return code, scale
+
+
+@triton.jit
+def quantize_squares_tile(v, bits, table):
+    """Return (codes as int32, scale) of a tile `(rows, 256)` of squares, rounded by the bits."""
+    scale = tl.max(v, axis=1)
+    divisor = tl.where(scale == 0, 1.0, scale)
+    u = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape))
+    guess = tl.minimum(1 + place_of(tl.minimum(tl.sqrt(u), 1.0), 2), 254)
+    here = tl.load(table + guess)
+    above = tl.load(table + guess + 1)
+    code = guess - (here > u).to(tl.int32) + ((above <= u) & (guess < 254)).to(tl.int32)
+    low = tl.load(table + code)
+    high = tl.load(table + code + 1)
+    gain = tl.div_rn(tl.full(low.shape, LEVELS, tl.float32), high - low)
+    code += (bits.to(tl.float32) + 0.5 < (u - low) * gain).to(tl.int32)
+    return tl.where(v > 0, tl.maximum(code, FLOOR), code), scale
+
+
+@triton.jit
+def dequantize_tile(code, scale, tables):
+    """Return `map[code] * scale`; the code as integers, the scale to broadcast."""
+    return tl.load(tables + code.to(tl.int32)) * scale
+
+
+@triton.jit
+def dequantize_squares_tile(code, scale, table):
+    """Return `square_map[code] * scale`, at least the least normal number unless one is 0."""
+    value = tl.load(table + code.to(tl.int32)) * scale
+    return tl.where((code > 0) & (scale > 0), tl.maximum(value, TINY), value)
+
+
+@triton.jit
+def _quantize(
+    x, bits, codes, scales, tables, rows, cols, blocks,
+    SQUARES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    at = row[:, None] * cols + col[None, :]
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if SQUARES:
+        noise = tl.load(bits + at, mask=inside, other=0)
+        code, scale = quantize_squares_tile(value, noise, tables)
+    else:
+        code, scale = quantize_tile(value, tables)
+    tl.store(codes + at, code.to(tl.uint8), mask=inside)
+    tl.store(scales + row * blocks + tl.program_id(1), scale, mask=row < rows)
+
+
+@triton.jit
+def _dequantize(
+    codes, scales, out, tables, rows, cols, blocks,
+    SQUARES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    col = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    at = row[:, None] * cols + col[None, :]
+    inside = (row[:, None] < rows) & (col[None, :] < cols)
+    code = tl.load(codes + at, mask=inside, other=0)
+    scale = tl.load(scales + row * blocks + tl.program_id(1), mask=row < rows, other=0.0)
+    if SQUARES:
+        value = dequantize_squares_tile(code, scale[:, None], tables)
+    else:
+        value = dequantize_tile(code, scale[:, None], tables)
+    tl.store(out + at, value, mask=inside)
+
+
+def quantize_blockwise(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
+    """Return (codes, scale): see `functional.quantize_blockwise`; the signed map only."""
+    if not signed:
+        raise ValueError("kernels quantise with the signed map; squares by quantize_squares")
+    return _launch_quantize(x, x, signed_tables(x.device), False)
+
+
+def quantize_squares(v: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes, scale) of averages of squares: see `functional.quantize_squares`."""
+    return _launch_quantize(v, noise.contiguous(), square_table(v.device), True)
+
+
+def dequantize_blockwise(
+    codes: Tensor, scale: Tensor, signed: bool = True, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return `map[code] * scale`: see `functional.dequantize_blockwise`; the signed map only."""
+    if not signed:
+        raise ValueError("kernels quantise with the signed map; squares by quantize_squares")
+    return _launch_dequantize(codes, scale, dtype, signed_tables(codes.device), False)
+
+
+def dequantize_squares(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return `square_map[code] * scale`: see `functional.dequantize_squares`."""
+    return _launch_dequantize(codes, scale, dtype, square_table(codes.device), True)
+
+
+def _launch_quantize(
+    x: Tensor, bits: Tensor, tables: Tensor, squares: bool
+) -> tuple[Tensor, Tensor]:
+    x = x.contiguous()
+    cols = x.shape[-1]
+    rows, blocks = x.numel() // max(1, cols), -(-cols // BLOCK)
+    codes = torch.empty_like(x, dtype=torch.uint8)
+    scale = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
+    if x.numel():
+        grid = (triton.cdiv(rows, 4), blocks)
+        _quantize[grid](
+            x, bits, codes, scale, tables, rows, cols, blocks, squares, 4, BLOCK, num_warps=4
+        )
+    return codes, scale
+
+
+def _launch_dequantize(
+    codes: Tensor, scale: Tensor, dtype: torch.dtype, tables: Tensor, squares: bool
+) -> Tensor:
+    codes, scale = codes.contiguous(), scale.contiguous()
+    cols = codes.shape[-1]
+    rows, blocks = codes.numel() // max(1, cols), -(-cols // BLOCK)
+    out = torch.empty_like(codes, dtype=dtype)
+    if codes.numel():
+        grid = (triton.cdiv(rows, 4), blocks)
+        _dequantize[grid](
+            codes, scale, out, tables, rows, cols, blocks, squares, 4, BLOCK, num_warps=4
+        )
+    return out

@@ -1,0 +1,180 @@
+"""The lift product with the whole update of the weight as its epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import address, dot, narrow, number, random_bits, stochastic_round
+from ._host import aligned, numbers, precision, rates, streams, tl_type
+from .tables import pointers
+
+WEIGHT = tl.constexpr(0)
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the weight, and columns of rank, that a program works on at once."""
+
+    rows: int
+    cols: int
+    rank: int
+    warps: int
+
+
+def tile_of(half: bool, signed: bool) -> Tile:
+    """Return the tile: the one place that decides it. The sign term keeps sums of its own."""
+    if not half:
+        return Tile(64, 64, 32, 4)
+    return Tile(64, 128, 64, 8) if signed else Tile(128, 128, 64, 8)
+
+
+@triton.jit
+def coefficient(x, k, row, rows, PER_ROW: tl.constexpr):
+    """Return a factor as something to broadcast: a number, or a column of one a row."""
+    if PER_ROW:
+        return tl.load(x + k.to(tl.int64) * rows + row, mask=row < rows, other=0.0)[:, None]
+    else:
+        return x
+
+
+@triton.jit(do_not_specialize=["seed", "step"])
+def _lift(
+    params, grads, factors, places, streams, low_in, direction_in,
+    rows, cols, rank, row_tiles, col_tiles, w_row, w_col, g_row, g_col, f_col, f_rank,
+    seed, step, a, b, phi, c, step_size, decay,
+    W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
+    INDEXED: tl.constexpr, LOW: tl.constexpr, DIRECTION: tl.constexpr,
+    LOW_ROWS: tl.constexpr, GRAD: tl.constexpr, GRAD_ROWS: tl.constexpr, SIGN: tl.constexpr,
+    COUNTED: tl.constexpr, RATED: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Do one tile (rows x cols) of one matrix; tiles that share rows of N run side by side."""
+    col_tile = tl.program_id(0) % col_tiles
+    rest = tl.program_id(0) // col_tiles
+    k = rest // row_tiles
+    row = (rest % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    first = col_tile * COLS
+    col = (first + tl.arange(0, COLS)).to(tl.int64)
+    in_rows, in_cols = row[:, None] < rows, col[None, :] < cols
+    inside = in_rows & in_cols
+    base = k.to(tl.int64) * rows * rank + row[:, None] * rank
+    update = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    if LOW:
+        share = coefficient(b, k, row, rows, LOW_ROWS)
+    if SIGN:
+        kept = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    if INDEXED:
+        place = tl.load(places + k.to(tl.int64) * cols + col, mask=col < cols, other=-1)
+        chosen = inside & (place[None, :] >= 0)
+        at = base + place[None, :]
+        if DIRECTION:
+            update += a * tl.load(direction_in + at, mask=chosen, other=0.0).to(tl.float32)
+        if LOW:
+            update += share * tl.load(low_in + at, mask=chosen, other=0.0).to(tl.float32)
+    elif DIRECTION or LOW or SIGN:
+        f_at = address(factors, k, F_TYPE, ALIGNED) + col[None, :] * f_col
+        for start in range(0, rank, RANK):
+            lane = start + tl.arange(0, RANK)
+            in_rank = lane[None, :] < rank
+            mask = in_rows & in_rank
+            p = tl.load(
+                f_at + lane[:, None].to(tl.int64) * f_rank,
+                mask=in_cols & (lane[:, None] < rank), other=0.0,
+            )  # fmt: skip
+            p = narrow(p.to(tl.float32), G_TYPE)
+            if LOW or SIGN:
+                low = tl.load(low_in + base + lane[None, :], mask=mask, other=0.0)
+            if DIRECTION and LOW:
+                n = tl.load(direction_in + base + lane[None, :], mask=mask, other=0.0)
+                inner = narrow(a * n.to(tl.float32) + share * low.to(tl.float32), G_TYPE)
+                update = dot(inner, p, update, PRECISION)
+            elif DIRECTION:
+                n = tl.load(direction_in + base + lane[None, :], mask=mask, other=0.0)
+                update = dot(narrow(n.to(tl.float32), G_TYPE), p, update, PRECISION)
+            elif LOW:
+                inner = narrow(share * low.to(tl.float32), G_TYPE)
+                update = dot(inner, p, update, PRECISION)
+            if SIGN:
+                kept = dot(narrow(low.to(tl.float32), G_TYPE), p, kept, PRECISION)
+        if DIRECTION and not LOW:
+            update *= a
+    if GRAD or SIGN:
+        g_at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row + col[None, :] * g_col
+        g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
+        if GRAD:
+            update += coefficient(phi, k, row, rows, GRAD_ROWS) * g
+        if SIGN:
+            if INDEXED:
+                dropped = tl.where(place[None, :] >= 0, 0.0, g)
+            else:
+                dropped = g - kept
+            update += c * ((dropped > 0).to(tl.float32) - (dropped < 0).to(tl.float32))
+    w_at = address(params, k, W_TYPE, ALIGNED) + row[:, None] * w_row + col[None, :] * w_col
+    w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)
+    w = number(decay, 0, RATED) * w + number(step_size, 0, RATED) * update
+    if ROUNDS:
+        bits = random_bits(
+            seed, number(step, k, COUNTED).to(tl.uint32), tl.load(streams + k), row, first,
+            WEIGHT, COLS,
+        )  # fmt: skip
+        tl.store(w_at, stochastic_round(w, bits), mask=inside)
+    else:
+        tl.store(w_at, narrow(w, W_TYPE), mask=inside)
+
+
+def lift_write(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    low: Tensor | None,
+    direction: Tensor | None,
+    update: Any,
+    step_size: float | Tensor,
+    decay: float | Tensor,
+    noises: Sequence[Any] | None = None,
+) -> None:
+    """Apply updates to weights in place: see `functional.lift_write`.
+
+    One launch for all, one read of G where it is needed, one read and one write of W. Tensors of
+    one list have one shape and strides; `low` and `direction` are contiguous, in the dtype of the
+    gradients. The sign term keeps `R P^T` in float32: where it is almost G, the sign of the
+    difference may differ from the reference's.
+    """
+    param, grad, factor = params[0], grads[0], factors[0]
+    (rows, cols), device = param.shape, param.device
+    uses_direction = direction is not None and update.direction != 0
+    uses_low = low is not None and (isinstance(update.low, Tensor) or update.low != 0)
+    uses_grad = isinstance(update.grad, Tensor) or update.grad != 0
+    indexed = factor.ndim == 1
+    tile = tile_of(grad.dtype != torch.float32, bool(update.sign) and not indexed)
+    row_tiles, col_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(cols, tile.cols)
+    steps, counted = numbers([noise.step for noise in noises]) if noises else (0, False)
+    step_size, decay, rated = rates(step_size, decay)
+    b, phi = (x.contiguous() if isinstance(x, Tensor) else x for x in (update.low, update.grad))
+    rounds = noises is not None and param.dtype == torch.bfloat16
+    _lift[(len(params) * row_tiles * col_tiles,)](
+        pointers(params), pointers(grads), pointers(factors),
+        places_of(factors, cols) if indexed else None,
+        streams(noises, device) if noises else None, low, direction,
+        rows, cols, factor.shape[-1], row_tiles, col_tiles, *param.stride(), *grad.stride(),
+        *((1, 1) if indexed else factor.stride()),
+        noises[0].seed if noises else 0, steps, float(update.direction), b, phi,
+        float(update.sign), step_size, decay,
+        tl_type(param), tl_type(grad), tl_type(factor), indexed, uses_low, uses_direction,
+        isinstance(b, Tensor), uses_grad, isinstance(phi, Tensor), bool(update.sign),
+        counted, rated, rounds, aligned(params, grads, factors), precision(),
+        tile.rows, tile.cols, tile.rank, num_warps=tile.warps,
+    )  # fmt: skip
+
+
+def places_of(factors: Sequence[Tensor], cols: int) -> Tensor:
+    """Return for each column its place among the chosen ones, or -1: int32 `(K, cols)`."""
+    index = torch.stack(list(factors))
+    places = torch.full((len(factors), cols), -1, dtype=torch.int32, device=index.device)
+    lanes = torch.arange(index.shape[1], dtype=torch.int32, device=index.device)
+    return places.scatter_(1, index, lanes.expand_as(index))

@@ -1,0 +1,92 @@
+"""Which implementation does a step: Triton kernels, or plain torch and the reason why."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from functools import cache, lru_cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .plan import Group, Job, Plan
+from .rules import Adam
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@cache
+def kernels() -> ModuleType:
+    """Return the module of kernels, imported at the first use: it needs triton."""
+    return importlib.import_module("lowrank_optim.kernels")
+
+
+def refusal(plan: Plan, group: Group, job: Job) -> str | None:
+    """Return why plain torch does the step of a parameter, or None where kernels do it.
+
+    Raises:
+        RuntimeError: `impl="triton"`, and there is a reason against it.
+    """
+    impl, device = group["impl"], job.param.device.type
+    if impl == "eager":
+        return 'impl="eager"'
+    if impl == "auto" and device != "cuda":
+        return f"on {device.upper()}"
+    param, grad = job.param, job.grad
+    reason = reason_against(
+        plan, job.site is not None, device, param.dtype, grad.dtype, type(param), type(grad)
+    )
+    if reason is None and job.site is None and not dense(job):
+        reason = "strides of parameter, gradient and moments that differ"
+    if reason is not None and impl == "triton":
+        raise RuntimeError(
+            f'impl="triton", but the parameter of shape {tuple(param.shape)} cannot be stepped by '
+            f'kernels: {reason}. Use impl="auto"'
+        )
+    return reason
+
+
+@lru_cache(maxsize=1024)
+def reason_against(
+    plan: Plan,
+    projected: bool,
+    device: str,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    *types: type,
+) -> str | None:
+    """Return what stands against kernels for parameters of one kind, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and not (device == "cpu" and interpreted()):
+        return f"on {device.upper()}"
+    if type(plan.rule) is not Adam:
+        return f"no kernel for the rule {type(plan.rule).__name__}"
+    for kind in types:
+        if kind not in (Tensor, torch.nn.Parameter):
+            return f"tensors of the class {kind.__name__}"
+    for name in (dtype, grad_dtype, plan.storage.dtype(torch.empty((), dtype=dtype))):
+        if name not in (torch.float32, *HALF):
+            return f"dtype {str(name).removeprefix('torch.')}"
+    if projected and plan.projector.whole:
+        return f"no kernel for the projector {type(plan.projector).__name__}"
+    return None
+
+
+def interpreted() -> bool:
+    """Return whether triton interprets kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def dense(job: Job) -> bool:
+    """Return whether a whole parameter, its gradient and its moments are laid out alike."""
+    tensors = [job.param, job.grad, *state_tensors(job.state)]
+    return all(tensor.is_contiguous() for tensor in tensors)
+
+
+def state_tensors(state: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors of a state."""
+    return [value for value in state.values() if isinstance(value, Tensor)]

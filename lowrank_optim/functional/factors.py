@@ -1,0 +1,57 @@
+"""What a subspace is to the arithmetic: a basis, or a choice of columns.
+
+A factor is a basis `(..., cols, rank)` with orthonormal columns, or `(rank,)` integers, which stand
+for unit vectors: projecting is then indexing, and lifting is adding to columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .products import product
+
+
+def is_index(factor: Tensor) -> bool:
+    """Return whether a factor is a choice of columns."""
+    return not factor.is_floating_point()
+
+
+def down(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `G P`, `(..., rows, cols)` to `(..., rows, rank)`, in `dtype`."""
+    if is_index(factor):
+        return grad.index_select(-1, factor).to(dtype)
+    return product(grad, factor, dtype)
+
+
+def lift_(
+    out: Tensor, low: Tensor, factor: Tensor, keep: float | Tensor = 1.0, scale: float = 1.0
+) -> None:
+    """Set `out` to `keep * out + scale * low P^T`, in place and without a temporary of its size.
+
+    Args:
+        out: `(..., rows, cols)`.
+        low: `(..., rows, rank)`, in the dtype of `out`.
+        factor: a basis or columns.
+        keep: factor of what is there, a number or a 0-d tensor.
+        scale: factor of what is added.
+    """
+    if isinstance(keep, Tensor) or is_index(factor):
+        out.mul_(keep)
+        keep = 1.0
+    if is_index(factor):
+        out.index_add_(-1, factor, low.to(out.dtype), alpha=scale)
+        return
+    lifted = factor.mT.to(out.dtype)
+    if out.ndim == 2:
+        out.addmm_(low, lifted, beta=keep, alpha=scale)
+    else:
+        out.baddbmm_(low, lifted.expand(out.shape[0], -1, -1), beta=keep, alpha=scale)
+
+
+def drop_(grad: Tensor, low: Tensor, factor: Tensor) -> Tensor:
+    """Turn a copy of the gradient into what the projection drops, `G - R P^T`, in place."""
+    if is_index(factor):
+        return grad.index_fill_(-1, factor, 0)
+    lift_(grad, low, factor, scale=-1.0)
+    return grad

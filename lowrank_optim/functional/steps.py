@@ -1,0 +1,165 @@
+"""The moments' part of a step, for lists of matrices of one shape: references of the kernels.
+
+`exp_avg` and `exp_avg_sq` are lists of stored moments: tensors, or pairs `(codes, scale)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .factors import down
+from .moments import adam
+from .products import compute_dtype, row_norms
+from .rounding import EXP_AVG, EXP_AVG_SQ, WEIGHT, Noise, random_bits, round_into_
+from .stored import Stored, load, store
+
+
+class Norms(NamedTuple):
+    """Row norms `(..., rows, 1)` of the gradient, its projection and the direction."""
+
+    grad: Tensor
+    low: Tensor
+    direction: Tensor
+
+
+class Projected(NamedTuple):
+    """What the moments' part of a step hands to the residual and to the write.
+
+    Attributes:
+        low: the projected gradients, `(K, ..., rows, rank)`.
+        direction: Adam's directions, likewise.
+        norms: row norms.
+    """
+
+    low: Tensor | None
+    direction: Tensor | None
+    norms: Norms | None
+
+
+class Want(NamedTuple):
+    """Which parts of `Projected` are needed."""
+
+    low: bool = True
+    direction: bool = True
+    norms: bool = True
+
+
+def bits_of(noise: Noise, kind: int, like: Tensor, whole: bool = False) -> Tensor:
+    """Return random bits for a moment or a weight, int32 of its shape.
+
+    Rows are numbered over all axes but the last, for a `whole` parameter over the first alone; a
+    vector is one row.
+    """
+    rows = 1
+    if like.ndim > 1:
+        rows = like.shape[0] if whole else like.shape[:-1].numel()
+    bits = random_bits(noise, kind, slice(0, rows), like.numel() // max(1, rows), like.device)
+    return bits.view(like.shape)
+
+
+def adam_moments(
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Stored],
+    exp_avg_sq: Sequence[Stored],
+    counts: Sequence[int | Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    noises: Sequence[Noise],
+    whole: bool = True,
+) -> Tensor:
+    """Load Adam's moments, update them, store them, and return the directions: see `adam`.
+
+    Args:
+        grads: K tensors of one shape, in float32 (float64) or to be widened to it.
+        exp_avg, exp_avg_sq: K stored moments of that shape; modified in place.
+        counts: K numbers of gradients seen, this one included.
+        beta1, beta2, eps: as in `torch.optim.AdamW`.
+        noises: K sources of random bits, for moments that are rounded stochastically.
+        whole: whether these are whole parameters, see `bits_of`.
+
+    Returns:
+        `(K, ...)` directions in the dtype of the arithmetic.
+    """
+    directions = []
+    for grad, first, second, count, noise in zip(
+        grads, exp_avg, exp_avg_sq, counts, noises, strict=True
+    ):
+        dtype = compute_dtype(grad.dtype)
+        mean, square = load(first, dtype, False), load(second, dtype, True)
+        directions.append(adam(grad.to(dtype), mean, square, count, beta1, beta2, eps))
+        store(first, mean, False, partial(bits_of, noise, EXP_AVG, mean, whole))
+        store(second, square, True, partial(bits_of, noise, EXP_AVG_SQ, square, whole))
+    return torch.stack(directions)
+
+
+def adam_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Stored],
+    exp_avg_sq: Sequence[Stored],
+    counts: Sequence[int | Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step_size: float | Tensor,
+    decay: float | Tensor,
+    noises: Sequence[Noise],
+    rounded: bool,
+) -> None:
+    """Do whole AdamW steps of parameters that are not projected, in place.
+
+    W <- decay * W + step_size * N, with N and the moments as in `adam_moments`.
+
+    Args:
+        params: K tensors of one shape; modified in place.
+        grads, exp_avg, exp_avg_sq, counts, beta1, beta2, eps, noises: as in `adam_moments`.
+        step_size: `-lr`, or `+lr` to maximise; a number or a 0-d tensor.
+        decay: `1 - lr * weight_decay`; likewise.
+        rounded: round bfloat16 weights stochastically.
+    """
+    directions = adam_moments(grads, exp_avg, exp_avg_sq, counts, beta1, beta2, eps, noises)
+    for param, direction, noise in zip(params, directions, noises, strict=True):
+        out = param.to(direction.dtype).mul(decay).add_(direction.mul_(step_size))
+        rounds = rounded and param.dtype == torch.bfloat16
+        round_into_(param, out, bits_of(noise, WEIGHT, param, True) if rounds else None)
+
+
+def project_moments(
+    grads: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    exp_avg: Sequence[Stored],
+    exp_avg_sq: Sequence[Stored],
+    counts: Sequence[int | Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    noises: Sequence[Noise],
+    want: Want = Want(),  # noqa: B008
+) -> Projected:
+    """Project gradients and do what `adam_moments` does with them.
+
+    R = G P, or the chosen columns of G; M, V, N from R; row norms of G, R and N on the way.
+
+    Args:
+        grads: K tensors `(..., rows, cols)` of any strides.
+        factors: K bases `(..., cols, rank)`, or K integer tensors `(rank,)` of columns.
+        exp_avg, exp_avg_sq: K stored moments `(..., rows, rank)`; modified in place.
+        counts, beta1, beta2, eps, noises: as in `adam_moments`.
+        want: which results are needed; the others are None.
+    """
+    dtype = compute_dtype(grads[0].dtype)
+    low = torch.stack([down(grad, f, dtype) for grad, f in zip(grads, factors, strict=True)])
+    direction = adam_moments(
+        low.unbind(), exp_avg, exp_avg_sq, counts, beta1, beta2, eps, noises, False
+    )
+    norms = None
+    if want.norms:
+        whole = torch.stack([row_norms(grad, dtype) for grad in grads])
+        norms = Norms(whole, row_norms(low, dtype), row_norms(direction, dtype))
+    return Projected(low if want.low else None, direction if want.direction else None, norms)

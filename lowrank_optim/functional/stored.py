@@ -1,0 +1,75 @@
+"""Moments as they lie in memory: a tensor, or a pair of 8-bit codes and their scales."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .blockwise import (
+    dequantize_blockwise,
+    dequantize_squares,
+    quantize_blockwise,
+    quantize_squares,
+)
+from .rounding import stochastic_round
+
+Stored = Tensor | tuple[Tensor, Tensor]
+Bits = Callable[[], Tensor]
+"""Gives 16 random bits for each element of a moment, of its shape; drawn only if called."""
+
+
+def load(stored: Stored, dtype: torch.dtype, square: bool) -> Tensor:
+    """Return a moment in `dtype`; the stored tensor itself where it has that.
+
+    Args:
+        stored: a tensor, or `(codes, scale)`.
+        dtype: of the arithmetic.
+        square: whether the moment is an average of squares, never negative.
+    """
+    if isinstance(stored, Tensor):
+        return stored.to(dtype)
+    codes, scale = by_rows(*stored)
+    if square:
+        value = dequantize_squares(codes, scale, dtype)
+    else:
+        value = dequantize_blockwise(codes, scale, True, dtype)
+    return value.view(stored[0].shape)
+
+
+def store(stored: Stored, value: Tensor, square: bool, bits: Bits) -> None:
+    """Write a loaded and changed moment back, in place.
+
+    bfloat16, and squares in 8 bits, are rounded stochastically: an average with a decay of 0.999
+    changes by less than half a step between neighbouring values, and would never fall. A signed
+    8-bit moment is rounded to nearest, to the bytes of bitsandbytes.
+
+    Args:
+        stored: what `load` was given.
+        value: the moment, of its shape.
+        square: as in `load`.
+        bits: random bits for the rounding.
+    """
+    if isinstance(stored, Tensor):
+        if stored is not value:
+            rounds = stored.dtype == torch.bfloat16
+            stored.copy_(stochastic_round(value, bits()) if rounds else value)
+        return
+    codes, scale = by_rows(*stored)
+    rows = value.reshape(codes.shape)
+    if square:
+        fresh = quantize_squares(rows, bits().view(codes.shape))
+    else:
+        fresh = quantize_blockwise(rows, True)
+    codes.copy_(fresh[0])
+    scale.copy_(fresh[1])
+
+
+def by_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes with the axis that blocks run along last.
+
+    The moments of a projected matrix have blocks along their last axis, those of a whole parameter
+    along all but the first, which is what a sharded parameter is cut along.
+    """
+    return (codes, scale) if codes.ndim == scale.ndim else (codes.flatten(1), scale)

@@ -1,0 +1,161 @@
+"""Steps by kernels: matrices of one shape in one launch, some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .dispatch import kernels
+from .functional import Noise, Stored, is_index
+from .geometry import oriented
+from .plan import Group, Job, Plan
+from .rates import age_of, noise_of, rates_of, rounds
+from .storage import stored
+
+AT_ONCE = 32 << 20
+"""Bytes of projected gradients and directions that a step holds beside the parameters."""
+
+
+class Part(NamedTuple):
+    """One matrix of one parameter: all that a launch is given of it."""
+
+    param: Tensor
+    grad: Tensor
+    factor: Tensor
+    exp_avg: Stored
+    exp_avg_sq: Stored
+    age: int | Tensor
+    noise: Noise
+    residual: dict[str, Tensor]
+
+
+def step_projected(jobs: list[Job], group: Group, plan: Plan) -> None:
+    """Do one step of projected parameters whose subspaces are in place."""
+    copies = []
+    parts: dict[Hashable, list[Part]] = {}
+    for job in jobs:
+        matrix, view = oriented(job.param, plan.side)
+        if matrix.data_ptr() != job.param.data_ptr():
+            copies.append((job.param, matrix))
+        for part in parts_of(job, view, group, plan):
+            parts.setdefault(kind_of(part), []).append(part)
+    for alike in parts.values():
+        part = alike[0]
+        width = 2 if part.grad.dtype == torch.bfloat16 else 4
+        size = 2 * width * part.param.shape[0] * part.factor.shape[-1]
+        for together in chunks(alike, max(1, AT_ONCE // max(1, size))):
+            launch(together, group, plan)
+    for param, matrix in copies:
+        param.copy_(matrix.view(param.shape))
+
+
+def parts_of(job: Job, view: Tensor, group: Group, plan: Plan) -> Iterator[Part]:
+    """Yield the matrices of a parameter, which is one matrix or a stack of them."""
+    assert job.site is not None
+    _, grad = oriented(job.grad, plan.side)
+    factor = plan.projector.factor(job.state, job.site)
+    if not is_index(factor):
+        factor = factor.to(grad.dtype)
+    moments = [stored(job.state, slot) for slot in plan.rule.slots]
+    residual = {key: job.state[key] for key in plan.residual.keys}
+    count, noise = age_of(job, group), noise_of(job, group)
+    if view.ndim == 2:
+        yield Part(view, grad, factor, moments[0], moments[1], count, noise, residual)
+        return
+    shared = is_index(factor) or factor.ndim == 2
+    for place in range(view.shape[0]):
+        yield Part(
+            view[place],
+            grad[place],
+            factor if shared else factor[place],
+            piece_of(moments[0], place),
+            piece_of(moments[1], place),
+            count,
+            noise._replace(stream=noise.stream + place * view.shape[1]),
+            {key: value[place] for key, value in residual.items()},
+        )
+
+
+def piece_of(moment: Stored, place: int) -> Stored:
+    """Return the moment of one matrix of a stack."""
+    if isinstance(moment, Tensor):
+        return moment[place]
+    return moment[0][place], moment[1][place]
+
+
+def kind_of(part: Part) -> Hashable:
+    """Return what the matrices of one launch have in common."""
+    tensors = (part.param, part.grad, part.factor)
+    counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
+    layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+    return (layout, part.param.device, counted)
+
+
+def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
+    """Yield pieces of a list."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def launch(parts: list[Part], group: Group, plan: Plan) -> None:
+    """Do the two launches of some matrices, and the residual's few numbers between them."""
+    ops, want = kernels(), plan.residual.want
+    grads, factors = [part.grad for part in parts], [part.factor for part in parts]
+    noises, counts = [part.noise for part in parts], [part.age for part in parts]
+    low, direction, norms = ops.project_moments(
+        grads,
+        factors,
+        [part.exp_avg for part in parts],
+        [part.exp_avg_sq for part in parts],
+        counts,
+        *group["betas"],
+        group["eps"],
+        noises,
+        want,
+    )
+    count = (
+        counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
+    )
+    state = {key: torch.stack([part.residual[key] for part in parts]) for key in plan.residual.keys}
+    uncorrected = plan.rule.uncorrected(count, group)
+    update = plan.residual.update(norms, state, factors[0].shape[-1], group, uncorrected)
+    for key, value in state.items():
+        torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
+    param = parts[0].param
+    ops.lift_write(
+        [part.param for part in parts],
+        grads,
+        factors,
+        low,
+        direction,
+        update,
+        *rates_of(group),
+        noises if rounds(param, group) else None,
+    )
+
+
+def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
+    """Do one step of parameters that are not projected."""
+    parts: dict[Hashable, list[Job]] = {}
+    for job in jobs:
+        count, noise = age_of(job, group), noise_of(job, group)
+        counted = None if isinstance(count, Tensor) else (count, noise.step)
+        forms = tuple(isinstance(stored(job.state, slot), Tensor) for slot in plan.rule.slots)
+        param = job.param
+        kind = (param.shape, param.dtype, job.grad.dtype, param.device, forms, counted)
+        parts.setdefault(kind, []).append(job)
+    for alike in parts.values():
+        kernels().adam_step(
+            [job.param for job in alike],
+            [job.grad for job in alike],
+            *([stored(job.state, slot) for job in alike] for slot in plan.rule.slots),
+            [age_of(job, group) for job in alike],
+            *group["betas"],
+            group["eps"],
+            *rates_of(group),
+            [noise_of(job, group) for job in alike],
+            group["stochastic_rounding"],
+        )

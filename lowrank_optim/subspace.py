@@ -1,0 +1,222 @@
+"""When subspaces move, and what becomes of the moments then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import Noise, stream_of
+from .geometry import oriented
+from .guards import Work
+from .plan import Group, Job, Matrix, Plan, Site, State
+from .storage import load_moments, moments_of, shape_of, store_moments, stored
+
+TOGETHER = 1 << 22
+"""Elements of bases that are moved together: what a refresh may use beside grows with them."""
+
+
+def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
+    """Return whether the subspace moves in this step.
+
+    It does at the first one, then every `gap` updates; with `stagger`, projectors that learn from
+    the gradient do so at a time of its own for each matrix of the group, so that no step has to
+    move all. A block's turn may also end between.
+    """
+    if shape_of(state, plan.rule.slots[0])[-1] != plan.projector.width(site):
+        return True
+    phase = 0
+    if plan.projector.learns and group["stagger"] and not group["capturable"]:
+        phase = site.turn * site.gap // site.turns
+    return site.step == 0 or (site.step - phase) % site.gap == 0
+
+
+def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
+    """Move the subspaces whose time has come, in place.
+
+    A matrix that had no usable gradient then (a zero-initialised layer, an expert that no token has
+    reached) is tried again after 1, 2, 4, 8, ... updates of its own. Which matrices wait is known
+    on the device alone; `pending` says where that is still possible.
+
+    Returns:
+        The jobs of which it is to be found out whether they still wait.
+    """
+    due: list[Job] = []
+    late: list[Job] = []
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        due = jobs if group["update_proj_gap"] == 1 else []
+    else:
+        for job in jobs:
+            if is_due(site_of(job), job.state, group, plan):
+                due.append(job)
+            elif is_tried_again(job):
+                late.append(job)
+    for part in together(due, plan):
+        move(part, group, plan)
+    for part in together(late, plan):
+        try_again(part, group, plan)
+    return [job for job in (*due, *late) if job.state.get("pending") and site_of(job).gap > 1]
+
+
+def site_of(job: Job) -> Site:
+    """Return the site of a projected parameter."""
+    assert job.site is not None
+    return job.site
+
+
+def is_tried_again(job: Job) -> bool:
+    """Return whether a matrix that may still have no subspace looks for one in this step."""
+    step = site_of(job).step
+    return bool(job.state.get("pending")) and step > 0 and step & (step - 1) == 0
+
+
+def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix]]]:
+    """Yield matrices of one shape, dtype and device, with their jobs, not too many at a time."""
+    alike: dict[Any, list[tuple[Job, Matrix]]] = {}
+    for job in jobs:
+        _, grad = oriented(job.grad, plan.side)
+        matrix = Matrix(grad, job.state, site_of(job))
+        alike.setdefault((grad.shape, grad.dtype, grad.device), []).append((job, matrix))
+    for matrices in alike.values():
+        grad, _, site = matrices[0][1]
+        size = site.cols * site.rank * grad.shape[:-2].numel()
+        count = max(1, TOGETHER // max(1, size))
+        for start in range(0, len(matrices), count):
+            yield matrices[start : start + count]
+
+
+def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
+    """Move subspaces and do with the moments what `on_refresh` says, in place."""
+    projector = plan.projector
+    carries = plan.on_refresh in ("rotate", "align")
+    before = [snapshot(m.state, projector.keys) if carries else {} for _, m in part]
+    projector.refresh([matrix for _, matrix in part])
+    for (job, matrix), old in zip(part, before, strict=True):
+        state, site = matrix.state, matrix.site
+        if plan.on_refresh == "reset":
+            reset(job, plan, site)
+        elif carries and site.step > 0:
+            if plan.on_refresh == "align":
+                projector.align(old, state)
+                continue
+            held = moments_of(state, plan.rule)
+            moments = load_moments(held, plan.rule, site.dtype)
+            projector.transport(plan.rule, moments, old, state, site, group)
+            store_moments(held, moments, plan.rule, noise_before(job, group), carried=True)
+
+
+def reset(job: Job, plan: Plan, site: Site) -> None:
+    """Zero the moments and their age, and give them the width of the subspace."""
+    state = job.state
+    state["age"].zero_()
+    width = plan.projector.width(site)
+    for slot in plan.rule.slots:
+        shape = shape_of(state, slot)
+        if shape[-1] != width:
+            wanted = (*shape[:-1], width)
+            state.update(plan.storage.zeros(slot, wanted, job.param, False))
+            continue
+        moment = stored(state, slot)
+        for piece in (moment,) if isinstance(moment, Tensor) else moment:
+            piece.zero_()
+
+
+def try_again(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
+    """Set the subspaces that are still as they were made, and zero the moments collected there."""
+    unset = [is_unset(matrix, plan) for _, matrix in part]
+    wanted = [
+        matrix._replace(site=replace(matrix.site, wanted=mask))
+        for (_, matrix), mask in zip(part, unset, strict=True)
+    ]
+    plan.projector.refresh(wanted)
+    for (job, matrix), before in zip(part, unset, strict=True):
+        found = before & ~is_unset(matrix, plan)
+        held = moments_of(matrix.state, plan.rule)
+        moments = load_moments(held, plan.rule, matrix.site.dtype)
+        kept = {slot: value.masked_fill(found, 0) for slot, value in moments.items()}
+        store_moments(held, kept, plan.rule, noise_before(job, group), carried=True)
+
+
+def is_unset(matrix: Matrix, plan: Plan) -> Tensor:
+    """Return `(..., 1, 1)` booleans: which subspaces are as `init` made them."""
+    batch = tuple(matrix.grad.shape[:-2])
+    fresh = plan.projector.init(batch, plan.storage.dtype(matrix.grad), matrix.site)
+    same = torch.ones(batch, dtype=torch.bool, device=matrix.grad.device)
+    for key, value in fresh.items():
+        same &= (matrix.state[key] == value).flatten(len(batch)).all(-1)
+    return same[..., None, None]
+
+
+def noise_before(job: Job, group: Group) -> Noise:
+    """Return the source of random bits for what happens between two steps of a parameter."""
+    return Noise(group["seed"], site_of(job).step, stream_of(job.position))
+
+
+def snapshot(state: State, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return copies of some entries of a state."""
+    return {
+        key: state[key].clone() if isinstance(state[key], Tensor) else state[key] for key in keys
+    }
+
+
+def set_steps(jobs: list[Job]) -> None:
+    """Tell each site how many updates its parameter has had.
+
+    Counts that live on a device are read there, all at once: the one wait of a step with
+    `capturable` outside a capture. A capture reads nothing.
+    """
+    projected = [job for job in jobs if job.site is not None]
+    distant = [job for job in projected if job.state["step"].device.type not in ("cpu", "meta")]
+    counts: dict[int, float] = {}
+    if distant and not torch.cuda.is_current_stream_capturing():
+        steps = torch.stack([job.state["step"] for job in distant]).tolist()
+        counts = {job.position: step for job, step in zip(distant, steps, strict=True)}
+    for job in projected:
+        if job.state["step"].device.type in ("cpu", "meta"):
+            site_of(job).step = int(job.state["step"])
+        else:
+            site_of(job).step = int(counts.get(job.position, 1))
+
+
+class Watch:
+    """Which matrices still wait for their subspace: asked in one step, read in the next.
+
+    The answer is on its way while the host goes on, so that no step waits for the device. Results
+    do not depend on it: a matrix that has its subspace is never set again.
+    """
+
+    def __init__(self, jobs: list[Job] | None = None, work: Work | None = None) -> None:
+        self._states: list[State] = []
+        self._answer: Tensor | None = None
+        self._ready: torch.cuda.Event | None = None
+        if not jobs or not work:
+            return
+        plans = {job.position: plan for _, plan, group_jobs in work for job in group_jobs}
+        asked = []
+        for job in jobs:
+            plan = plans[job.position]
+            _, grad = oriented(job.grad, plan.side)
+            asked.append(is_unset(Matrix(grad, job.state, site_of(job)), plan).any())
+        home = asked[0].device
+        flags = torch.stack([flag.to(home) for flag in asked])
+        self._states = [job.state for job in jobs]
+        if home.type != "cuda":
+            self._answer = flags
+        else:
+            self._answer = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._answer.copy_(flags, non_blocking=True)
+            self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._ready.record()
+
+    def read(self) -> None:
+        """Note in the states what the answer was."""
+        if self._answer is None:
+            return
+        if self._ready is not None:
+            self._ready.synchronize()
+        for state, waits in zip(self._states, self._answer.tolist(), strict=True):
+            state["pending"] = int(waits)
+        self._answer = None

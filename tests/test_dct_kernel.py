@@ -1,0 +1,165 @@
+"""The fast cosine transform: against scipy, against the basis, and the kernel against both."""
+
+import os
+
+import pytest
+import scipy.fft
+import torch
+from lowrank_optim.kernels import dct as kernel
+from lowrank_optim.kernels import tables
+
+from lowrank_optim.functional import dct, dct_basis
+from lowrank_optim.functional import dct_scores as plain_scores
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The interpreter on the CPU, or a GPU: Triton decides at import, so one of them per run."""
+    if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
+        pytest.skip("needs a CUDA device")
+    if request.param == "cpu" and not INTERPRETED:
+        pytest.skip("needs TRITON_INTERPRET=1")
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that was not written reads as nan."""
+    make = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, **kwargs: make(*size, **kwargs).fill_(torch.nan)
+    )
+
+
+def noise(*size, device, dtype=torch.float32):
+    values = torch.randn(*size, generator=torch.Generator().manual_seed(sum(size)))
+    return values.to(device, dtype)
+
+
+def tolerance(dtype, device):
+    # The interpreter truncates where a GPU rounds to the nearest.
+    if dtype == torch.float32:
+        return 1e-4 if device.type == "cpu" else 2e-5
+    return 2e-2 if device.type == "cpu" else 6e-3
+
+
+def check(grads, norm):
+    expected = plain_scores([grad.double() for grad in grads], norm)
+    scores = kernel.dct_scores(grads, norm)
+    assert scores.dtype == torch.float32
+    # Errors are measured against a usual score: with few rows some scores are next to nothing.
+    for got, wanted, grad in zip(scores.double(), expected, grads, strict=True):
+        error = (got - wanted).abs().max() / wanted.mean()
+        assert error < tolerance(grad.dtype, device=grad.device)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 31, 64, 320, 511])
+def test_plain_transform(n):
+    x = noise(3, 5, n, device="cpu").double()
+    transformed = dct(x)
+    torch.testing.assert_close(
+        transformed, torch.from_numpy(scipy.fft.dct(x.numpy(), norm="ortho")), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(transformed, x @ dct_basis(n, x.dtype, x.device), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("n", [1, 2, 7, 64, 65])
+def test_plain_scores_are_column_norms(n, norm, dtype, monkeypatch):
+    monkeypatch.setattr("lowrank_optim.functional.products.CHUNK", 12 * n)
+    grads = [noise(11, n, device="cpu").to(dtype), noise(n, 11, device="cpu").to(dtype).mT]
+    spectrum = torch.stack(grads).double() @ dct_basis(n, torch.float64, torch.device("cpu"))
+    expected = torch.linalg.vector_norm(spectrum, 1 if norm == "l1" else 2, dim=-2)
+    scores = plain_scores(grads, norm)
+    assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize(
+    ("rows", "n"), [(37, 256), (5, 320), (7, 512), (3, 2), (4, 30), (9, 172), (3, 2048), (2, 4096)]
+)
+def test_kernel_is_the_reference(rows, n, dtype, norm, device):
+    check([noise(rows, n, device=device, dtype=dtype)], norm)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_many_gradients_in_one_call(norm, device):
+    grads = [noise(19, 64, device=device) * 10.0**i for i in range(-2, 3)]
+    check(grads, norm)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_gradients_of_several_strides_and_dtypes_in_one_call(device):
+    wide = noise(6, 100, device=device)
+    grads = [
+        noise(6, 48, device=device),
+        wide[:, 3:51],
+        noise(48, 6, device=device).mT,
+        noise(12, 48, device=device)[::2],
+        noise(6, 96, device=device)[:, ::2],
+        noise(6, 48, device=device, dtype=torch.bfloat16),
+        noise(48, 6, device=device).mT,
+    ]
+    check(grads, "l1")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("room", [1, 5 * 32, 11 * 32, 22 * 32, 1 << 22])
+def test_transposed_views_go_through_a_buffer_of_any_size(room, device, monkeypatch):
+    monkeypatch.setattr(kernel, "COPY", room)
+    views = [noise(3, 32, 11, device=device)[i].mT for i in range(3)]
+    for norm in ("l1", "l2"):
+        check(views, norm)
+
+
+def test_every_frequency_alone_is_found(device):
+    """A row that is one cosine scores in its column alone."""
+    n = 96
+    basis = dct_basis(n, torch.float32, device).mT.contiguous()
+    scores = kernel.dct_scores(list(basis.unsqueeze(1).unbind()), "l1")
+    torch.testing.assert_close(scores, torch.eye(n, device=device), atol=1e-4, rtol=0)
+
+
+def test_large_float16_does_not_overflow(device):
+    grad = torch.full((3, 256), 6e4, dtype=torch.float16, device=device)
+    assert kernel.dct_scores([grad], "l1")[0, 0].item() == pytest.approx(3 * 16 * 6e4, rel=2e-2)
+
+
+@pytest.mark.parametrize("n", [1, 7, 127, 2 * 67 * 3 * 67, 1 << 14, 5461])
+def test_widths_without_a_plan_are_refused(n):
+    assert not kernel.supports(n)
+    with pytest.raises(ValueError, match=str(n)):
+        kernel.dct_scores([torch.zeros(2, n)], "l1")
+
+
+def test_float64_is_refused():
+    assert not kernel.supports(64, torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        kernel.dct_scores([torch.zeros(2, 64, dtype=torch.float64)], "l1")
+
+
+@pytest.mark.parametrize("n", [512, 768, 1024, 1376, 2048, 3072, 4096, 5120, 8192])
+def test_usual_widths_have_a_plan(n):
+    assert kernel.supports(n)
+
+
+def test_tables_are_kept_and_bounded(device, monkeypatch):
+    monkeypatch.setattr(tables, "KEPT", 2)
+    monkeypatch.setattr(tables, "_tables", type(tables._tables)())
+    a, b, c = (torch.zeros(2, device=device) for _ in range(3))
+    table = tables.pointers([a, b])
+    assert table.tolist() == [a.data_ptr(), b.data_ptr()]
+    assert tables.pointers([a, b]) is table
+    assert tables.pointers([b, a]).tolist() == [b.data_ptr(), a.data_ptr()]
+    assert tables.pointers([a, b]) is table
+    tables.pointers([c])
+    assert len(tables._tables) == 2
+    assert tables.pointers([a, b]) is table

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Group, Job, Plan
+from . import functional
+from .plan import Group, Job, Plan, Site
 from .rules import Adam
 
 HALF = (torch.bfloat16, torch.float16)
@@ -74,6 +76,21 @@ def reason_against(
     if projected and plan.projector.whole:
         return f"no kernel for the projector {type(plan.projector).__name__}"
     return None
+
+
+def dct_scores_of(site: Site) -> Callable[[Sequence[Tensor], str], Tensor]:
+    """Return what scores the columns of the cosine basis at a site."""
+    if not site.kernels or not kernels().supports(site.cols):
+        return functional.dct_scores
+    scores: Callable[[Sequence[Tensor], str], Tensor] = kernels().dct_scores
+    return scores
+
+
+def wanted(group: Group, device: torch.device) -> bool:
+    """Return whether projectors of a group use kernels on a device."""
+    if group["impl"] == "eager" or importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or (group["impl"] == "triton" and interpreted())
 
 
 def interpreted() -> bool:

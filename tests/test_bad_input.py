@@ -37,13 +37,14 @@ SETTINGS = {
     "projector": ["pca", 3, DCT],
     "side": ["std", "middle", None],
     "on_refresh": ["drop", None],
-    "state_dtype": ["8bit", torch.int8, torch.float16, 8],
+    "state_dtype": ["4bit", torch.int8, torch.float16, 8],
     "stochastic_rounding": [1, "yes"],
     "skip_nonfinite": [1],
     "maximize": [1],
-    "capturable": [True, 1],
+    "capturable": [1, None],
+    "stagger": [0, "yes"],
     "seed": [-1, 0.5, None],
-    "impl": ["triton", None],
+    "impl": ["cuda", None],
 }
 
 

@@ -242,5 +242,3 @@ def test_a_value_that_is_not_finite_spoils_its_block_only(bad: float) -> None:
         assert not decoded[0, :256].isfinite().any()
         assert decoded[0, 256:].isfinite().all()
         assert decoded[1].isfinite().all()
-
-

@@ -78,8 +78,8 @@ def test_a_projector_rule_and_residual_of_the_user():
 
     @dataclass(frozen=True)
     class Double(Drop):
-        def update(self, grad, low, direction, state, group, uncorrected):
-            return Update(low=2 * direction)
+        def update(self, norms, state, rank, group, uncorrected):
+            return Update(direction=2.0)
 
     param = torch.nn.Parameter(torch.zeros(6, 5))
     optimizer = LowRank(

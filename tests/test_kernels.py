@@ -212,7 +212,9 @@ def test_lift_write(size, dtype, kind, layout, name, rounded, device):
         factors = columns(2, cols, rank, device)
     wide = [grad.float() for grad in grads]
     wide_factors = [f.float() if kind == "basis" else f for f in factors]
-    low = torch.stack([functional.down(g, f, torch.float32) for g, f in zip(wide, wide_factors)])
+    low = torch.stack(
+        [functional.down(g, f, torch.float32) for g, f in zip(wide, wide_factors, strict=True)]
+    )
     low = low.to(dtype)
     direction = draw(low.shape, dtype, device, 5)
     rowwise = draw((2, rows, 1), torch.float32, device, 6).abs()

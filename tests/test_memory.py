@@ -31,7 +31,7 @@ EXACT = {
     "galore power": (GaLoreAdamW, {"projector": "power"}, lambda v: (2 * M * R + N * R) * v),
     "dct": (DCTAdamW, {}, lambda v: 2 * M * R * v + R * 8),
     "fira": (FiraAdamW, {}, lambda v: (2 * M * R + N * R) * v + 4),
-    "frugal": (FrugalAdamW, {}, lambda v: 2 * M * R * v + R * 8),
+    "frugal": (FrugalAdamW, {}, lambda v: 2 * M * R * v + R * 8 + STEP),
     "apollo": (ApolloAdamW, {}, lambda v: 2 * M * R * v + 4),
     "apollo mini": (ApolloAdamW, {"rank": 1}, lambda v: 2 * M * v + 4),
 }

@@ -32,7 +32,7 @@ each_method = pytest.mark.parametrize("name", PEERS)
 
 
 def ours(name, groups):
-    return OURS[name](groups, **SETTINGS)
+    return OURS[name](groups, stagger=False, **SETTINGS)
 
 
 def peer(name, groups):

@@ -14,14 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim import DCT, SVD, Blocks, Columns, Power, Random, Site
 from lowrank_optim.functional import (
+    Noise,
     bases,
+    bits_of,
     canonical_signs,
     dct_basis,
     generator,
     gram,
     orthonormal_,
+    philox,
+    random_bits,
     select_moment,
     stochastic_round,
+    stream_of,
 )
 from lowrank_optim.plan import Matrix
 from lowrank_optim.projectors import power
@@ -486,15 +491,51 @@ def test_canonical_signs():
     assert (peaks > 0).all()
 
 
+def bits_for(x, seed):
+    return bits_of(Noise(seed, 1, 0), 0, x)
+
+
 def test_stochastic_rounding_is_unbiased_and_between_neighbours():
     x = gradient((200,), torch.float32).repeat(4000, 1)
-    rounded = stochastic_round(x, generator(CPU, 0)).float()
+    rounded = stochastic_round(x, bits_for(x, 0)).float()
     spacing = 2.0 ** (x[0].abs().log2().floor() - 7)
     assert ((rounded - x).abs() < spacing).all()
     error = (rounded.double().mean(0) - x[0].double()) / spacing
     assert float(error.abs().max()) < 5 * 0.5 / 4000**0.5
     exact = x[:1].bfloat16().float()
-    assert torch.equal(stochastic_round(exact, generator(CPU, 1)).float(), exact)
+    assert torch.equal(stochastic_round(exact, bits_for(exact, 1)).float(), exact)
     special = torch.tensor([float("inf"), -float("inf"), float("nan"), 0.0])
-    kept = stochastic_round(special, generator(CPU, 2)).float()
+    kept = stochastic_round(special, bits_for(special, 2)).float()
     assert torch.equal(kept.nan_to_num(nan=7), special.nan_to_num(nan=7))
+
+
+def test_philox_gives_the_published_words():
+    """The known answers of Random123 for philox4x32-10."""
+    ones = torch.full((1,), 0xFFFFFFFF, dtype=torch.int64)
+    for seed, word, wanted in (
+        (0, ones * 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (2**64 - 1, ones, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ):
+        assert tuple(int(part) for part in philox(seed, (word,) * 4)) == wanted
+
+
+def test_random_bits_are_a_function_of_place_and_never_shared():
+    """Rows in any pieces give the same bits; another seed, step, parameter, use or row others."""
+    noise = Noise(5, 3, stream_of(2))
+    whole = random_bits(noise, 0, slice(0, 9), 21, CPU)
+    parts = [random_bits(noise, 0, slice(a, b), 21, CPU) for a, b in ((0, 4), (4, 9))]
+    assert torch.equal(torch.cat(parts), whole)
+    shifted = noise._replace(stream=stream_of(2, 4))
+    assert torch.equal(random_bits(shifted, 0, slice(0, 5), 21, CPU), whole[4:])
+    others = [
+        random_bits(Noise(6, 3, stream_of(2)), 0, slice(0, 9), 21, CPU),
+        random_bits(Noise(5, 4, stream_of(2)), 0, slice(0, 9), 21, CPU),
+        random_bits(Noise(5, 3, stream_of(3)), 0, slice(0, 9), 21, CPU),
+        random_bits(noise, 1, slice(0, 9), 21, CPU),
+    ]
+    for other in others:
+        assert (other == whole).float().mean() < 0.05
+    many = random_bits(noise, 0, slice(0, 3000), 100, CPU).double() / 65535
+    assert abs(float(many.mean()) - 0.5) < 5 * 12**-0.5 / 3e5**0.5
+    assert int(whole.min()) >= 0
+    assert int(whole.max()) < 1 << 16

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import product
+from .products import product, transposed
 
 
 def is_index(factor: Tensor) -> bool:
@@ -20,6 +20,8 @@ def is_index(factor: Tensor) -> bool:
 def down(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `G P`, `(..., rows, cols)` to `(..., rows, rank)`, in `dtype`."""
     if is_index(factor):
+        if transposed(grad):
+            return grad.mT.index_select(-2, factor).mT.to(dtype).contiguous()
         return grad.index_select(-1, factor).to(dtype)
     return product(grad, factor, dtype)
 
@@ -40,7 +42,11 @@ def lift_(
         out.mul_(keep)
         keep = 1.0
     if is_index(factor):
-        out.index_add_(-1, factor, low.to(out.dtype), alpha=scale)
+        low = low.to(out.dtype)
+        if transposed(out):
+            out.mT.index_add_(-2, factor, low.mT, alpha=scale)
+        else:
+            out.index_add_(-1, factor, low, alpha=scale)
         return
     lifted = factor.mT.to(out.dtype)
     if out.ndim == 2:
@@ -52,6 +58,6 @@ def lift_(
 def drop_(grad: Tensor, low: Tensor, factor: Tensor) -> Tensor:
     """Turn a copy of the gradient into what the projection drops, `G - R P^T`, in place."""
     if is_index(factor):
-        return grad.index_fill_(-1, factor, 0)
+        return grad.mT.index_fill_(-2, factor, 0).mT
     lift_(grad, low, factor, scale=-1.0)
     return grad

@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
+
+.PHONY: demo test lint bench gpu clean
 
 demo: .venv/demo.done
 	$(BIN)/lowrank-optim demo $(ARGS)
@@ -16,8 +18,13 @@ lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/test.done
-	$(BIN)/python benchmarks/tune_demo.py $(ARGS)
+bench: .venv/bench.done
+	$(BIN)/python benchmarks/step_time.py --out benchmarks/results/step_time_$(DEVICE).csv $(ARGS)
+	$(BIN)/python benchmarks/refresh.py
+
+# On a machine with a CUDA device, whose torch is installed already: every test that needs it.
+gpu:
+	$(PYTHON) -m pytest -q -m gpu $(ARGS)
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -107,3 +107,24 @@ def dense(job: Job) -> bool:
 def state_tensors(state: dict[str, Any]) -> list[Tensor]:
     """Return the tensors of a state."""
     return [value for value in state.values() if isinstance(value, Tensor)]
+
+
+def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
+    """Return how a parameter is stepped, as far as it shows before there is a gradient."""
+    impl, device = group["impl"], param.device.type
+    if impl == "eager":
+        return 'plain torch (impl="eager")'
+    if impl == "auto" and device != "cuda":
+        return f"plain torch (on {device.upper()})"
+    if not projected and isinstance(plan.rule, Adam) and exact(plan, param):
+        return "torch's AdamW"
+    reason = reason_against(
+        plan, projected, device, param.dtype, param.dtype, type(param), type(param)
+    )
+    return "kernels" if reason is None else f"plain torch ({reason})"
+
+
+def exact(plan: Plan, param: Tensor) -> bool:
+    """Return whether the moments of a whole parameter are dense and of its own dtype."""
+    entries = plan.storage.zeros("exp_avg", tuple(param.shape), param.to("meta"), True)
+    return {key: value.dtype for key, value in entries.items()} == {"exp_avg": param.dtype}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .dispatch import reason_of
 from .plan import State
 from .settings import SettingError, plan_of
 from .update import template
@@ -73,6 +75,17 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
     return found
 
 
+def steppers(optimizer: LowRank) -> list[str]:
+    """Return lines that say how many parameters are stepped by what, and why not by kernels."""
+    found: Counter[str] = Counter()
+    for group in optimizer.param_groups:
+        plan = plan_of(group)
+        for param, site in optimizer._sites(group, plan):
+            if param.requires_grad:
+                found[reason_of(plan, group, param, site is not None)] += 1
+    return [f"{count} tensors stepped by {how}" for how, count in found.most_common()]
+
+
 def summary(optimizer: LowRank) -> str:
     """Return a table of `rows`, and a line for all; raise SettingError if nothing is projected."""
     table = rows(optimizer)
@@ -100,6 +113,7 @@ def summary(optimizer: LowRank) -> str:
             f"{row['parameters']:>14,} {share:>9.1%} {row['state'] / MIB:>10.2f} "
             f"{row['adamw'] / MIB:>10.2f} {saved:>6.0%}"
         )
+    lines += steppers(optimizer)
     if shared := shared_bytes(optimizer):
         lines.append(f"and {shared / MIB:.2f} MiB of bases shared by layers, made when needed")
     if optimizer.skipped_steps:

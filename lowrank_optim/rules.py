@@ -48,7 +48,8 @@ class Adam:
     def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
         """Return (1-b1^t) / sqrt(1-b2^t)."""
         correction1, correction2 = functional.bias_corrections(count, *group["betas"])
-        return correction1 / correction2
+        ratio = correction1 / correction2
+        return ratio.to(torch.float32) if isinstance(ratio, Tensor) else ratio
 
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
         """Call torch's own functional AdamW where parameter, gradient and moments agree in dtype.

@@ -54,6 +54,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert top == {"lowrank_optim"}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lowrank_optim").rglob("*.py")}
     assert sources <= set(names)
+    kernels = {f"lowrank_optim/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert kernels <= set(names)
     assert "lowrank_optim/py.typed" in names
     assert any(name.endswith("LICENSE") for name in names)
 
@@ -89,6 +91,32 @@ started = time.process_time()
 import lowrank_optim
 print(json.dumps([time.process_time() - started, sorted(set(sys.modules) - before)]))
 """
+
+
+STEP_BY_KERNELS = """
+import torch, lowrank_optim, lowrank_optim.kernels
+for module in (lowrank_optim, lowrank_optim.kernels):
+    assert module.__file__.startswith({place!r}), module.__file__
+weight = torch.nn.Parameter(torch.randn(9, 7))
+optimizer = lowrank_optim.GaLoreAdamW([weight], rank=3, impl="triton")
+weight.grad = torch.randn(9, 7)
+optimizer.step()
+assert weight.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("where", ["installed", "checkout"])
+def test_kernels_are_found_in_the_wheel_and_in_a_bare_checkout(wheel, tmp_path, where):
+    """Once installed they lie inside the package, in a checkout beside it."""
+    pytest.importorskip("triton", reason="kernels need triton")
+    place = tmp_path / "installed" if where == "installed" else ROOT
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(place), "TRITON_INTERPRET": "1"}
+    code = STEP_BY_KERNELS.format(place=str(place))
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_import_is_cheap_and_takes_nothing_along():

@@ -1,0 +1,306 @@
+"""Whole optimizers: kernels against plain torch, and who does which step.
+
+float32 sums are made in another order, and sign-like steps may flip where their argument is almost
+zero: a few elements then differ by a step, so weights are compared in the mean as well as at most.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+import torch
+from cases import CASES, GAP, Model, gradient
+from torch import nn
+
+from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, LowRank, Random
+from lowrank_optim.dispatch import refusal
+from lowrank_optim.plan import Job
+from lowrank_optim.settings import plan_of
+
+pytest.importorskip("triton", reason="kernels need triton")
+STEPS = 20
+NO_KERNEL = {
+    "frugal-blocks": "projector Blocks",
+    "lion": "rule Lion",
+    "lion-state-free": "rule Lion",
+    "sgdm-paper-fira": "rule SGDM",
+}
+FUSED = [case for case in CASES if case.name not in NO_KERNEL]
+
+
+class Small(nn.Module):
+    """What kernels are given: tall, wide, a stack, a convolution, plain ones small and large."""
+
+    SHAPES: ClassVar[dict[str, tuple[int, ...]]] = {
+        "tall": (21, 9),
+        "wide": (7, 18),
+        "twin": (21, 9),
+        "stack": (2, 8, 5),
+        "conv": (6, 2, 3, 3),
+        "vector": (11,),
+        "large": (17, 260),
+    }
+
+    def __init__(self, dtype):
+        super().__init__()
+        rng = torch.Generator().manual_seed(1)
+        for name, shape in self.SHAPES.items():
+            value = torch.randn(shape, generator=rng, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(value.to(dtype)))
+
+    def groups(self, rank):
+        plain = {"params": [self.vector, self.large], "rank": None}
+        names = [name for name in self.SHAPES if name not in ("vector", "large")]
+        return [{"params": [getattr(self, name) for name in names], "rank": rank}, plain]
+
+
+def run(case, dtype, device, impl, **changes):
+    model = Small(dtype).to(device)
+    rank = {**{"rank": 3}, **case.settings}["rank"]
+    optimizer = case.build(model.groups(rank), impl=impl, **changes)
+    for step in range(STEPS):
+        for position, param in enumerate(model.parameters()):
+            param.grad = gradient(param.cpu(), step, position).to(device)
+        optimizer.step()
+    return model, optimizer
+
+
+def assert_alike(left, right, start, worst, mean):
+    """Differences relative to the way that the weights have gone."""
+    for name, param in left.named_parameters():
+        other, origin = getattr(right, name), getattr(start, name).to(param.device)
+        way = (other.double() - origin.double()).abs().mean()
+        apart = (param.double() - other.double()).abs()
+        assert way > 0, name
+        assert float(apart.max() / way) <= worst, (name, float(apart.max() / way))
+        assert float(apart.mean() / way) <= mean, (name, float(apart.mean() / way))
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_kernels_step_as_plain_torch_does(case, device):
+    fused, optimizer = run(case, torch.float32, device, "triton")
+    plain, _ = run(case, torch.float32, device, "eager")
+    loose = case.name == "galore-bf16-state"
+    assert_alike(
+        fused, plain, Small(torch.float32), 0.5 if loose else 1e-3, 3e-2 if loose else 1e-4
+    )
+    assert "kernels" in optimizer.summary()
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16, "8bit"], ids=str)
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("name", ["galore-power", "fira-dct", "frugal", "apollo"])
+def test_bfloat16_weights_and_small_states(name, rounding, state_dtype, device):
+    """A unit in the last place of a bfloat16 weight is as long as several steps."""
+    (case,) = (case for case in CASES if case.name == name)
+    changes = {"state_dtype": state_dtype, "stochastic_rounding": rounding, "lr": 5e-2}
+    fused, optimizer = run(case, torch.bfloat16, device, "triton", **changes)
+    plain, _ = run(case, torch.bfloat16, device, "eager", **changes)
+    assert_alike(fused, plain, Small(torch.bfloat16), 3.0, 0.15)
+    state = optimizer.state[fused.large]
+    assert ("exp_avg.codes" in state) == (state_dtype == "8bit")
+
+
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"], ids=str)
+def test_small_states_follow_float32(state_dtype, device):
+    """Against float32 states, in plain torch: what is lost by storing less."""
+    for name in ("galore-power", "frugal", "apollo"):
+        (case,) = (case for case in CASES if case.name == name)
+        changes = {"on_refresh": "reset"} if name != "apollo" else {}
+        small, _ = run(case, torch.float32, device, "eager", state_dtype=state_dtype, **changes)
+        whole, _ = run(case, torch.float32, device, "eager", **changes)
+        assert_alike(small, whole, Small(torch.float32), 3.0, 0.25)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in NO_KERNEL], ids=str)
+def test_what_has_no_kernel_is_refused_with_the_reason(case, device):
+    with pytest.raises(
+        RuntimeError, match=rf'impl="triton".*no kernel for the {NO_KERNEL[case.name]}'
+    ):
+        run(case, torch.float32, device, "triton")
+
+
+def job(param, grad=None):
+    return Job(param, torch.zeros_like(param) if grad is None else grad, {}, object(), 1)
+
+
+def test_reasons_against_kernels(monkeypatch):
+    class Wrapped(torch.Tensor):
+        """A tensor subclass, as distributed and quantised tensors are."""
+
+    matrix = nn.Parameter(torch.zeros(8, 6))
+    for settings, what, reason in (
+        ({"impl": "eager"}, job(matrix), 'impl="eager"'),
+        ({"impl": "auto"}, job(matrix), "on CPU"),
+        ({"impl": "triton"}, job(matrix.double()), "float64"),
+        ({"impl": "triton"}, job(matrix, torch.zeros(8, 6).as_subclass(Wrapped)), "class Wrapped"),
+    ):
+        group = GaLoreAdamW([matrix], rank=2, **settings).param_groups[0]
+        if settings["impl"] == "triton":
+            with pytest.raises(RuntimeError, match=rf"shape \(8, 6\) cannot be .*{reason}"):
+                refusal(plan_of(group), group, what)
+        else:
+            assert refusal(plan_of(group), group, what) == reason
+
+
+def test_summary_says_what_runs_and_why():
+    matrix = nn.Parameter(torch.zeros(8, 6))
+    text = GaLoreAdamW([matrix], rank=2).summary()
+    assert "plain torch (on CPU)" in text
+    text = LowRank([matrix], rank=2, rule="lion", impl="auto").summary()
+    assert "plain torch (on CPU)" in text
+    text = GaLoreAdamW([matrix], rank=2, impl="eager").summary()
+    assert 'plain torch (impl="eager")' in text
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_counts_on_the_device_do_not_change_the_step(case):
+    """`capturable` keeps the counts as tensors and changes nothing but the times of refreshes."""
+    results = []
+    for capturable in (False, True):
+        model = Model()
+        optimizer = case.build(model.parameters(), capturable=capturable, stagger=False)
+        for step in range(2 * GAP + 1):
+            for position, param in enumerate(model.parameters()):
+                param.grad = gradient(param, step, position)
+            optimizer.step()
+        results.append(model)
+    for name, param in results[0].named_parameters():
+        torch.testing.assert_close(param, getattr(results[1], name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["galore-power", "fira-dct", "frugal", "apollo"])
+def test_run_time_numbers_on_the_device_do_not_change_a_fused_step(name, device):
+    (case,) = (case for case in CASES if case.name == name)
+    changes = {"stagger": False, "stochastic_rounding": True, "state_dtype": torch.bfloat16}
+    host, _ = run(case, torch.bfloat16, device, "triton", **changes)
+    there, _ = run(
+        case, torch.bfloat16, device, "triton", capturable=True,
+        lr=torch.tensor(1e-2, device=device), **changes,
+    )  # fmt: skip
+    for param, other in zip(host.parameters(), there.parameters(), strict=True):
+        assert (param != other).float().mean() <= 0.02
+
+
+def test_matrices_of_one_shape_share_launches(monkeypatch, device):
+    from lowrank_optim import fused, kernels
+
+    launches = []
+    for name in ("project_moments", "lift_write"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *a, n=name, r=real: launches.append((n, len(a[0]))) or r(*a)
+        )
+    params = [nn.Parameter(torch.randn(12, 7, device=device)) for _ in range(5)]
+    params.append(nn.Parameter(torch.randn(7, 12, device=device)))
+    optimizer = FiraAdamW(params, rank=3, impl="triton")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert sorted(launches) == [
+        ("lift_write", 1), ("lift_write", 5), ("project_moments", 1), ("project_moments", 5),
+    ]  # fmt: skip
+    launches.clear()
+    monkeypatch.setattr(fused, "AT_ONCE", 2 * 2 * 4 * 12 * 3)
+    optimizer.step()
+    assert [count for name, count in launches if name == "lift_write"] == [2, 2, 1, 1]
+
+
+def test_strided_plain_parameters_go_to_plain_torch(device):
+    """A whole parameter whose gradient lies otherwise in memory is stepped, and rightly."""
+    weights = torch.randn(70, 61, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grad = torch.randn(61, 70, generator=torch.Generator().manual_seed(1)).bfloat16().mT
+    results = []
+    for impl in ("eager", "auto"):
+        param = nn.Parameter(weights.to(device))
+        matrix = nn.Parameter(torch.ones(6, 5, device=device))
+        optimizer = GaLoreAdamW(
+            [{"params": [param], "rank": None}, {"params": [matrix], "rank": 2}], impl=impl
+        )
+        param.grad, matrix.grad = grad.to(device), torch.ones_like(matrix)
+        optimizer.step()
+        results.append(param.detach())
+    assert torch.equal(*results)
+
+
+@pytest.mark.gpu
+class TestOnADevice:
+    """What only a CUDA device can show."""
+
+    @pytest.mark.parametrize("case", CASES, ids=str)
+    def test_no_step_waits_for_the_device(self, case):
+        """The first step, refreshes and steps between; exact decompositions wait inside torch."""
+        plan = plan_of(case.build(Model().parameters()).param_groups[0])
+        if type(plan.projector).__name__ == "SVD" or plan.on_refresh == "align":
+            case = type(case)(case.name, case.factory, {**case.settings, "projector": "power"})
+        if plan.on_refresh == "align" or isinstance(plan.projector, Random):
+            pytest.skip("torch's svd and qr wait for the device")
+        model = Small(torch.bfloat16).cuda()
+        rank = {**{"rank": 3}, **case.settings}["rank"]
+        optimizer = case.build(model.groups(rank))
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(2 * GAP + 1):
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize(
+        "factory", [GaLoreAdamW, FiraAdamW, DCTAdamW], ids=lambda f: f.__name__
+    )
+    def test_a_captured_step_replays_as_an_eager_one(self, factory):
+        settings = {
+            "rank": 3, "capturable": True, "projector": "power", "update_proj_gap": 100,
+            "lr": torch.tensor(1e-2, device="cuda"), "stochastic_rounding": True,
+        }  # fmt: skip
+        if factory is DCTAdamW:
+            settings.pop("projector")
+        models = [Small(torch.bfloat16).cuda() for _ in range(2)]
+        eager, captured = (factory(m.parameters(), **settings) for m in models)
+        for model in models:
+            for position, param in enumerate(model.parameters()):
+                param.grad = gradient(param.cpu(), 0, position).cuda()
+        for _ in range(3):
+            eager.step()
+            captured.step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.step()
+        for step in range(5):
+            for model in models:
+                for position, param in enumerate(model.parameters()):
+                    param.grad.copy_(gradient(param.cpu(), step, position))
+            eager.step()
+            graph.replay()
+        for left, right in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(left, right)
+
+    def test_a_step_needs_little_memory(self):
+        params = [nn.Parameter(torch.randn(2048, 2048, device="cuda").bfloat16()) for _ in range(8)]
+        optimizer = FiraAdamW(params, rank=256, projector="power", update_proj_gap=10)
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.step()
+        assert torch.cuda.max_memory_allocated() - before <= 64 << 20
+
+    def test_schedules_do_not_recompile(self):
+        from lowrank_optim.kernels.lift import _lift
+        from lowrank_optim.kernels.project import _project
+
+        param = nn.Parameter(torch.randn(64, 48, device="cuda").bfloat16())
+        optimizer = FiraAdamW([param], rank=16)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+        sizes = [len(kernel.device_caches[0][0]) for kernel in (_project, _lift)]
+        for step in range(1, 20):
+            group = optimizer.param_groups[0]
+            group["lr"], group["betas"] = 1e-3 / step, (0.9, 1 - 1e-3 / step)
+            group["weight_decay"], group["eps"] = 0.01 * step, 1e-8 * step
+            optimizer.step()
+        assert [len(kernel.device_caches[0][0]) for kernel in (_project, _lift)] == sizes

@@ -15,11 +15,19 @@ GROUPS_OF_KIND = tl.constexpr(1 << 29)
 
 @triton.jit
 def address(table, k, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Return the k-th pointer of a table, as one to `dtype`."""
+    """Return the k-th pointer of a table, as one to `dtype`.
+
+    The compiler knows nothing of an integer that became a pointer, whatever it is told about the
+    integer, and would load element by element. What it does see through is a pointer that is known
+    to be aligned (the table: every allocation is) plus a multiple of 16 bytes.
+    """
     number = tl.load(table + k)
     if ALIGNED:
-        number = tl.multiple_of(number, 16)
-    return number.to(tl.pointer_type(dtype))
+        far = (number - table.to(tl.int64)) >> 4
+        base = table.to(tl.pointer_type(dtype), bitcast=True)
+        return base + far * (128 // dtype.primitive_bitwidth)
+    else:
+        return number.to(tl.pointer_type(dtype))
 
 
 @triton.jit
@@ -29,6 +37,12 @@ def number(x, k, ON_DEVICE: tl.constexpr):
         return tl.load(x + k)
     else:
         return x
+
+
+@triton.jit
+def halves(x):
+    """Return the left and the right half of a tile: of registers, where they hold a product."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
 @triton.jit

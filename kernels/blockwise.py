@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256
-LEVELS = tl.constexpr(65536.0)
+LEVELS = 65536.0
 LEAST_SCALE = tl.constexpr(1e-38)
 TINY = tl.constexpr(1.1754943508222875e-38)
 FLOOR = tl.constexpr(6)
@@ -31,8 +31,10 @@ def signed_tables(device: torch.device) -> Tensor:
 
 @cache
 def square_table(device: torch.device) -> Tensor:
-    """Return the squares of the unsigned map, float32 `(256,)`."""
-    return dynamic_map(False).square().to(device)
+    """Return the squares of the unsigned map, and 2^16 over their distances: `(2, 256)`."""
+    squares = dynamic_map(False).square()
+    gains = LEVELS / squares.diff()
+    return torch.stack((squares, torch.cat((gains, gains[-1:])))).to(device)
 
 
 def dynamic_map(signed: bool) -> Tensor:
@@ -76,23 +78,20 @@ def place_of(x, PER_DECADE: tl.constexpr):
 
 
 @triton.jit
-def quantize_tile(x, tables):
-    """Return (codes as int32, scale) of a tile `(rows, 256)`, rounded to nearest."""
-    scale = tl.max(tl.abs(x), axis=1)
+def codes_of(x, scale, tables):
+    """Return codes, int32, of a tile of blocks of these scales, rounded to nearest."""
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, LEAST_SCALE))
     u = x * inverse[:, None]
     place = place_of(tl.minimum(tl.abs(u), 1.0), 1)
     guess = tl.where(u < 0, 126 - place, 128 + place)
     above = tl.load(tables + 256 + guess)
     below = tl.load(tables + 256 + tl.maximum(guess - 1, 0))
-    code = guess + (above < u).to(tl.int32) - ((guess > 0) & (below >= u)).to(tl.int32)
-    return code, scale
+    return guess + (above < u).to(tl.int32) - ((guess > 0) & (below >= u)).to(tl.int32)
 
 
 @triton.jit
-def quantize_squares_tile(v, bits, table):
-    """Return (codes as int32, scale) of a tile `(rows, 256)` of squares, rounded by the bits."""
-    scale = tl.max(v, axis=1)
+def codes_of_squares(v, scale, bits, table):
+    """Return codes, int32, of a tile of blocks of squares of these scales, rounded by the bits."""
     divisor = tl.where(scale == 0, 1.0, scale)
     u = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape))
     guess = tl.minimum(1 + place_of(tl.minimum(tl.sqrt(u), 1.0), 2), 254)
@@ -100,10 +99,9 @@ def quantize_squares_tile(v, bits, table):
     above = tl.load(table + guess + 1)
     code = guess - (here > u).to(tl.int32) + ((above <= u) & (guess < 254)).to(tl.int32)
     low = tl.load(table + code)
-    high = tl.load(table + code + 1)
-    gain = tl.div_rn(tl.full(low.shape, LEVELS, tl.float32), high - low)
+    gain = tl.load(table + 256 + code)
     code += (bits.to(tl.float32) + 0.5 < (u - low) * gain).to(tl.int32)
-    return tl.where(v > 0, tl.maximum(code, FLOOR), code), scale
+    return tl.where(v > 0, tl.maximum(code, FLOOR), code)
 
 
 @triton.jit
@@ -131,9 +129,11 @@ def _quantize(
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if SQUARES:
         noise = tl.load(bits + at, mask=inside, other=0)
-        code, scale = quantize_squares_tile(value, noise, tables)
+        scale = tl.max(value, axis=1)
+        code = codes_of_squares(value, scale, noise, tables)
     else:
-        code, scale = quantize_tile(value, tables)
+        scale = tl.max(tl.abs(value), axis=1)
+        code = codes_of(value, scale, tables)
     tl.store(codes + at, code.to(tl.uint8), mask=inside)
     tl.store(scales + row * blocks + tl.program_id(1), scale, mask=row < rows)
 

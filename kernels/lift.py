@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import address, dot, narrow, number, random_bits, stochastic_round
+from ._device import address, dot, halves, narrow, number, random_bits, stochastic_round
 from ._host import aligned, numbers, precision, rates, streams, tl_type
 from .tables import pointers
 
@@ -23,14 +23,18 @@ class Tile(NamedTuple):
     rows: int
     cols: int
     rank: int
+    piece: int
     warps: int
+    stages: int
 
 
 def tile_of(half: bool, signed: bool) -> Tile:
     """Return the tile: the one place that decides it. The sign term keeps sums of its own."""
+    import os
+    if "L" in os.environ: return Tile(*map(int, os.environ["L"].split(",")))
     if not half:
-        return Tile(64, 64, 32, 4)
-    return Tile(64, 128, 64, 8) if signed else Tile(128, 128, 64, 8)
+        return Tile(64, 64, 32, 32, 4, 2)
+    return Tile(64, 128, 32, 32, 8, 3) if signed else Tile(128, 128, 32, 32, 8, 3)
 
 
 @triton.jit
@@ -42,9 +46,70 @@ def coefficient(x, k, row, rows, PER_ROW: tl.constexpr):
         return x
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit
+def _write(
+    update, kept, first, weights, grads, places, streams, low_in, direction_in,
+    k, row, rows, cols, rank, w_row, w_col, g_row, g_col, seed, step, a, share, phi, c,
+    step_size, decay,
+    W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, INDEXED: tl.constexpr, LOW: tl.constexpr,
+    DIRECTION: tl.constexpr, GRAD: tl.constexpr, GRAD_ROWS: tl.constexpr, SIGN: tl.constexpr,
+    ROUNDS: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr,
+):  # fmt: skip
+    """Do all that follows the products, piece by piece: one at a time has room in registers."""
+    if update.shape[1] > PIECE:
+        left, right = halves(update)
+        kept_left, kept_right = left, right
+        if SIGN:
+            kept_left, kept_right = halves(kept)
+        _write(
+            left, kept_left, first, weights, grads, places, streams, low_in, direction_in,
+            k, row, rows, cols, rank, w_row, w_col, g_row, g_col, seed, step, a, share, phi, c,
+            step_size, decay, W_TYPE, G_TYPE, INDEXED, LOW, DIRECTION, GRAD, GRAD_ROWS, SIGN,
+            ROUNDS, ALIGNED, PIECE,
+        )  # fmt: skip
+        _write(
+            right, kept_right, first + left.shape[1], weights, grads, places, streams, low_in,
+            direction_in, k, row, rows, cols, rank, w_row, w_col, g_row, g_col, seed, step, a,
+            share, phi, c, step_size, decay, W_TYPE, G_TYPE, INDEXED, LOW, DIRECTION, GRAD,
+            GRAD_ROWS, SIGN, ROUNDS, ALIGNED, PIECE,
+        )  # fmt: skip
+    else:
+        col = (first + tl.arange(0, update.shape[1])).to(tl.int64)
+        inside = (row[:, None] < rows) & (col[None, :] < cols)
+        if INDEXED:
+            place = tl.load(places + k.to(tl.int64) * cols + col, mask=col < cols, other=-1)
+            chosen = inside & (place[None, :] >= 0)
+            at = (k.to(tl.int64) * rows + row[:, None]) * rank + place[None, :]
+            if DIRECTION:
+                update += a * tl.load(direction_in + at, mask=chosen, other=0.0).to(tl.float32)
+            if LOW:
+                update += share * tl.load(low_in + at, mask=chosen, other=0.0).to(tl.float32)
+        if GRAD or SIGN:
+            g_at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row + col[None, :] * g_col
+            g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
+            if GRAD:
+                update += coefficient(phi, k, row, rows, GRAD_ROWS) * g
+            if SIGN:
+                if INDEXED:
+                    dropped = tl.where(place[None, :] >= 0, 0.0, g)
+                else:
+                    dropped = g - kept
+                update += c * ((dropped > 0).to(tl.float32) - (dropped < 0).to(tl.float32))
+        w_at = address(weights, k, W_TYPE, ALIGNED) + row[:, None] * w_row + col[None, :] * w_col
+        w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)
+        w = decay * w + step_size * update
+        if ROUNDS:
+            bits = random_bits(
+                seed, step, tl.load(streams + k), row, first, WEIGHT, update.shape[1]
+            )  # fmt: skip
+            tl.store(w_at, stochastic_round(w, bits), mask=inside)
+        else:
+            tl.store(w_at, narrow(w, W_TYPE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "row_tiles", "col_tiles"])
 def _lift(
-    params, grads, factors, places, streams, low_in, direction_in,
+    weights, grads, factors, places, streams, low_in, direction_in,
     rows, cols, rank, row_tiles, col_tiles, w_row, w_col, g_row, g_col, f_col, f_rank,
     seed, step, a, b, phi, c, step_size, decay,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
@@ -52,6 +117,7 @@ def _lift(
     LOW_ROWS: tl.constexpr, GRAD: tl.constexpr, GRAD_ROWS: tl.constexpr, SIGN: tl.constexpr,
     COUNTED: tl.constexpr, RATED: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
+    PIECE: tl.constexpr,
 ):  # fmt: skip
     """Do one tile (rows x cols) of one matrix; tiles that share rows of N run side by side."""
     col_tile = tl.program_id(0) % col_tiles
@@ -61,22 +127,15 @@ def _lift(
     first = col_tile * COLS
     col = (first + tl.arange(0, COLS)).to(tl.int64)
     in_rows, in_cols = row[:, None] < rows, col[None, :] < cols
-    inside = in_rows & in_cols
     base = k.to(tl.int64) * rows * rank + row[:, None] * rank
     update = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    share = a
     if LOW:
         share = coefficient(b, k, row, rows, LOW_ROWS)
+    kept = update
     if SIGN:
         kept = tl.zeros((ROWS, COLS), dtype=tl.float32)
-    if INDEXED:
-        place = tl.load(places + k.to(tl.int64) * cols + col, mask=col < cols, other=-1)
-        chosen = inside & (place[None, :] >= 0)
-        at = base + place[None, :]
-        if DIRECTION:
-            update += a * tl.load(direction_in + at, mask=chosen, other=0.0).to(tl.float32)
-        if LOW:
-            update += share * tl.load(low_in + at, mask=chosen, other=0.0).to(tl.float32)
-    elif DIRECTION or LOW or SIGN:
+    if not INDEXED and (DIRECTION or LOW or SIGN):
         f_at = address(factors, k, F_TYPE, ALIGNED) + col[None, :] * f_col
         for start in range(0, rank, RANK):
             lane = start + tl.arange(0, RANK)
@@ -103,28 +162,13 @@ def _lift(
                 kept = dot(narrow(low.to(tl.float32), G_TYPE), p, kept, PRECISION)
         if DIRECTION and not LOW:
             update *= a
-    if GRAD or SIGN:
-        g_at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row + col[None, :] * g_col
-        g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
-        if GRAD:
-            update += coefficient(phi, k, row, rows, GRAD_ROWS) * g
-        if SIGN:
-            if INDEXED:
-                dropped = tl.where(place[None, :] >= 0, 0.0, g)
-            else:
-                dropped = g - kept
-            update += c * ((dropped > 0).to(tl.float32) - (dropped < 0).to(tl.float32))
-    w_at = address(params, k, W_TYPE, ALIGNED) + row[:, None] * w_row + col[None, :] * w_col
-    w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)
-    w = number(decay, 0, RATED) * w + number(step_size, 0, RATED) * update
-    if ROUNDS:
-        bits = random_bits(
-            seed, number(step, k, COUNTED).to(tl.uint32), tl.load(streams + k), row, first,
-            WEIGHT, COLS,
-        )  # fmt: skip
-        tl.store(w_at, stochastic_round(w, bits), mask=inside)
-    else:
-        tl.store(w_at, narrow(w, W_TYPE), mask=inside)
+    _write(
+        update, kept, first, weights, grads, places, streams, low_in, direction_in,
+        k, row, rows, cols, rank, w_row, w_col, g_row, g_col,
+        seed, number(step, k, COUNTED).to(tl.uint32), a, share, phi, c,
+        number(step_size, 0, RATED), number(decay, 0, RATED),
+        W_TYPE, G_TYPE, INDEXED, LOW, DIRECTION, GRAD, GRAD_ROWS, SIGN, ROUNDS, ALIGNED, PIECE,
+    )  # fmt: skip
 
 
 def lift_write(
@@ -168,7 +212,7 @@ def lift_write(
         tl_type(param), tl_type(grad), tl_type(factor), indexed, uses_low, uses_direction,
         isinstance(b, Tensor), uses_grad, isinstance(phi, Tensor), bool(update.sign),
         counted, rated, rounds, aligned(params, grads, factors), precision(),
-        tile.rows, tile.cols, tile.rank, num_warps=tile.warps,
+        tile.rows, tile.cols, tile.rank, tile.piece, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

@@ -24,10 +24,10 @@ from ._host import (
     tl_type,
 )
 from .blockwise import (
+    codes_of,
+    codes_of_squares,
     dequantize_squares_tile,
     dequantize_tile,
-    quantize_squares_tile,
-    quantize_tile,
     signed_tables,
     square_table,
 )
@@ -45,7 +45,7 @@ def adam(g, m, v, beta1, beta2, eps, correction1, correction2):
     """Return the new moments and the direction: see `functional.adam`."""
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
-    denominator = (tl.sqrt_rn(v) / correction2 + eps) * correction1
+    denominator = (tl.sqrt(v) / correction2 + eps) * correction1
     return m, v, m / denominator
 
 
@@ -75,35 +75,49 @@ def load_moments(
 
 @triton.jit
 def store_moments(
-    m, v, m_table, v_table, m_scales, v_scales, signed_map, square_map,
-    k, row, col, block, blocks, at, inside, rows, seed, step, stream,
+    m, v, m_scale, v_scale, m_table, v_table, signed_map, square_map,
+    k, row, col, at, inside, seed, step, stream,
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of both moments, rounded as `functional.store` does."""
+    """Store a tile of both moments, rounded as `functional.store` does; scales only if in 8 bits."""
     m_at = address(m_table, k, M_TYPE, ALIGNED) + at
     v_at = address(v_table, k, V_TYPE, ALIGNED) + at
     if EIGHT:
-        scale_at = row * blocks + block
-        code, scale = quantize_tile(tl.where(inside, m, 0.0), signed_map)
+        code = codes_of(tl.where(inside, m, 0.0), m_scale, signed_map)
         tl.store(m_at, code.to(tl.uint8), mask=inside)
-        tl.store(address(m_scales, k, tl.float32, False) + scale_at, scale, mask=row < rows)
         bits = random_bits(seed, step, stream, row, col, EXP_AVG_SQ, TILE)
-        code, scale = quantize_squares_tile(tl.where(inside, v, 0.0), bits, square_map)
+        code = codes_of_squares(tl.where(inside, v, 0.0), v_scale, bits, square_map)
         tl.store(v_at, code.to(tl.uint8), mask=inside)
-        tl.store(address(v_scales, k, tl.float32, False) + scale_at, scale, mask=row < rows)
     else:
         if tl.bfloat16 == M_TYPE:
             m = stochastic_round(m, random_bits(seed, step, stream, row, col, EXP_AVG, TILE))
+        tl.store(m_at, m, mask=inside)
         if tl.bfloat16 == V_TYPE:
             v = stochastic_round(v, random_bits(seed, step, stream, row, col, EXP_AVG_SQ, TILE))
-        tl.store(m_at, m, mask=inside)
         tl.store(v_at, v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit
+def scales_of(m, v, inside):
+    """Return the scales of the rows of a tile of both moments."""
+    return (
+        tl.max(tl.where(inside, tl.abs(m), 0.0), axis=1),
+        tl.max(tl.where(inside, v, 0.0), axis=1),
+    )
+
+
+@triton.jit
+def store_scales(m_scale, v_scale, m_scales, v_scales, k, row, block, blocks, rows):
+    """Store the scales of one block a row of both moments."""
+    at = row * blocks + block
+    tl.store(address(m_scales, k, tl.float32, False) + at, m_scale, mask=row < rows)
+    tl.store(address(v_scales, k, tl.float32, False) + at, v_scale, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "row_tiles", "blocks"])
 def _adam(
-    params, grads, m_table, v_table, m_scales, v_scales, streams, out, signed_map, square_map,
+    weights, grads, m_table, v_table, m_scales, v_scales, streams, out, signed_map, square_map,
     rows, cols, blocks, row_tiles, seed, step,
     beta1, beta2, eps, correction1, correction2, step_size, decay,
     P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
@@ -129,13 +143,17 @@ def _adam(
     )  # fmt: skip
     stream = tl.load(streams + k)
     count = number(step, k, COUNTED).to(tl.uint32)
+    m_scale = None
+    v_scale = None
+    if EIGHT:
+        m_scale, v_scale = scales_of(m, v, inside)
+        store_scales(m_scale, v_scale, m_scales, v_scales, k, row, block, blocks, rows)
     store_moments(
-        m, v, m_table, v_table, m_scales, v_scales, signed_map, square_map,
-        k, row, col, block, blocks, at, inside, rows, seed, count, stream,
-        M_TYPE, V_TYPE, EIGHT, ALIGNED, TILE,
+        m, v, m_scale, v_scale, m_table, v_table, signed_map, square_map,
+        k, row, col, at, inside, seed, count, stream, M_TYPE, V_TYPE, EIGHT, ALIGNED, TILE,
     )  # fmt: skip
     if WRITES:
-        p_at = address(params, k, P_TYPE, ALIGNED) + at
+        p_at = address(weights, k, P_TYPE, ALIGNED) + at
         w = tl.load(p_at, mask=inside, other=0.0).to(tl.float32)
         w = number(decay, 0, RATED) * w + number(step_size, 0, RATED) * direction
         if ROUNDS:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import address, dot, narrow, number
+from ._device import address, dot, halves, narrow, number
 from ._host import (
     TYPES,
     Stored,
@@ -24,8 +24,12 @@ from ._host import (
     tl_type,
 )
 from .blockwise import signed_tables, square_table
-from .moments import adam, load_moments, store_moments
+from .moments import adam, load_moments, scales_of, store_moments, store_scales
 from .tables import pointers
+
+
+HEIGHT = 4
+"""Rows of a tile of 8-bit moments."""
 
 
 class Norms(NamedTuple):
@@ -50,7 +54,9 @@ class Tile(NamedTuple):
     rows: int
     rank: int
     cols: int
+    piece: int
     warps: int
+    stages: int
 
 
 def tile_of(rank: int, half: bool, eight: bool) -> Tile:
@@ -59,14 +65,87 @@ def tile_of(rank: int, half: bool, eight: bool) -> Tile:
     A block of 8-bit moments lies in one program. Registers hold the sums, (rows x rank) float32:
     64 a thread. Products in float32 have no tensor cores, and smaller tiles.
     """
-    wide = 256 if eight else 128
+    wide = 256
     width = min(wide, max(16, triton.next_power_of_2(rank)))
+    import os
+    if "T" in os.environ: return Tile(*map(int, os.environ["T"].split(",")))
     if not half:
-        return Tile(32, width, 32, 8 if width == 256 else 4)
-    return Tile(64 if width == 256 else 128, width, 64, 8)
+        return Tile(32, width, 32, min(width,64), 8 if width == 256 else 4, 2)
+    return Tile(128, width, 32, min(width,32), 8, 4)
 
 
-@triton.jit(do_not_specialize=["seed", "step"])
+@triton.jit
+def _moved(
+    low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
+    k, row, block, blocks, rows, rank, beta1, beta2, eps, correction1, correction2,
+    M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return the new moments of a piece, its direction, where it lies and what of it exists."""
+    lane = first + tl.arange(0, low.shape[1])
+    inside = (row[:, None] < rows) & (lane[None, :] < rank)
+    at = row[:, None] * rank + lane[None, :]
+    m, v = load_moments(
+        m_table, v_table, m_scales, v_scales, signed_map, square_map,
+        k, row, block, blocks, at, inside, rows, M_TYPE, V_TYPE, EIGHT, ALIGNED,
+    )  # fmt: skip
+    m, v, direction = adam(low, m, v, beta1, beta2, eps, correction1, correction2)
+    return m, v, direction, at, inside
+
+
+@triton.jit
+def _finish(
+    low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
+    low_out, direction_out, k, row, block, blocks, rows, rank, seed, step, stream,
+    beta1, beta2, eps, correction1, correction2,
+    M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, EIGHT: tl.constexpr,
+    LOW: tl.constexpr, DIRECTION: tl.constexpr, NORMS: tl.constexpr, ALIGNED: tl.constexpr,
+    PIECE: tl.constexpr,
+):  # fmt: skip
+    """Do all that follows the product, piece by piece; return squares of R and N, summed by row."""
+    if low.shape[1] > PIECE:
+        left, right = halves(low)
+        low_left, direction_left = _finish(
+            left, first, m_table, v_table, m_scales, v_scales, signed_map, square_map, low_out, direction_out, k, row, block, blocks, rows, rank, seed, step,
+            stream, beta1, beta2, eps, correction1, correction2,
+            M_TYPE, V_TYPE, OUT_TYPE, EIGHT, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
+        )  # fmt: skip
+        low_right, direction_right = _finish(
+            right, first + left.shape[1], m_table, v_table, m_scales, v_scales,
+            signed_map, square_map, low_out, direction_out, k, row, block, blocks, rows, rank,
+            seed, step, stream, beta1, beta2, eps, correction1, correction2,
+            M_TYPE, V_TYPE, OUT_TYPE, EIGHT, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
+        )  # fmt: skip
+        return low_left + low_right, direction_left + direction_right
+    else:
+        m, v, direction, at, inside = _moved(
+            low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
+            k, row, block, blocks, rows, rank, beta1, beta2, eps, correction1, correction2,
+            M_TYPE, V_TYPE, EIGHT, ALIGNED,
+        )  # fmt: skip
+        m_scale = None
+        v_scale = None
+        if EIGHT:
+            m_scale, v_scale = scales_of(m, v, inside)
+            store_scales(m_scale, v_scale, m_scales, v_scales, k, row, block, blocks, rows)
+        store_moments(
+            m, v, m_scale, v_scale, m_table, v_table, signed_map, square_map,
+            k, row, first, at, inside, seed, step, stream,
+            M_TYPE, V_TYPE, EIGHT, ALIGNED, low.shape[1],
+        )  # fmt: skip
+        out = k.to(tl.int64) * rows * rank + at
+        if LOW:
+            tl.store(low_out + out, narrow(low, OUT_TYPE), mask=inside)
+        if DIRECTION:
+            tl.store(direction_out + out, narrow(direction, OUT_TYPE), mask=inside)
+        if NORMS:
+            low = tl.where(inside, low, 0.0)
+            direction = tl.where(inside, direction, 0.0)
+            return tl.sum(low * low, axis=1), tl.sum(direction * direction, axis=1)
+        else:
+            return 0.0, 0.0
+
+
+@triton.jit(do_not_specialize=["seed", "step", "row_tiles", "rank_tiles", "matrices"])
 def _project(
     grads, factors, m_table, v_table, m_scales, v_scales, streams, signed_map, square_map,
     low_out, direction_out, norms_out,
@@ -76,7 +155,7 @@ def _project(
     OUT_TYPE: tl.constexpr, INDEXED: tl.constexpr, EIGHT: tl.constexpr, COUNTED: tl.constexpr,
     LOW: tl.constexpr, DIRECTION: tl.constexpr, NORMS: tl.constexpr,
     ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, RANK: tl.constexpr, COLS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Do one tile (rows x rank) of one matrix; tiles that share rows of G run side by side."""
     block = tl.program_id(0) % rank_tiles
@@ -118,38 +197,69 @@ def _project(
             if NORMS:
                 wide = g.to(tl.float32)
                 total += tl.sum(wide * wide, axis=1)
-    inside = in_rows & in_rank
-    at = row[:, None] * rank + lane[None, :]
-    m, v = load_moments(
-        m_table, v_table, m_scales, v_scales, signed_map, square_map,
-        k, row, block, rank_tiles, at, inside, rows, M_TYPE, V_TYPE, EIGHT, ALIGNED,
-    )  # fmt: skip
-    m, v, direction = adam(
-        low, m, v, beta1, beta2, eps,
-        number(correction1, k, COUNTED), number(correction2, k, COUNTED),
-    )  # fmt: skip
-    store_moments(
-        m, v, m_table, v_table, m_scales, v_scales, signed_map, square_map,
-        k, row, first, block, rank_tiles, at, inside, rows,
+    stream, count = tl.load(streams + k), number(step, k, COUNTED).to(tl.uint32)
+    correct1, correct2 = number(correction1, k, COUNTED), number(correction2, k, COUNTED)
+    if EIGHT:
+        _keep(low, first, k, row, rows, rank, low_out, PIECE)
+        if NORMS:
+            spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block
+            tl.store(spot, tl.where(block == 0, total, 0.0), mask=row < rows)
+    else:
+        low_squares, direction_squares = _finish(
+            low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
+            low_out, direction_out, k, row, block, rank_tiles, rows, rank, seed, count, stream,
+            beta1, beta2, eps, correct1, correct2,
+            M_TYPE, V_TYPE, OUT_TYPE, False, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
+        )  # fmt: skip
+        if NORMS:
+            part = matrices.to(tl.int64) * rows * rank_tiles
+            spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block
+            tl.store(spot, tl.where(block == 0, total, 0.0), mask=row < rows)
+            tl.store(spot + part, low_squares, mask=row < rows)
+            tl.store(spot + 2 * part, direction_squares, mask=row < rows)
+
+
+@triton.jit
+def _keep(low, first, k, row, rows, rank, low_out, PIECE: tl.constexpr):
+    """Store sums as they are."""
+    if low.shape[1] > PIECE:
+        left, right = halves(low)
+        _keep(left, first, k, row, rows, rank, low_out, PIECE)
+        _keep(right, first + left.shape[1], k, row, rows, rank, low_out, PIECE)
+    else:
+        lane = first + tl.arange(0, low.shape[1])
+        at = (k.to(tl.int64) * rows + row[:, None]) * rank + lane[None, :]
+        tl.store(low_out + at, low, mask=(row[:, None] < rows) & (lane[None, :] < rank))
+
+
+@triton.jit(do_not_specialize=["seed", "step", "row_tiles", "blocks", "matrices"])
+def _project_eight(
+    low_in, m_table, v_table, m_scales, v_scales, streams, signed_map, square_map,
+    low_out, direction_out, norms_out,
+    rows, rank, row_tiles, blocks, matrices, seed, step, beta1, beta2, eps, correction1, correction2,
+    OUT_TYPE: tl.constexpr, COUNTED: tl.constexpr, LOW: tl.constexpr, DIRECTION: tl.constexpr,
+    NORMS: tl.constexpr, ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Do what follows the product where moments have 8 bits: some rows of one block."""
+    block = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    k = rest // row_tiles
+    row = (rest % row_tiles).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    lane = block * WIDTH + tl.arange(0, WIDTH)
+    at = (k.to(tl.int64) * rows + row[:, None]) * rank + lane[None, :]
+    low = tl.load(low_in + at, mask=(row[:, None] < rows) & (lane[None, :] < rank), other=0.0)
+    low_squares, direction_squares = _finish(
+        low, block * WIDTH, m_table, v_table, m_scales, v_scales, signed_map, square_map,
+        low_out, direction_out, k, row, block, blocks, rows, rank,
         seed, number(step, k, COUNTED).to(tl.uint32), tl.load(streams + k),
-        M_TYPE, V_TYPE, EIGHT, ALIGNED, RANK,
+        beta1, beta2, eps, number(correction1, k, COUNTED), number(correction2, k, COUNTED),
+        tl.uint8, tl.uint8, OUT_TYPE, True, LOW, DIRECTION, NORMS, ALIGNED, WIDTH,
     )  # fmt: skip
-    out = k.to(tl.int64) * rows * rank + at
-    if LOW:
-        tl.store(low_out + out, narrow(low, OUT_TYPE), mask=inside)
-    if DIRECTION:
-        tl.store(direction_out + out, narrow(direction, OUT_TYPE), mask=inside)
     if NORMS:
-        part = matrices.to(tl.int64) * rows * rank_tiles
-        spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block
-        if block == 0:
-            tl.store(spot, total, mask=row < rows)
-        else:
-            tl.store(spot, tl.zeros((ROWS,), dtype=tl.float32), mask=row < rows)
-        kept = tl.where(inside, low, 0.0)
-        tl.store(spot + part, tl.sum(kept * kept, axis=1), mask=row < rows)
-        kept = tl.where(inside, direction, 0.0)
-        tl.store(spot + 2 * part, tl.sum(kept * kept, axis=1), mask=row < rows)
+        part = matrices.to(tl.int64) * rows * blocks
+        spot = norms_out + (k.to(tl.int64) * rows + row) * blocks + block
+        tl.store(spot + part, low_squares, mask=row < rows)
+        tl.store(spot + 2 * part, direction_squares, mask=row < rows)
 
 
 def project_moments(
@@ -190,18 +300,27 @@ def project_moments(
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
     indexed = factor.ndim == 1
+    maps = signed_tables(device), square_table(device)
+    moved = streams(noises, device), *maps
+    adams = noises[0].seed, steps, beta1, beta2, eps, correction1, correction2
+    sums = torch.empty(shape, dtype=torch.float32, device=device) if eight else low
+    known = aligned(grads, factors, exp_avg, exp_avg_sq)
     _project[(len(grads) * row_tiles * rank_tiles,)](
-        pointers(grads), pointers(factors), m_table, v_table, m_scales, v_scales,
-        streams(noises, device), signed_tables(device), square_table(device),
-        low, direction, squares,
+        pointers(grads), pointers(factors), m_table, v_table, m_scales, v_scales, *moved,
+        sums, direction, squares,
         rows, cols, rank, row_tiles, rank_tiles, len(grads), *grad.stride(),
-        *((1, 1) if indexed else factor.stride()),
-        noises[0].seed, steps, beta1, beta2, eps, correction1, correction2,
-        tl_type(grad), tl_type(factor), m_type, v_type,
-        TYPES[out_dtype], indexed, eight, counted,
-        *want, aligned(grads, factors, exp_avg, exp_avg_sq), precision(),
-        tile.rows, tile.rank, tile.cols, num_warps=tile.warps,
+        *((1, 1) if indexed else factor.stride()), *adams,
+        tl_type(grad), tl_type(factor), m_type, v_type, TYPES[out_dtype], indexed, eight, counted,
+        *want, known, precision(), tile.rows, tile.rank, tile.cols, tile.piece,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    if eight:
+        row_tiles = triton.cdiv(rows, HEIGHT)
+        _project_eight[(len(grads) * row_tiles * rank_tiles,)](
+            sums, m_table, v_table, m_scales, v_scales, *moved, low, direction, squares,
+            rows, rank, row_tiles, rank_tiles, len(grads), *adams,
+            TYPES[out_dtype], counted, *want, known, HEIGHT, tile.rank, num_warps=4,
+        )  # fmt: skip
     norms = None
     if squares is not None:
         norms = Norms(*squares.sum(-1, keepdim=True).sqrt_().unbind())

@@ -8,13 +8,12 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import functional
-from .plan import Group, Job, Plan, Site
+from .plan import Group, Plan, Site, State
 from .rules import Adam
 
 HALF = (torch.bfloat16, torch.float16)
@@ -26,24 +25,25 @@ def kernels() -> ModuleType:
     return importlib.import_module("lowrank_optim.kernels")
 
 
-def refusal(plan: Plan, group: Group, job: Job) -> str | None:
+def refusal(
+    plan: Plan, group: Group, param: Tensor, grad: Tensor, state: State, projected: bool
+) -> str | None:
     """Return why plain torch does the step of a parameter, or None where kernels do it.
 
     Raises:
-        RuntimeError: `impl="triton"`, and there is a reason against it.
+        RuntimeError: `impl="triton"`, and there is a reason against it for a projected parameter.
     """
-    impl, device = group["impl"], job.param.device.type
+    impl, device = group["impl"], param.device.type
     if impl == "eager":
         return 'impl="eager"'
     if impl == "auto" and device != "cuda":
         return f"on {device.upper()}"
-    param, grad = job.param, job.grad
     reason = reason_against(
-        plan, job.site is not None, device, param.dtype, grad.dtype, type(param), type(grad)
+        plan, projected, device, param.dtype, grad.dtype, type(param), type(grad)
     )
-    if reason is None and job.site is None and not dense(job):
+    if reason is None and not projected and not dense(param, grad, state):
         reason = "strides of parameter, gradient and moments that differ"
-    if reason is not None and impl == "triton":
+    if reason is not None and impl == "triton" and projected:
         raise RuntimeError(
             f'impl="triton", but the parameter of shape {tuple(param.shape)} cannot be stepped by '
             f'kernels: {reason}. Use impl="auto"'
@@ -98,15 +98,10 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def dense(job: Job) -> bool:
+def dense(param: Tensor, grad: Tensor, state: State) -> bool:
     """Return whether a whole parameter, its gradient and its moments are laid out alike."""
-    tensors = [job.param, job.grad, *state_tensors(job.state)]
-    return all(tensor.is_contiguous() for tensor in tensors)
-
-
-def state_tensors(state: dict[str, Any]) -> list[Tensor]:
-    """Return the tensors of a state."""
-    return [value for value in state.values() if isinstance(value, Tensor)]
+    moments = [value for value in state.values() if isinstance(value, Tensor)]
+    return all(tensor.is_contiguous() for tensor in (param, grad, *moments))
 
 
 def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:

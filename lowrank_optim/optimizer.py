@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
-from .dispatch import wanted
+from .dispatch import refusal, wanted
 from .functional import compute_dtype
 from .geometry import subspace_of
 from .guards import Work, flat_error, flat_piece, is_rehearsal, named, without_autocast
@@ -296,6 +296,8 @@ class LowRank(Optimizer):
         if piece is not None:
             raise flat_error(self._name(index, place), piece)
         state = self.state.get(param)
+        if site is not None:
+            refusal(plan, self.param_groups[index], param, grad, state or {}, True)
         if state and not plan.projector.whole:
             shape = shape_of(state, plan.rule.slots[0])
             fits = shape == param.shape if site is None else shape[-1] == site.rank

@@ -75,7 +75,7 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
         job.state["step"] += 1
         if "age" in job.state:
             job.state["age"] += 1
-        if dispatch.refusal(plan, group, job) is None:
+        if dispatch.refusal(plan, group, job.param, job.grad, job.state, True) is None:
             with_kernels.append(job)
         else:
             step_eagerly(job, group, plan)
@@ -136,7 +136,7 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     with_kernels = []
     for job in plan.rule.step_plain(jobs, group):
         job.state["step"] += 1
-        if dispatch.refusal(plan, group, job) is None:
+        if dispatch.refusal(plan, group, job.param, job.grad, job.state, False) is None:
             with_kernels.append(job)
         else:
             step_plain_eagerly(job, group, plan)

@@ -15,7 +15,6 @@ from torch import nn
 
 from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW, LowRank, Random
 from lowrank_optim.dispatch import refusal
-from lowrank_optim.plan import Job
 from lowrank_optim.settings import plan_of
 
 pytest.importorskip("triton", reason="kernels need triton")
@@ -121,27 +120,36 @@ def test_what_has_no_kernel_is_refused_with_the_reason(case, device):
         run(case, torch.float32, device, "triton")
 
 
-def job(param, grad=None):
-    return Job(param, torch.zeros_like(param) if grad is None else grad, {}, object(), 1)
-
-
-def test_reasons_against_kernels(monkeypatch):
+def test_reasons_against_kernels():
     class Wrapped(torch.Tensor):
         """A tensor subclass, as distributed and quantised tensors are."""
 
-    matrix = nn.Parameter(torch.zeros(8, 6))
-    for settings, what, reason in (
-        ({"impl": "eager"}, job(matrix), 'impl="eager"'),
-        ({"impl": "auto"}, job(matrix), "on CPU"),
-        ({"impl": "triton"}, job(matrix.double()), "float64"),
-        ({"impl": "triton"}, job(matrix, torch.zeros(8, 6).as_subclass(Wrapped)), "class Wrapped"),
+    plain = torch.zeros(8, 6)
+    for impl, param, grad, reason in (
+        ("eager", plain, plain, 'impl="eager"'),
+        ("auto", plain, plain, "on CPU"),
+        ("triton", plain.double(), plain, "float64"),
+        ("triton", plain, plain.as_subclass(Wrapped), "class Wrapped"),
     ):
-        group = GaLoreAdamW([matrix], rank=2, **settings).param_groups[0]
-        if settings["impl"] == "triton":
+        group = GaLoreAdamW([nn.Parameter(plain)], rank=2, impl=impl).param_groups[0]
+        arguments = (plan_of(group), group, param, grad, {})
+        if impl == "triton":
             with pytest.raises(RuntimeError, match=rf"shape \(8, 6\) cannot be .*{reason}"):
-                refusal(plan_of(group), group, what)
+                refusal(*arguments, True)
+            assert reason in refusal(*arguments, False)
         else:
-            assert refusal(plan_of(group), group, what) == reason
+            assert refusal(*arguments, True) == reason
+
+
+def test_a_refused_step_changes_nothing():
+    params = [nn.Parameter(torch.ones(8, 6)), nn.Parameter(torch.ones(8, 6).double())]
+    optimizer = GaLoreAdamW(params, rank=2, impl="triton")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="float64"):
+        optimizer.step()
+    assert not optimizer.state
+    assert all((param == 1).all() for param in params)
 
 
 def test_summary_says_what_runs_and_why():

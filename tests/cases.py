@@ -56,6 +56,11 @@ class Case:
         settings = {"lr": 1e-2, "rank": RANK, "update_proj_gap": GAP, **self.settings, **changes}
         return self.factory(params, **settings)
 
+    @property
+    def coarse(self) -> bool:
+        """Whether moments are rounded when they are stored."""
+        return "state_dtype" in self.settings
+
     def __str__(self) -> str:
         return self.name
 
@@ -68,6 +73,8 @@ CASES = [
     Case("galore-power-rotate", GaLoreAdamW, {"projector": Power(1), "on_refresh": "rotate"}),
     Case("galore-reverse", GaLoreAdamW, {"side": "reverse", "rank": 2}),
     Case("galore-bf16-state", GaLoreAdamW, {"state_dtype": torch.bfloat16}),
+    Case("galore-8bit", GaLoreAdamW, {"state_dtype": "8bit", "projector": "power"}),
+    Case("fira-8bit", FiraAdamW, {"state_dtype": "8bit", "projector": "dct"}),
     Case("galore-rounding", GaLoreAdamW, {"stochastic_rounding": True}),
     Case("dct", DCTAdamW, {"update_proj_gap": 1}),
     Case("dct-gap", DCTAdamW, {}),

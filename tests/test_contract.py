@@ -133,7 +133,7 @@ def test_strides_do_not_matter(case):
             other.grad = torch.empty_like(other).copy_(param.grad)
         for optimizer in optimizers:
             optimizer.step()
-    tolerance = 1e-2 if case.name == "galore-bf16-state" else 1e-10
+    tolerance = 1e-2 if case.coarse else 1e-10
     for name, param in straight.named_parameters():
         other = getattr(strided, name)
         torch.testing.assert_close(param, other, rtol=0, atol=tolerance, msg=name)
@@ -148,6 +148,7 @@ def test_stack_is_projected_matrix_by_matrix(case):
     """A stack moves as its matrices would on their own.
 
     Not so for blocks and stochastic rounding: turns and noise go by parameter, and it is one.
+    Rounded moments differ by that noise.
     """
     stack = torch.nn.Parameter(Model(torch.float64).stack.detach().clone())
     alone = [torch.nn.Parameter(part.detach().clone()) for part in stack]
@@ -158,10 +159,9 @@ def test_stack_is_projected_matrix_by_matrix(case):
             part.grad = grad.clone()
         together.step()
         apart.step()
-    if "power" in case.name:
-        tolerance = 1e-6
-    else:
-        tolerance = 1e-2 if case.name == "galore-bf16-state" else 1e-10
+    tolerance = 1e-6 if "power" in case.name else 1e-10
+    if case.coarse:
+        tolerance = 1e-2
     torch.testing.assert_close(stack, torch.stack(list(alone)), rtol=0, atol=tolerance)
 
 

@@ -22,6 +22,16 @@ LOOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 each_device = pytest.mark.usefixtures("device")
 
 
+@pytest.fixture(autouse=True)
+def poisoned():
+    """What is allocated and not written is nan."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 def draw(shape, dtype, device, seed, scale=1.0):
     rng = torch.Generator().manual_seed(seed)
     return (scale * torch.randn(shape, generator=rng)).to(dtype).to(device)

@@ -65,6 +65,25 @@ def test_prediction_equals_measurement(case):
     assert state_bytes(optimizer) == predicted
 
 
+def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
+    """Projected moments, large whole parameters; small ones stay float32, a basis is bfloat16."""
+    rank, wide = 300, torch.nn.Parameter(torch.zeros(40, 400))
+    plain, short = torch.nn.Parameter(torch.zeros(16, 300)), torch.nn.Parameter(torch.zeros(4095))
+    flat = torch.nn.Parameter(torch.zeros(5000))
+    groups = [
+        {"params": [wide], "rank": rank, "side": "right"},
+        {"params": [plain, short, flat], "rank": None},
+    ]
+    optimizer = GaLoreAdamW(groups, state_dtype="8bit", projector="power")
+    for param in (wide, plain, short, flat):
+        param.grad = torch.randn_like(param)
+    predicted = predicted_bytes(optimizer)
+    optimizer.step()
+    expected = 2 * 40 * (rank + 4 * 2) + 400 * rank * 2
+    expected += 2 * 16 * (300 + 4 * 2) + 2 * 4 * 4095 + 2 * (5000 + 4 * 20) + 4 * STEP
+    assert state_bytes(optimizer) == predicted == expected
+
+
 def test_conv_and_stack_bytes():
     conv = torch.nn.Parameter(torch.randn(32, 8, 3, 3))
     stack = torch.nn.Parameter(torch.randn(4, 16, 24))
@@ -153,10 +172,11 @@ def test_summary_reads_well():
     text = optimizer.summary()
     lines = text.splitlines()
     assert lines[0] == "GaLoreAdamW: 74.3% of 358 parameters projected"
-    assert len({len(line) for line in lines[1:]}) == 1
+    assert len({len(line) for line in lines[1:5]}) == 1
     assert lines[2].split()[:3] == ["0", "SVD", "3"]
     assert lines[3].split()[:3] == ["1", "-", "-"]
     assert lines[4].split()[0] == "all"
+    assert lines[5:] == ["5 tensors stepped by plain torch (on CPU)"]
 
 
 def test_nothing_projected_is_an_error():

@@ -30,6 +30,7 @@ from .rounding import (
     round_into_,
     stochastic_round,
     stream_of,
+    upload,
 )
 from .steps import Norms, Projected, Want, adam_moments, adam_step, bits_of, project_moments
 from .stored import Stored, load, store
@@ -84,5 +85,6 @@ __all__ = [
     "stochastic_round",
     "store",
     "stream_of",
+    "upload",
     "usable",
 ]

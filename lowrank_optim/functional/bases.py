@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .products import row_chunks
+from .rounding import upload
 
 PARTS = 8
 """A basis is widened to float64 in pieces of `CHUNK / PARTS` elements (4 MiB)."""
@@ -25,7 +26,7 @@ def dct_basis(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     phase = ((2 * j + 1) * k).remainder_(4 * n)
     basis = torch.cos(phase.to(torch.float64) * (math.pi / (2 * n))).mul_(math.sqrt(2 / n))
     basis[:, 0] = math.sqrt(1 / n)
-    return basis.to(device=device, dtype=dtype)
+    return upload(basis.to(dtype), device)
 
 
 def canonical_signs(basis: Tensor) -> Tensor:

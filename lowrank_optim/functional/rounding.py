@@ -24,6 +24,13 @@ def generator(device: torch.device, *numbers: int) -> torch.Generator:
     return torch.Generator(device=device).manual_seed(int(seed) >> 1)
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without a wait of the host for it."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 class Noise(NamedTuple):
     """Where the random bits of one matrix come from: a function of these numbers alone.
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import product, select_moment
+from ..functional import select_moment
 from ..plan import Group, Moments, Rule, Site, State
 
 
@@ -39,18 +39,6 @@ class Basis:
     def factor(self, state: State, site: Site) -> Tensor:
         """Return P."""
         return self.basis(state, site)
-
-    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
-        """Return `G P`."""
-        return product(grad, self.basis(state, site), site.dtype)
-
-    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
-        """Add `low P^T` to `out` in place."""
-        lifted = self.basis(state, site).mT.to(out.dtype)
-        if out.ndim == 2:
-            out.addmm_(low, lifted)
-        else:
-            out.baddbmm_(low, lifted.expand(out.shape[0], -1, -1))
 
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group

@@ -73,15 +73,6 @@ class Blocks:
         """Return all columns, or none."""
         return torch.arange(self.width(site), device=site.device)
 
-    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
-        """Return the gradient itself, or nothing of it."""
-        return grad[..., : self.width(site)].to(site.dtype)
-
-    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
-        """Add `low` to `out` in place, if it is there."""
-        if low.shape[-1]:
-            out.add_(low)
-
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import generator
+from ..functional import generator, upload
 from ..plan import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
@@ -41,17 +41,9 @@ class Columns(IndexTransport, Basis):
         for _, state, site in matrices:
             rng = generator(torch.device("cpu"), site.seed, site.step)
             drawn = torch.randperm(site.cols, device="cpu", generator=rng)[: site.rank]
-            state["index"].copy_(drawn.sort().values, non_blocking=True)
+            state["index"].copy_(upload(drawn.sort().values, site.device))
 
     def factor(self, state: State, site: Site) -> Tensor:
         """Return the columns."""
         index: Tensor = state["index"]
         return index
-
-    def down(self, grad: Tensor, state: State, site: Site) -> Tensor:
-        """Return the selected columns."""
-        return grad.index_select(-1, state["index"]).to(site.dtype)
-
-    def lift_(self, out: Tensor, low: Tensor, state: State, site: Site) -> None:
-        """Add `low` to the selected columns of `out`, in place."""
-        out.index_add_(-1, state["index"], low.to(out.dtype))

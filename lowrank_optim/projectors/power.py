@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..functional import generator, orthonormal_, peaks, product, product_t
+from ..functional import generator, orthonormal_, peaks, product, product_t, upload
 from ..plan import Matrix, Site
 from ._basis import Basis
 
@@ -132,9 +132,7 @@ def draw(site: Site) -> tuple[Tensor, Tensor]:
     rng = generator(cpu, site.seed, site.step)
     sizes = (site.cols, site.cols + site.rank - 1)
     s, t = (
-        torch.randn(size, dtype=site.dtype, device=cpu, generator=rng).to(
-            site.device, non_blocking=True
-        )
+        upload(torch.randn(size, dtype=site.dtype, device=cpu, generator=rng), site.device)
         for size in sizes
     )
     return s.unsqueeze(-1), t.unfold(0, site.rank, 1)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import canonical_signs, generator
+from ..functional import generator, orthonormal_, upload
 from ..plan import Matrix, Site, State
 from ._basis import Basis
 
@@ -32,11 +32,11 @@ class Random(Basis):
 
         def draw() -> Tensor:
             rng = generator(torch.device("cpu"), site.seed, drawn)
-            gauss = torch.randn(
-                site.cols, site.rank, dtype=torch.float64, device="cpu", generator=rng
-            )
-            basis = canonical_signs(torch.linalg.qr(gauss).Q)
-            return basis.to(device=site.device, dtype=site.dtype)
+            shape = (site.cols, site.rank)
+            gauss = torch.randn(shape, dtype=site.dtype, device="cpu", generator=rng)
+            basis = upload(gauss, site.device)
+            orthonormal_(basis)
+            return basis
 
         key = ("random", site.cols, site.rank, site.dtype, site.device, site.seed, drawn)
         return site.shared.get(key, draw)

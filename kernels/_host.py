@@ -66,7 +66,7 @@ def corrections(
     if isinstance(t, Tensor):
         exact = t.to(torch.float64)
         return (1 - beta1**exact).float(), (1 - beta2**exact).sqrt().float(), counted
-    return 1 - beta1**t, math.sqrt(1 - beta2**t), counted
+    return float(1 - beta1**t), math.sqrt(1 - beta2**t), counted
 
 
 def numbers(values: Sequence[int | Tensor]) -> tuple[int | Tensor, bool]:
@@ -83,7 +83,7 @@ def rates(
 ) -> tuple[float | Tensor, float | Tensor, bool]:
     """Return step size and decay, and whether they are tensors; both are if one is."""
     if not isinstance(step_size, Tensor) and not isinstance(decay, Tensor):
-        return step_size, decay, False
+        return float(step_size), float(decay), False  # an integer would be another kernel
     like = step_size if isinstance(step_size, Tensor) else decay
     assert isinstance(like, Tensor)
     both = [

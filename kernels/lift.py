@@ -18,7 +18,16 @@ WEIGHT = tl.constexpr(0)
 
 
 class Tile(NamedTuple):
-    """Rows and columns of the weight, and columns of rank, that a program works on at once."""
+    """What a program works on at once.
+
+    Attributes:
+        rows: of the weight.
+        cols: of the weight.
+        rank: columns of rank that one product takes.
+        piece: columns of the weight that are finished at once.
+        warps: of a program.
+        stages: of loads on their way.
+    """
 
     rows: int
     cols: int
@@ -28,13 +37,30 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(half: bool, signed: bool) -> Tile:
-    """Return the tile: the one place that decides it. The sign term keeps sums of its own."""
-    import os
-    if "L" in os.environ: return Tile(*map(int, os.environ["L"].split(",")))
+def tile_of(rank: int, half: bool, signed: bool, indexed: bool) -> Tile:
+    """Return the tile: the one place that decides it.
+
+    Per parameter: 2 r flops; from memory W twice, 4 bytes, and N, 2 r / n; from the second-level
+    cache 2 r / rows of P and 2 r / cols of N. On an H200, see `project.tile_of`, in ps for
+    n = 4096, r = 256, 512, 1024:
+
+        products              0.65  1.30  2.59
+        memory                0.96  0.99  1.05
+        second level, 128^2   1.33  2.67  5.33
+        second level, 128x256 1.00  2.00  4.00
+
+    Of 128^2 two programs share a multiprocessor (128 registers a thread), one of them reading and
+    writing W while the other multiplies. Of the larger tile there is only one, whose products (11
+    us at r = 1024) and weights (64 KiB each way, 4 us) follow each other: 1.9, 2.5, 3.9 ps. Pieces
+    of 16 columns are what keeps 128 registers enough. The sign term keeps sums of its own.
+    """
+    if indexed:
+        return Tile(32, 128, 32, 128, 8, 2)
     if not half:
         return Tile(64, 64, 32, 32, 4, 2)
-    return Tile(64, 128, 32, 32, 8, 3) if signed else Tile(128, 128, 32, 32, 8, 3)
+    if signed:
+        return Tile(64, 128, 32, 32, 8, 4)
+    return Tile(128, 256, 32, 16, 8, 3) if rank > 512 else Tile(128, 128, 32, 16, 8, 4)
 
 
 @triton.jit
@@ -195,11 +221,13 @@ def lift_write(
     uses_low = low is not None and (isinstance(update.low, Tensor) or update.low != 0)
     uses_grad = isinstance(update.grad, Tensor) or update.grad != 0
     indexed = factor.ndim == 1
-    tile = tile_of(grad.dtype != torch.float32, bool(update.sign) and not indexed)
+    tile = tile_of(factor.shape[-1], grad.dtype != torch.float32, bool(update.sign), indexed)
     row_tiles, col_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(cols, tile.cols)
     steps, counted = numbers([noise.step for noise in noises]) if noises else (0, False)
     step_size, decay, rated = rates(step_size, decay)
-    b, phi = (x.contiguous() if isinstance(x, Tensor) else x for x in (update.low, update.grad))
+    b, phi = (
+        x.contiguous() if isinstance(x, Tensor) else float(x) for x in (update.low, update.grad)
+    )
     rounds = noises is not None and param.dtype == torch.bfloat16
     _lift[(len(params) * row_tiles * col_tiles,)](
         pointers(params), pointers(grads), pointers(factors),

@@ -45,7 +45,7 @@ def adam(g, m, v, beta1, beta2, eps, correction1, correction2):
     """Return the new moments and the direction: see `functional.adam`."""
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
-    denominator = (tl.sqrt(v) / correction2 + eps) * correction1
+    denominator = (tl.sqrt(v) * (1 / correction2) + eps) * correction1
     return m, v, m / denominator
 
 
@@ -80,7 +80,7 @@ def store_moments(
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of both moments, rounded as `functional.store` does; scales only if in 8 bits."""
+    """Store a tile of both moments, rounded as `functional.store` does, but not the scales."""
     m_at = address(m_table, k, M_TYPE, ALIGNED) + at
     v_at = address(v_table, k, V_TYPE, ALIGNED) + at
     if EIGHT:
@@ -125,9 +125,10 @@ def _adam(
     ROUNDS: tl.constexpr, ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Do one tile of one matrix; a program has the number (matrix, row tile, block of columns)."""
-    block = tl.program_id(1)
-    k = tl.program_id(0) // row_tiles
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
+    block = tl.program_id(0) % blocks
+    rest = tl.program_id(0) // blocks
+    k = rest // row_tiles
+    row = (rest % row_tiles).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     col = block * TILE
     cols_here = col + tl.arange(0, TILE)
     at = row[:, None] * cols + cols_here[None, :]
@@ -235,12 +236,12 @@ def _launch(
     step_size, decay, rated = rates(step_size, decay)
     device = grad.device
     height = 1 if rows == 1 else 4
-    row_tiles = triton.cdiv(rows, height)
-    _adam[(len(grads) * row_tiles, triton.cdiv(cols, WIDTH))](
+    row_tiles, blocks = triton.cdiv(rows, height), triton.cdiv(cols, WIDTH)
+    _adam[(len(grads) * row_tiles * blocks,)](
         pointers(params), pointers(grads), m_table, v_table, m_scales, v_scales,
         streams(noises, device), out, signed_tables(device), square_table(device),
-        rows, cols, triton.cdiv(cols, WIDTH), row_tiles, noises[0].seed, steps,
-        beta1, beta2, eps, correction1, correction2, step_size, decay,
+        rows, cols, blocks, row_tiles, noises[0].seed, steps,
+        float(beta1), float(beta2), float(eps), correction1, correction2, step_size, decay,
         tl_type(params[0]), tl_type(grad), m_type, v_type,
         eight, counted, rated, out is None, rounds,
         aligned(params, grads, exp_avg, exp_avg_sq), height, WIDTH, num_warps=4,

@@ -27,7 +27,6 @@ from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
 from .tables import pointers
 
-
 HEIGHT = 4
 """Rows of a tile of 8-bit moments."""
 
@@ -49,7 +48,16 @@ class Projected(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows, columns of rank, and columns of the gradient that a program works on at once."""
+    """What a program works on at once.
+
+    Attributes:
+        rows: of the gradient.
+        rank: columns of rank.
+        cols: columns of the gradient that one product takes.
+        piece: columns of rank that are finished at once.
+        warps: of a program.
+        stages: of loads on their way.
+    """
 
     rows: int
     rank: int
@@ -59,19 +67,33 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(rank: int, half: bool, eight: bool) -> Tile:
+def tile_of(rank: int, half: bool, eight: bool, indexed: bool) -> Tile:
     """Return the tile: the one place that decides it.
 
-    A block of 8-bit moments lies in one program. Registers hold the sums, (rows x rank) float32:
-    64 a thread. Products in float32 have no tensor cores, and smaller tiles.
+    Of G with n columns, per parameter, a program of (rows x width) reads from the second-level
+    cache 2 r / width bytes of G and 2 r / rows of P; from memory G once, 2 bytes, and 18 r / n for
+    moments in float32 and N (14 r / n in 8 bits, the sums between two launches included). Products
+    are 2 r flops. On an H200 (790 TFLOP/s, 4.3 TB/s, about 6 TB/s from the second level), in ps for
+    n = 4096, r = 256, 512, 1024:
+
+        products              0.65  1.30  2.59
+        memory                0.73  0.99  1.51
+        second level, 128^2   1.33  2.67  5.33
+        second level, 128x256 1.00  2.00  4.00
+
+    so the tile is as wide as the sums leave registers for, 128 of 255 a thread; what follows the
+    product is done in pieces of 16 columns, or it would not fit beside them. Four stages of 24 KiB
+    stay below the 99 KiB of the smallest devices; three on their way at 1 us are 72 KiB a
+    multiprocessor and us, 9.5 TB/s. Products in float32 have no tensor cores, and small tiles;
+    chosen columns have no product. A block of 8-bit moments is the width of a tile.
     """
-    wide = 256
-    width = min(wide, max(16, triton.next_power_of_2(rank)))
-    import os
-    if "T" in os.environ: return Tile(*map(int, os.environ["T"].split(",")))
+    width = min(256, max(16, triton.next_power_of_2(rank)))
+    if indexed:
+        return Tile(16, width, 128, width, 8, 2)
     if not half:
-        return Tile(32, width, 32, min(width,64), 8 if width == 256 else 4, 2)
-    return Tile(128, width, 32, min(width,32), 8, 4)
+        width = width if eight else min(128, width)
+        return Tile(32, width, 32, min(64, width), 8 if width == 256 else 4, 2)
+    return Tile(128, width, 32, 16, 8, 4)
 
 
 @triton.jit
@@ -101,18 +123,23 @@ def _finish(
     LOW: tl.constexpr, DIRECTION: tl.constexpr, NORMS: tl.constexpr, ALIGNED: tl.constexpr,
     PIECE: tl.constexpr,
 ):  # fmt: skip
-    """Do all that follows the product, piece by piece; return squares of R and N, summed by row."""
+    """Do all that follows the product, piece by piece; return squares of R and N, summed by row.
+
+    A barrier keeps the loads of the next piece, and their registers, behind this one's stores.
+    """
     if low.shape[1] > PIECE:
         left, right = halves(low)
         low_left, direction_left = _finish(
-            left, first, m_table, v_table, m_scales, v_scales, signed_map, square_map, low_out, direction_out, k, row, block, blocks, rows, rank, seed, step,
-            stream, beta1, beta2, eps, correction1, correction2,
+            left, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
+            low_out, direction_out, k, row, block, blocks, rows, rank, seed, step, stream,
+            beta1, beta2, eps, correction1, correction2,
             M_TYPE, V_TYPE, OUT_TYPE, EIGHT, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
         )  # fmt: skip
+        tl.debug_barrier()
         low_right, direction_right = _finish(
-            right, first + left.shape[1], m_table, v_table, m_scales, v_scales,
-            signed_map, square_map, low_out, direction_out, k, row, block, blocks, rows, rank,
-            seed, step, stream, beta1, beta2, eps, correction1, correction2,
+            right, first + left.shape[1], m_table, v_table, m_scales, v_scales, signed_map,
+            square_map, low_out, direction_out, k, row, block, blocks, rows, rank, seed, step,
+            stream, beta1, beta2, eps, correction1, correction2,
             M_TYPE, V_TYPE, OUT_TYPE, EIGHT, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
         )  # fmt: skip
         return low_left + low_right, direction_left + direction_right
@@ -236,7 +263,8 @@ def _keep(low, first, k, row, rows, rank, low_out, PIECE: tl.constexpr):
 def _project_eight(
     low_in, m_table, v_table, m_scales, v_scales, streams, signed_map, square_map,
     low_out, direction_out, norms_out,
-    rows, rank, row_tiles, blocks, matrices, seed, step, beta1, beta2, eps, correction1, correction2,
+    rows, rank, row_tiles, blocks, matrices,
+    seed, step, beta1, beta2, eps, correction1, correction2,
     OUT_TYPE: tl.constexpr, COUNTED: tl.constexpr, LOW: tl.constexpr, DIRECTION: tl.constexpr,
     NORMS: tl.constexpr, ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -276,16 +304,17 @@ def project_moments(
 ) -> Projected:
     """Project gradients and update their moments: see `functional.project_moments`.
 
-    One launch for all. Gradients `(rows, cols)` of one shape and of any strides, which are alike;
-    factors likewise; moments contiguous; counts alike, or all on the device. Sums are float32;
-    results are bfloat16 where the gradients are, else float32. Norms are summed by tiles,
-    in a fixed order.
+    One launch for all, two for 8-bit moments, with the sums in memory between them. Gradients
+    `(rows, cols)` of one shape and of any strides, which are alike; factors likewise; moments
+    contiguous; counts alike, or all on the device. Sums are float32; results are bfloat16 where the
+    gradients are, else float32. Norms are summed by tiles, in a fixed order.
     """
     grad, factor = grads[0], factors[0]
     (rows, cols), rank, device = grad.shape, factor.shape[-1], grad.device
     half = grad.dtype != torch.float32
     m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
-    tile = tile_of(rank, half, eight)
+    indexed = factor.ndim == 1
+    tile = tile_of(rank, half, eight, indexed)
     row_tiles, rank_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(rank, tile.rank)
     shape = (len(grads), rows, rank)
     out_dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
@@ -299,10 +328,9 @@ def project_moments(
     m_table, v_table, m_scales, v_scales = moment_tables(exp_avg, exp_avg_sq)
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
-    indexed = factor.ndim == 1
     maps = signed_tables(device), square_table(device)
     moved = streams(noises, device), *maps
-    adams = noises[0].seed, steps, beta1, beta2, eps, correction1, correction2
+    adams = noises[0].seed, steps, float(beta1), float(beta2), float(eps), correction1, correction2
     sums = torch.empty(shape, dtype=torch.float32, device=device) if eight else low
     known = aligned(grads, factors, exp_avg, exp_avg_sq)
     _project[(len(grads) * row_tiles * rank_tiles,)](

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .optimizer import LowRank
 
 
+LIVE = (*STRUCTURE, "impl", "capturable", "foreach", "fused")
+"""Settings that stay as they are here: what the state means, and how this machine steps it."""
+
+
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict whose groups hold text where they held objects."""
     groups = [{**group, **described(group)} for group in state_dict["param_groups"]]
@@ -44,13 +48,14 @@ def load(
     def restore(_: Any) -> None:
         saved_groups = kept["param_groups"]
         for group, saved, own in zip(optimizer.param_groups, saved_groups, live, strict=True):
-            group.update({k: v for k, v in own.items() if k in STRUCTURE or k not in saved})
+            group.update({k: v for k, v in own.items() if k in LIVE or k not in saved})
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             plan = plan_of(group)
             sites = optimizer._sites(group, plan)
             for saved_id, (param, site) in zip(saved["params"], sites, strict=True):
                 for key, value in kept["state"].get(saved_id, {}).items():
-                    device = step_device(param, site, group, plan) if key == "step" else None
+                    counts = key in ("step", "age")
+                    device = step_device(param, site, group, plan) if counts else None
                     optimizer.state[param][key] = placed(value, device or param.device)
 
     before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
@@ -114,6 +119,12 @@ def check_state(
             raise SettingError(f"only {where} has {key!r} for {name}")
         if isinstance(wanted[key], Tensor):
             shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else None
+            if shape is not None and state[key].dtype != wanted[key].dtype:
+                raise SettingError(
+                    f"{key!r} of {name} is {state[key].dtype} in the checkpoint and would be "
+                    f"{wanted[key].dtype} here: build the optimizer with the checkpoint's "
+                    "state_dtype"
+                )
             if shape != tuple(wanted[key].shape):
                 raise SettingError(
                     f"{key!r} of {name} has shape {shape} in the checkpoint and "

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +63,7 @@ def reason_against(
     *types: type,
 ) -> str | None:
     """Return what stands against kernels for parameters of one kind, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return f"on {device.upper()}"
@@ -78,19 +80,24 @@ def reason_against(
     return None
 
 
-def dct_scores_of(site: Site) -> Callable[[Sequence[Tensor], str], Tensor]:
-    """Return what scores the columns of the cosine basis at a site."""
-    if not site.kernels or not kernels().supports(site.cols):
-        return functional.dct_scores
-    scores: Callable[[Sequence[Tensor], str], Tensor] = kernels().dct_scores
-    return scores
+def dct_scores(grads: Sequence[Tensor], norm: str, site: Site) -> Tensor:
+    """Return the scores of the columns of the cosine basis, see `functional.dct_scores`."""
+    if not site.kernels or not kernels().supports(site.cols, grads[0].dtype):
+        return functional.dct_scores(grads, norm)
+    with on_device(grads[0].device):
+        scores: Tensor = kernels().dct_scores(grads, norm)
+        return scores
 
 
-def wanted(group: Group, device: torch.device) -> bool:
-    """Return whether projectors of a group use kernels on a device."""
-    if group["impl"] == "eager" or importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or (group["impl"] == "triton" and interpreted())
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make launches go to a device: triton takes the current one's, torch the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def has_triton() -> bool:
+    """Return whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def interpreted() -> bool:
@@ -107,12 +114,12 @@ def dense(param: Tensor, grad: Tensor, state: State) -> bool:
 def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
     """Return how a parameter is stepped, as far as it shows before there is a gradient."""
     impl, device = group["impl"], param.device.type
+    if not projected and isinstance(plan.rule, Adam) and exact(plan, param):
+        return "torch's AdamW"
     if impl == "eager":
         return 'plain torch (impl="eager")'
     if impl == "auto" and device != "cuda":
         return f"plain torch (on {device.upper()})"
-    if not projected and isinstance(plan.rule, Adam) and exact(plan, param):
-        return "torch's AdamW"
     reason = reason_against(
         plan, projected, device, param.dtype, param.dtype, type(param), type(param)
     )
@@ -122,4 +129,5 @@ def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
 def exact(plan: Plan, param: Tensor) -> bool:
     """Return whether the moments of a whole parameter are dense and of its own dtype."""
     entries = plan.storage.zeros("exp_avg", tuple(param.shape), param.to("meta"), True)
-    return {key: value.dtype for key, value in entries.items()} == {"exp_avg": param.dtype}
+    forms = {key: value.dtype for key, value in entries.items()}
+    return param.dtype in (torch.float32, torch.float64) and forms == {"exp_avg": param.dtype}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import kernels
+from .dispatch import kernels, on_device
 from .functional import Noise, Stored, is_index
 from .geometry import oriented
 from .plan import Group, Job, Plan
@@ -17,6 +17,10 @@ from .storage import stored
 
 AT_ONCE = 32 << 20
 """Bytes of projected gradients and directions that a step holds beside the parameters."""
+
+
+READ_OFTEN = 1 << 18
+"""Elements from which on a basis is narrowed once, not at each of its many reads."""
 
 
 class Part(NamedTuple):
@@ -47,7 +51,8 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> None:
         width = 2 if part.grad.dtype == torch.bfloat16 else 4
         size = 2 * width * part.param.shape[0] * part.factor.shape[-1]
         for together in chunks(alike, max(1, AT_ONCE // max(1, size))):
-            launch(together, group, plan)
+            with on_device(part.param.device):
+                launch(together, group, plan)
     for param, matrix in copies:
         param.copy_(matrix.view(param.shape))
 
@@ -57,7 +62,7 @@ def parts_of(job: Job, view: Tensor, group: Group, plan: Plan) -> Iterator[Part]
     assert job.site is not None
     _, grad = oriented(job.grad, plan.side)
     factor = plan.projector.factor(job.state, job.site)
-    if not is_index(factor):
+    if not is_index(factor) and factor.numel() >= READ_OFTEN:
         factor = factor.to(grad.dtype)
     moments = [stored(job.state, slot) for slot in plan.rule.slots]
     residual = {key: job.state[key] for key in plan.residual.keys}
@@ -91,7 +96,12 @@ def kind_of(part: Part) -> Hashable:
     tensors = (part.param, part.grad, part.factor)
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
     layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
-    return (layout, part.param.device, counted)
+    return (layout, form_of(part.exp_avg), form_of(part.exp_avg_sq), part.param.device, counted)
+
+
+def form_of(moment: Stored) -> Hashable:
+    """Return how a moment lies in memory."""
+    return moment.dtype if isinstance(moment, Tensor) else "8bit"
 
 
 def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
@@ -143,19 +153,25 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     for job in jobs:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
-        forms = tuple(isinstance(stored(job.state, slot), Tensor) for slot in plan.rule.slots)
+        forms = tuple(form_of(stored(job.state, slot)) for slot in plan.rule.slots)
         param = job.param
         kind = (param.shape, param.dtype, job.grad.dtype, param.device, forms, counted)
         parts.setdefault(kind, []).append(job)
     for alike in parts.values():
-        kernels().adam_step(
-            [job.param for job in alike],
-            [job.grad for job in alike],
-            *([stored(job.state, slot) for job in alike] for slot in plan.rule.slots),
-            [age_of(job, group) for job in alike],
-            *group["betas"],
-            group["eps"],
-            *rates_of(group),
-            [noise_of(job, group) for job in alike],
-            group["stochastic_rounding"],
-        )
+        with on_device(alike[0].param.device):
+            launch_plain(alike, group, plan)
+
+
+def launch_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
+    """Do the one launch of some whole parameters."""
+    kernels().adam_step(
+        [job.param for job in jobs],
+        [job.grad for job in jobs],
+        *([stored(job.state, slot) for job in jobs] for slot in plan.rule.slots),
+        [age_of(job, group) for job in jobs],
+        *group["betas"],
+        group["eps"],
+        *rates_of(group),
+        [noise_of(job, group) for job in jobs],
+        group["stochastic_rounding"],
+    )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
-from .dispatch import refusal, wanted
+from .dispatch import refusal
 from .functional import compute_dtype
 from .geometry import subspace_of
 from .guards import Work, flat_error, flat_piece, is_rehearsal, named, without_autocast
@@ -144,6 +144,12 @@ class LowRank(Optimizer):
         self._shapes = {}
         self._watch = Watch()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or a copy holds."""
+        self._watch.read()
+        state: dict[str, Any] = super().__getstate__()
+        return state
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, a copy or a checkpoint; settings it lacks take our defaults."""
         super().__setstate__(state)
@@ -185,6 +191,8 @@ class LowRank(Optimizer):
         The first call creates the state of every parameter that requires a gradient. Where that
         call has a learning rate of 0 and nothing but zero gradients, it does no more: frameworks
         make such a call to learn the shape of the state.
+        With `capturable`, a step that is captured in a CUDA graph moves no subspace, but that of
+        DCT with `update_proj_gap=1`: call `step()` outside the graph when a refresh is due.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -216,7 +224,7 @@ class LowRank(Optimizer):
                     waiting += step_projected(projected, group, plan)
                 if plain := [job for job in jobs if job.site is None]:
                     step_plain(plain, group, plan)
-            self._watch = Watch(waiting, work)
+            self._watch = Watch(waiting)
         self._shared.sweep()
         return loss
 
@@ -274,7 +282,6 @@ class LowRank(Optimizer):
                     turns=turns,
                     share=rank if isinstance(rank, float) else None,
                     shared=self._shared,
-                    kernels=param.dtype != torch.float64 and wanted(group, param.device),
                 )
                 turn += takes
             found.append((param, site))
@@ -297,7 +304,8 @@ class LowRank(Optimizer):
             raise flat_error(self._name(index, place), piece)
         state = self.state.get(param)
         if site is not None:
-            refusal(plan, self.param_groups[index], param, grad, state or {}, True)
+            group = self.param_groups[index]
+            site.kernels = refusal(plan, group, param, grad, state or {}, True) is None
         if state and not plan.projector.whole:
             shape = shape_of(state, plan.rule.slots[0])
             fits = shape == param.shape if site is None else shape[-1] == site.rank

@@ -127,13 +127,15 @@ class Projector(Protocol):
     `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
     names this projector owns in a parameter's state; `learns` says that the subspace comes from
     the gradient; `whole` says that it takes a matrix whole or not at all instead of a part of
-    every row.
+    every row; `captures` says what of it a CUDA graph may hold: "refresh" all, "step" the steps
+    between refreshes, "" nothing, because a refresh makes tensors at other addresses.
     """
 
     keys: ClassVar[tuple[str, ...]]
     on_refresh: ClassVar[tuple[str, ...]]
     learns: ClassVar[bool]
     whole: ClassVar[bool]
+    captures: ClassVar[str]
 
     def width(self, site: Site) -> int:
         """Return the number of columns of `low`: the rank, or 0 while the matrix sits out."""

@@ -231,6 +231,11 @@ def check_values(group: dict[str, Any], where: str) -> None:
         plan = plan_of(group)
     except ValueError as error:
         raise SettingError(f"{error}{where}") from None
+    if group["capturable"] and not plan.projector.captures:
+        raise SettingError(
+            f"capturable=True{where} does not go with the projector {type(plan.projector).__name__}: "
+            "a refresh makes tensors that a captured step would not find"
+        )
     share = group["rank"]
     if plan.projector.whole and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")

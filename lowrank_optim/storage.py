@@ -51,7 +51,8 @@ class Blockwise8:
     """Moments of one byte a value, in blocks of at most 256 values of a row with a scale each.
 
     The codes are those of bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
-    of whole parameters below 4096 elements stay float32, and a basis is bfloat16.
+    of whole parameters below 4096 elements, and rows of one value, stay float32; a basis is
+    bfloat16.
 
     Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
     """
@@ -70,6 +71,8 @@ class Blockwise8:
         rows, length = tuple(shape[:-1]), shape[-1]
         if whole and len(shape) > 1:
             rows, length = tuple(shape[:1]), torch.Size(shape[1:]).numel()
+        if length == 1:
+            return Dense().zeros(slot, shape, like, whole)
         blocks = -(-length // BLOCK)
         return {
             f"{slot}.codes": torch.zeros(shape, dtype=torch.uint8, device=like.device),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .functional import Noise, stream_of
+from .functional import Noise, stream_of, usable
 from .geometry import oriented
-from .guards import Work
 from .plan import Group, Job, Matrix, Plan, Site, State
 from .storage import load_moments, moments_of, shape_of, store_moments, stored
 
@@ -46,8 +45,14 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     """
     due: list[Job] = []
     late: list[Job] = []
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        due = jobs if group["update_proj_gap"] == 1 else []
+    if capturing():
+        if group["update_proj_gap"] == 1:
+            if plan.projector.captures != "refresh":
+                raise RuntimeError(
+                    f"a refresh of {type(plan.projector).__name__} cannot be captured in a CUDA "
+                    "graph: take update_proj_gap above 1, and an ordinary step() for the refreshes"
+                )
+            due = jobs
     else:
         for job in jobs:
             if is_due(site_of(job), job.state, group, plan):
@@ -57,8 +62,13 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     for part in together(due, plan):
         move(part, group, plan)
     for part in together(late, plan):
-        try_again(part, group, plan)
+        try_again(part, plan)
     return [job for job in (*due, *late) if job.state.get("pending") and site_of(job).gap > 1]
+
+
+def capturing() -> bool:
+    """Return whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def site_of(job: Job) -> Site:
@@ -79,7 +89,8 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
     for job in jobs:
         _, grad = oriented(job.grad, plan.side)
         matrix = Matrix(grad, job.state, site_of(job))
-        alike.setdefault((grad.shape, grad.dtype, grad.device), []).append((job, matrix))
+        kind = (grad.shape, grad.dtype, grad.device, matrix.site.dtype)
+        alike.setdefault(kind, []).append((job, matrix))
     for matrices in alike.values():
         grad, _, site = matrices[0][1]
         size = site.cols * site.rank * grad.shape[:-2].numel()
@@ -94,6 +105,8 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     carries = plan.on_refresh in ("rotate", "align")
     before = [snapshot(m.state, projector.keys) if carries else {} for _, m in part]
     projector.refresh([matrix for _, matrix in part])
+    for _, matrix in part:
+        note_set(matrix)
     for (job, matrix), old in zip(part, before, strict=True):
         state, site = matrix.state, matrix.site
         if plan.on_refresh == "reset":
@@ -124,35 +137,33 @@ def reset(job: Job, plan: Plan, site: Site) -> None:
             piece.zero_()
 
 
-def try_again(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
-    """Set the subspaces that are still as they were made, and zero the moments collected there."""
-    unset = [is_unset(matrix, plan) for _, matrix in part]
+def try_again(part: list[tuple[Job, Matrix]], plan: Plan) -> None:
+    """Set the subspaces that have seen no gradient, and zero the moments collected before."""
+    before = [matrix.state["unset"].clone() for _, matrix in part]
     wanted = [
-        matrix._replace(site=replace(matrix.site, wanted=mask))
-        for (_, matrix), mask in zip(part, unset, strict=True)
+        matrix._replace(site=replace(matrix.site, wanted=unset[..., None, None]))
+        for (_, matrix), unset in zip(part, before, strict=True)
     ]
     plan.projector.refresh(wanted)
-    for (job, matrix), before in zip(part, unset, strict=True):
-        found = before & ~is_unset(matrix, plan)
-        held = moments_of(matrix.state, plan.rule)
-        moments = load_moments(held, plan.rule, matrix.site.dtype)
-        kept = {slot: value.masked_fill(found, 0) for slot, value in moments.items()}
-        store_moments(held, kept, plan.rule, noise_before(job, group), carried=True)
+    for (_, matrix), unset in zip(part, before, strict=True):
+        note_set(matrix)
+        found = (unset & ~matrix.state["unset"])[..., None, None]
+        for moment in moments_of(matrix.state, plan.rule).values():
+            for piece in (moment,) if isinstance(moment, Tensor) else moment:
+                piece.masked_fill_(found, 0)
 
 
-def is_unset(matrix: Matrix, plan: Plan) -> Tensor:
-    """Return `(..., 1, 1)` booleans: which subspaces are as `init` made them."""
-    batch = tuple(matrix.grad.shape[:-2])
-    fresh = plan.projector.init(batch, plan.storage.dtype(matrix.grad), matrix.site)
-    same = torch.ones(batch, dtype=torch.bool, device=matrix.grad.device)
-    for key, value in fresh.items():
-        same &= (matrix.state[key] == value).flatten(len(batch)).all(-1)
-    return same[..., None, None]
+def note_set(matrix: Matrix) -> None:
+    """Note which subspaces a refresh has set: those that had a gradient to learn from."""
+    grad, state, site = matrix
+    if state.get("pending") and site.gap > 1:
+        state["unset"] &= ~usable(grad).flatten(-3)
 
 
 def noise_before(job: Job, group: Group) -> Noise:
     """Return the source of random bits for what happens between two steps of a parameter."""
-    return Noise(group["seed"], site_of(job).step, stream_of(job.position))
+    step = job.state["step"] if group["capturable"] else site_of(job).step
+    return Noise(group["seed"], step, stream_of(job.position))
 
 
 def snapshot(state: State, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -171,8 +182,9 @@ def set_steps(jobs: list[Job]) -> None:
     projected = [job for job in jobs if job.site is not None]
     distant = [job for job in projected if job.state["step"].device.type not in ("cpu", "meta")]
     counts: dict[int, float] = {}
-    if distant and not torch.cuda.is_current_stream_capturing():
-        steps = torch.stack([job.state["step"] for job in distant]).tolist()
+    if distant and not capturing():
+        home = distant[0].state["step"].device
+        steps = torch.stack([job.state["step"].to(home) for job in distant]).tolist()
         counts = {job.position: step for job, step in zip(distant, steps, strict=True)}
     for job in projected:
         if job.state["step"].device.type in ("cpu", "meta"):
@@ -188,32 +200,25 @@ class Watch:
     do not depend on it: a matrix that has its subspace is never set again.
     """
 
-    def __init__(self, jobs: list[Job] | None = None, work: Work | None = None) -> None:
-        self._states: list[State] = []
+    def __init__(self, jobs: Sequence[Job] = ()) -> None:
+        self._states: list[State] = [job.state for job in jobs]
         self._answer: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
-        if not jobs or not work:
+        if not jobs:
             return
-        plans = {job.position: plan for _, plan, group_jobs in work for job in group_jobs}
-        asked = []
-        for job in jobs:
-            plan = plans[job.position]
-            _, grad = oriented(job.grad, plan.side)
-            asked.append(is_unset(Matrix(grad, job.state, site_of(job)), plan).any())
-        home = asked[0].device
-        flags = torch.stack([flag.to(home) for flag in asked])
-        self._states = [job.state for job in jobs]
+        home = jobs[0].param.device
+        flags = torch.stack([state["unset"].any().to(home) for state in self._states])
         if home.type != "cuda":
             self._answer = flags
         else:
             self._answer = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
             self._answer.copy_(flags, non_blocking=True)
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(home))
 
     def read(self) -> None:
         """Note in the states what the answer was."""
-        if self._answer is None:
+        if self._answer is None or capturing():
             return
         if self._ready is not None:
             self._ready.synchronize()

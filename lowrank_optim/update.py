@@ -45,6 +45,7 @@ def init_state(param: Tensor, site: Site | None, group: Group, plan: Plan) -> St
         state["age"] = torch.zeros_like(state["step"])
     if plan.projector.learns:
         state["pending"] = 1
+        state["unset"] = torch.ones(batch, dtype=torch.bool, device=param.device)
     state.update(plan.projector.init(batch, storage.dtype(param), site))
     state.update(plan.residual.init(batch, site))
     return state
@@ -71,10 +72,8 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     """Do one step of projected parameters, in place; return those whose subspace is still unset."""
     waiting = move_subspaces(jobs, group, plan)
     with_kernels = []
+    count(jobs)
     for job in jobs:
-        job.state["step"] += 1
-        if "age" in job.state:
-            job.state["age"] += 1
         if dispatch.refusal(plan, group, job.param, job.grad, job.state, True) is None:
             with_kernels.append(job)
         else:
@@ -82,6 +81,13 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     if with_kernels:
         fused.step_projected(with_kernels, group, plan)
     return waiting
+
+
+def count(jobs: list[Job]) -> None:
+    """Count the update of some parameters."""
+    counts = [job.state[key] for job in jobs for key in ("step", "age") if key in job.state]
+    if counts:
+        torch._foreach_add_(counts, 1)
 
 
 def step_eagerly(job: Job, group: Group, plan: Plan) -> None:
@@ -134,8 +140,9 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     rows at a time.
     """
     with_kernels = []
-    for job in plan.rule.step_plain(jobs, group):
-        job.state["step"] += 1
+    undone = plan.rule.step_plain(jobs, group)
+    count(undone)
+    for job in undone:
         if dispatch.refusal(plan, group, job.param, job.grad, job.state, False) is None:
             with_kernels.append(job)
         else:
@@ -158,7 +165,7 @@ def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
         direction = rule.direction(job.grad[part].to(dtype), moments, count, group)
         store_moments(held, moments, rule, here, whole=True)
         target = param[part]
-        out = target.to(dtype).mul_(decay).add_(direction.mul_(step_size))
+        out = target.to(dtype).mul_(decay).add_(direction * step_size)
         round_into_(
             target, out, bits_of(here, WEIGHT, target, True) if rounds(param, group) else None
         )

@@ -37,9 +37,11 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
     0, 1, and for each decade 10^(k-6) .. 10^(k-5), k = 0..6, the middles of 2^k equal intervals,
     with both signs; without sign, of 2^(k+1) intervals.
     """
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for k in range(7):
-        ends = torch.linspace(0.1, 1, 2 ** (k + (not signed)) + 1, dtype=torch.float32)
+        ends = torch.linspace(
+            0.1, 1, 2 ** (k + (not signed)) + 1, dtype=torch.float32, device="cpu"
+        )
         middles = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (k - 6)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values.to(device)
@@ -126,7 +128,7 @@ def _between(x: Tensor, table: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     below = torch.bucketize(scaled, table, right=True).sub_(1).clamp_(0, 254)
     gain = LEVELS / (table[1:] - table[:-1])
     place = (scaled - table[below]) * gain[below]
-    return _rows(below, x) + (noise + 0.5 < _rows(place, x, torch.float32)), scale
+    return _rows(below, x) + (noise.to(torch.float32) + 0.5 < _rows(place, x, torch.float32)), scale
 
 
 def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:

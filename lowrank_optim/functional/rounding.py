@@ -81,7 +81,11 @@ def random_bits(noise: Noise, kind: int, rows: slice, cols: int, device: torch.d
     """
     groups = torch.arange(-(-cols // 8), dtype=torch.int64, device=device) | kind << 29
     position = torch.full((), noise.stream >> 32, dtype=torch.int64, device=device)
-    step = torch.as_tensor(noise.step, device=device).to(torch.int64)
+    step = noise.step
+    if isinstance(step, Tensor):
+        step = step.to(device, torch.int64)
+    else:
+        step = torch.full((), step, dtype=torch.int64, device=device)
     first = noise.stream & WORD
     bits = torch.empty(rows.stop - rows.start, cols, dtype=torch.int32, device=device)
     height = max(1, IN_CACHE // max(1, cols))

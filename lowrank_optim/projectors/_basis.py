@@ -21,6 +21,7 @@ class Basis:
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate", "align")
     learns: ClassVar[bool] = True
     whole: ClassVar[bool] = False
+    captures: ClassVar[str] = "step"
 
     def basis(self, state: State, site: Site) -> Tensor:
         """Return P, `(..., cols, rank)`."""

@@ -41,6 +41,7 @@ class Blocks:
     on_refresh: ClassVar[tuple[str, ...]] = ("reset",)
     learns: ClassVar[bool] = False
     whole: ClassVar[bool] = True
+    captures: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..dispatch import dct_scores_of
+from ..dispatch import dct_scores
 from ..functional import dct_basis
 from ..plan import Matrix, Site, State
 from ._basis import Basis, IndexTransport
@@ -35,6 +35,7 @@ class DCT(IndexTransport, Basis):
 
     norm: str = "l1"
     keys: ClassVar[tuple[str, ...]] = ("index",)
+    captures: ClassVar[str] = "refresh"
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
 
     def __post_init__(self) -> None:
@@ -61,7 +62,7 @@ class DCT(IndexTransport, Basis):
         """Choose the columns of largest norm, by a fast transform of each row: no product."""
         stacks = [m.grad if m.grad.ndim == 3 else m.grad.unsqueeze(0) for m in matrices]
         grads = [grad for stack in stacks for grad in stack.unbind()]
-        scores = dct_scores_of(matrices[0].site)(grads, self.norm)
+        scores = dct_scores(grads, self.norm, matrices[0].site)
         best = scores.topk(matrices[0].site.rank, dim=-1).indices.sort(dim=-1).values
         good = scores.isfinite().all(-1, keepdim=True) & (scores.amax(-1, keepdim=True) > 0)
         first = 0

@@ -24,6 +24,7 @@ class Random(Basis):
 
     keys: ClassVar[tuple[str, ...]] = ("drawn",)
     learns: ClassVar[bool] = False
+    captures: ClassVar[str] = ""
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
 
     def basis(self, state: State, site: Site) -> Tensor:

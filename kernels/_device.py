@@ -89,6 +89,13 @@ def narrow(x, TYPE: tl.constexpr):
 
 
 @triton.jit
+def peaks(x):
+    """Return the largest value of each row; nan where one is, which `tl.max` would drop."""
+    bad = tl.max((x != x).to(tl.int32), axis=1) > 0
+    return tl.where(bad, float("nan"), tl.max(x, axis=1))
+
+
+@triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
     """Return `total + a b`, summed in float32."""
     if INTERPRETED:

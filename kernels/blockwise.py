@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import peaks
+
 BLOCK = 256
 LEVELS = 65536.0
 LEAST_SCALE = tl.constexpr(1e-38)
@@ -39,9 +41,10 @@ def square_table(device: torch.device) -> Tensor:
 
 def dynamic_map(signed: bool) -> Tensor:
     """Return the 256 values of the dynamic map: see `functional.dynamic_map`."""
-    values = [torch.tensor([0.0, 1.0])]
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for k in range(7):
-        ends = torch.linspace(0.1, 1, 2 ** (k + (not signed)) + 1, dtype=torch.float32)
+        parts = 2 ** (k + (not signed))
+        ends = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
         middles = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (k - 6)
         values += [middles, -middles] if signed else [middles]
     return torch.cat(values).sort().values
@@ -125,10 +128,10 @@ def _quantize(
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if SQUARES:
         noise = tl.load(bits + at, mask=inside, other=0)
-        scale = tl.max(value, axis=1)
+        scale = peaks(value)
         code = codes_of_squares(value, scale, noise, tables)
     else:
-        scale = tl.max(tl.abs(value), axis=1)
+        scale = peaks(tl.abs(value))
         code = codes_of(value, scale, tables)
     tl.store(codes + at, code.to(tl.uint8), mask=inside)
     tl.store(scales + row * blocks + block, scale, mask=row < rows)

@@ -56,7 +56,7 @@ def plan(n: int) -> Plan:
 def _padded(*matrices: Tensor) -> Tensor:
     """Return matrices stacked, each with zeros up to a square or a strip of tiles."""
     height, width = (_tile(size) for size in matrices[0].shape)
-    stack = torch.zeros(len(matrices), height, width, dtype=torch.float64)
+    stack = torch.zeros(len(matrices), height, width, dtype=torch.float64, device="cpu")
     for room, matrix in zip(stack, matrices, strict=True):
         room[: matrix.shape[0], : matrix.shape[1]] = matrix
     return stack

@@ -37,7 +37,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(rank: int, half: bool, signed: bool, indexed: bool) -> Tile:
+def tile_of(shape: tuple[int, int], rank: int, half: bool, signed: bool, indexed: bool) -> Tile:
     """Return the tile: the one place that decides it.
 
     Per parameter: 2 r flops; from memory W twice, 4 bytes, and N, 2 r / n; from the second-level
@@ -52,15 +52,21 @@ def tile_of(rank: int, half: bool, signed: bool, indexed: bool) -> Tile:
     Of 128^2 two programs share a multiprocessor (128 registers a thread), one of them reading and
     writing W while the other multiplies. Of the larger tile there is only one, whose products (11
     us at r = 1024) and weights (64 KiB each way, 4 us) follow each other: 1.9, 2.5, 3.9 ps. Pieces
-    of 16 columns are what keeps 128 registers enough. The sign term keeps sums of its own.
+    of 16 columns are what keeps 128 registers enough. The sign term keeps sums of its own. No
+    tile is much larger than the matrix.
     """
+    height, width = (max(16, triton.next_power_of_2(size)) for size in shape)
     if indexed:
-        return Tile(32, 128, 32, 128, 8, 2)
-    if not half:
-        return Tile(64, 64, 32, 32, 4, 2)
-    if signed:
-        return Tile(64, 128, 32, 32, 8, 4)
-    return Tile(128, 256, 32, 16, 8, 3) if rank > 512 else Tile(128, 128, 32, 16, 8, 4)
+        tile = Tile(32, 128, 32, 128, 8, 2)
+    elif not half:
+        tile = Tile(64, 64, 32, 32, 4, 2)
+    elif signed:
+        tile = Tile(64, 128, 32, 32, 8, 4)
+    else:
+        tile = Tile(128, 256, 32, 16, 8, 3) if rank > 512 else Tile(128, 128, 32, 16, 8, 4)
+    rows, cols = min(tile.rows, height), min(tile.cols, width)
+    warps = tile.warps if rows * cols >= 4096 else 4
+    return tile._replace(rows=rows, cols=cols, piece=min(tile.piece, cols), warps=warps)
 
 
 @triton.jit
@@ -221,7 +227,8 @@ def lift_write(
     uses_low = low is not None and (isinstance(update.low, Tensor) or update.low != 0)
     uses_grad = isinstance(update.grad, Tensor) or update.grad != 0
     indexed = factor.ndim == 1
-    tile = tile_of(factor.shape[-1], grad.dtype != torch.float32, bool(update.sign), indexed)
+    half = grad.dtype != torch.float32
+    tile = tile_of((rows, cols), factor.shape[-1], half, bool(update.sign), indexed)
     row_tiles, col_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(cols, tile.cols)
     steps, counted = numbers([noise.step for noise in noises]) if noises else (0, False)
     step_size, decay, rated = rates(step_size, decay)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import address, narrow, number, random_bits, stochastic_round
+from ._device import address, narrow, number, peaks, random_bits, stochastic_round
 from ._host import (
     Stored,
     aligned,
@@ -102,8 +102,8 @@ def store_moments(
 def scales_of(m, v, inside):
     """Return the scales of the rows of a tile of both moments."""
     return (
-        tl.max(tl.where(inside, tl.abs(m), 0.0), axis=1),
-        tl.max(tl.where(inside, v, 0.0), axis=1),
+        peaks(tl.where(inside, tl.abs(m), 0.0)),
+        peaks(tl.where(inside, v, 0.0)),
     )
 
 

@@ -67,7 +67,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_of(rank: int, half: bool, eight: bool, indexed: bool) -> Tile:
+def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool) -> Tile:
     """Return the tile: the one place that decides it.
 
     Of G with n columns, per parameter, a program of (rows x width) reads from the second-level
@@ -85,15 +85,17 @@ def tile_of(rank: int, half: bool, eight: bool, indexed: bool) -> Tile:
     product is done in pieces of 16 columns, or it would not fit beside them. Four stages of 24 KiB
     stay below the 99 KiB of the smallest devices; three on their way at 1 us are 72 KiB a
     multiprocessor and us, 9.5 TB/s. Products in float32 have no tensor cores, and small tiles;
-    chosen columns have no product. A block of 8-bit moments is the width of a tile.
+    chosen columns have no product. A block of 8-bit moments is the width of a tile. No tile is
+    much larger than the matrix.
     """
+    height = max(16, triton.next_power_of_2(rows))
     width = min(256, max(16, triton.next_power_of_2(rank)))
     if indexed:
         return Tile(16, width, 128, width, 8, 2)
     if not half:
         width = width if eight else min(128, width)
-        return Tile(32, width, 32, min(64, width), 8 if width == 256 else 4, 2)
-    return Tile(128, width, 32, 16, 8, 4)
+        return Tile(min(32, height), width, 32, min(64, width), 8 if width == 256 else 4, 2)
+    return Tile(min(128, height), width, 32, 16, 8 if height > 32 else 4, 4)
 
 
 @triton.jit
@@ -314,7 +316,7 @@ def project_moments(
     half = grad.dtype != torch.float32
     m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
     indexed = factor.ndim == 1
-    tile = tile_of(rank, half, eight, indexed)
+    tile = tile_of(rows, rank, half, eight, indexed)
     row_tiles, rank_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(rank, tile.rank)
     shape = (len(grads), rows, rank)
     out_dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
@@ -324,7 +326,7 @@ def project_moments(
     )
     squares = None
     if want[2]:
-        squares = torch.empty((3, len(grads), rows, rank_tiles), device=device)
+        squares = torch.empty((3, len(grads), rows, rank_tiles), dtype=torch.float32, device=device)
     m_table, v_table, m_scales, v_scales = moment_tables(exp_avg, exp_avg_sq)
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])

@@ -15,7 +15,7 @@ from .plan import Group, Job, Plan
 from .rates import age_of, noise_of, rates_of, rounds
 from .storage import stored
 
-AT_ONCE = 32 << 20
+AT_ONCE = 48 << 20
 """Bytes of projected gradients and directions that a step holds beside the parameters."""
 
 
@@ -48,8 +48,7 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> None:
             parts.setdefault(kind_of(part), []).append(part)
     for alike in parts.values():
         part = alike[0]
-        width = 2 if part.grad.dtype == torch.bfloat16 else 4
-        size = 2 * width * part.param.shape[0] * part.factor.shape[-1]
+        size = held_bytes(part, plan) * part.param.shape[0] * part.factor.shape[-1]
         for together in chunks(alike, max(1, AT_ONCE // max(1, size))):
             with on_device(part.param.device):
                 launch(together, group, plan)
@@ -102,6 +101,13 @@ def kind_of(part: Part) -> Hashable:
 def form_of(moment: Stored) -> Hashable:
     """Return how a moment lies in memory."""
     return moment.dtype if isinstance(moment, Tensor) else "8bit"
+
+
+def held_bytes(part: Part, plan: Plan) -> int:
+    """Return the bytes that a launch holds of each projected value, sums for 8 bits included."""
+    want = plan.residual.want
+    width = 2 if part.grad.dtype == torch.bfloat16 else 4
+    return width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
 
 
 def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:

@@ -80,6 +80,7 @@ class LowRank(Optimizer):
     _shared: Shared
     _shapes: dict[int, list[tuple[int, ...]]]
     _watch: Watch
+    _signatures: dict[int, tuple[Any, ...]]
 
     def __init__(
         self,
@@ -143,6 +144,7 @@ class LowRank(Optimizer):
         self._shared = Shared()
         self._shapes = {}
         self._watch = Watch()
+        self._signatures = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds."""
@@ -232,6 +234,9 @@ class LowRank(Optimizer):
         """Return every group with its plan and its parameters' sites; check all, change nothing."""
         found = []
         for index, group in enumerate(self.param_groups):
+            if self._signatures.get(index) != settings.signature(group):
+                settings.check_values(group, f" in group {index}")
+                self._signatures[index] = settings.signature(group)
             plan = plan_of(group)
             sites = self._sites(group, plan)
             for place, (param, site) in enumerate(sites):
@@ -306,6 +311,13 @@ class LowRank(Optimizer):
         if site is not None:
             group = self.param_groups[index]
             site.kernels = refusal(plan, group, param, grad, state or {}, True) is None
+        if state and site is not None:
+            for key in (*plan.projector.keys, *plan.residual.keys):
+                if key not in state:
+                    raise RuntimeError(
+                        f"the state of {self._name(index, place)} has no {key!r}: projector and "
+                        "residual cannot change once there is state"
+                    )
         if state and not plan.projector.whole:
             shape = shape_of(state, plan.rule.slots[0])
             fits = shape == param.shape if site is None else shape[-1] == site.rank

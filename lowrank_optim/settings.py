@@ -233,14 +233,21 @@ def check_values(group: dict[str, Any], where: str) -> None:
         raise SettingError(f"{error}{where}") from None
     if group["capturable"] and not plan.projector.captures:
         raise SettingError(
-            f"capturable=True{where} does not go with the projector {type(plan.projector).__name__}: "
-            "a refresh makes tensors that a captured step would not find"
+            f"capturable=True{where} does not go with the projector "
+            f"{type(plan.projector).__name__}: a refresh makes tensors that a captured step would "
+            "not find"
         )
     share = group["rank"]
     if plan.projector.whole and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
     if group.get("foreach") and isinstance(group["lr"], Tensor):
         raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
+
+
+def signature(group: Group) -> tuple[Any, ...]:
+    """Return what tells whether a setting has been replaced since it was checked."""
+    values = (group[key] for key in CHECKS)
+    return tuple(id(value) if isinstance(value, Tensor) else value for value in values)
 
 
 def plan_of(group: Group) -> Plan:

@@ -157,7 +157,7 @@ def note_set(matrix: Matrix) -> None:
     """Note which subspaces a refresh has set: those that had a gradient to learn from."""
     grad, state, site = matrix
     if state.get("pending") and site.gap > 1:
-        state["unset"] &= ~usable(grad).flatten(-3)
+        state["unset"] &= ~usable(grad)[..., 0, 0]
 
 
 def noise_before(job: Job, group: Group) -> Noise:

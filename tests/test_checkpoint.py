@@ -11,13 +11,13 @@ from cases import CASES, GAP, RANK, Model, assert_same, train, weights
 from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 
 KEYS = {
-    "galore": {"step", "exp_avg", "exp_avg_sq", "basis", "pending"},
-    "dct": {"step", "exp_avg", "exp_avg_sq", "index", "pending"},
-    "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "residual_norm"},
+    "galore": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset"},
+    "dct": {"step", "exp_avg", "exp_avg_sq", "index", "pending", "unset"},
+    "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset", "residual_norm"},
     "frugal": {"step", "exp_avg", "exp_avg_sq", "index", "age"},
     "frugal-blocks": {"step", "exp_avg", "exp_avg_sq", "age"},
     "apollo": {"step", "exp_avg", "exp_avg_sq", "drawn", "residual_norm"},
-    "lion": {"step", "exp_avg", "basis", "pending"},
+    "lion": {"step", "exp_avg", "basis", "pending", "unset"},
 }
 GROUP_KEYS = {
     "params", "lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale",

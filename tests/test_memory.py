@@ -27,10 +27,10 @@ STEP = 4
 """Bytes of the step count."""
 
 EXACT = {
-    "galore": (GaLoreAdamW, {}, lambda v: (2 * M * R + N * R) * v),
-    "galore power": (GaLoreAdamW, {"projector": "power"}, lambda v: (2 * M * R + N * R) * v),
-    "dct": (DCTAdamW, {}, lambda v: 2 * M * R * v + R * 8),
-    "fira": (FiraAdamW, {}, lambda v: (2 * M * R + N * R) * v + 4),
+    "galore": (GaLoreAdamW, {}, lambda v: (2 * M * R + N * R) * v + 1),
+    "galore power": (GaLoreAdamW, {"projector": "power"}, lambda v: (2 * M * R + N * R) * v + 1),
+    "dct": (DCTAdamW, {}, lambda v: 2 * M * R * v + R * 8 + 1),
+    "fira": (FiraAdamW, {}, lambda v: (2 * M * R + N * R) * v + 4 + 1),
     "frugal": (FrugalAdamW, {}, lambda v: 2 * M * R * v + R * 8 + STEP),
     "apollo": (ApolloAdamW, {}, lambda v: 2 * M * R * v + 4),
     "apollo mini": (ApolloAdamW, {"rank": 1}, lambda v: 2 * M * v + 4),
@@ -79,7 +79,7 @@ def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
         param.grad = torch.randn_like(param)
     predicted = predicted_bytes(optimizer)
     optimizer.step()
-    expected = 2 * 40 * (rank + 4 * 2) + 400 * rank * 2
+    expected = 2 * 40 * (rank + 4 * 2) + 400 * rank * 2 + 1
     expected += 2 * 16 * (300 + 4 * 2) + 2 * 4 * 4095 + 2 * (5000 + 4 * 20) + 4 * STEP
     assert state_bytes(optimizer) == predicted == expected
 
@@ -92,7 +92,7 @@ def test_conv_and_stack_bytes():
     optimizer.step()
     conv_values = 2 * 72 * R + 32 * R
     stack_values = 4 * (2 * 24 * R + 16 * R)
-    assert state_bytes(optimizer) == 4 * (conv_values + stack_values) + 2 * STEP
+    assert state_bytes(optimizer) == 4 * (conv_values + stack_values) + 2 * STEP + 1 + 4
 
 
 class Peak(TorchDispatchMode):
@@ -176,7 +176,10 @@ def test_summary_reads_well():
     assert lines[2].split()[:3] == ["0", "SVD", "3"]
     assert lines[3].split()[:3] == ["1", "-", "-"]
     assert lines[4].split()[0] == "all"
-    assert lines[5:] == ["5 tensors stepped by plain torch (on CPU)"]
+    assert lines[5:] == [
+        "3 tensors stepped by plain torch (on CPU)",
+        "2 tensors stepped by torch's AdamW",
+    ]
 
 
 def test_nothing_projected_is_an_error():

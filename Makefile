@@ -11,7 +11,7 @@ demo: .venv/demo.done
 	$(BIN)/lowrank-optim demo $(ARGS)
 
 test: .venv/test.done
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto $(ARGS)
 
 lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff check .

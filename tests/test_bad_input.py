@@ -294,3 +294,36 @@ def test_messages_are_one_sentence_with_a_way_out():
 def test_param_groups_refuses_a_model_without_matrices():
     with pytest.raises(ValueError, match="no parameter of Embedding would be projected"):
         param_groups(torch.nn.Embedding(10, 4), rank=2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("update_proj_gap", 0), ("betas", (0.9, 1.0)), ("eps", "1e-8"), ("lr", nan), ("seed", -1),
+     ("impl", "tritn"), ("side", "middle"), ("weight_decay", None)],
+)  # fmt: skip
+def test_a_setting_spoiled_between_steps_is_refused_before_anything_moves(key, value):
+    params = [torch.nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
+    optimizer = GaLoreAdamW([{"params": [param], "rank": 2} for param in params])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = [param.detach().clone() for param in params]
+    counts = [float(optimizer.state[param]["step"]) for param in params]
+    optimizer.param_groups[1][key] = value
+    with pytest.raises(ValueError, match=rf"{key}=.* in group 1"):
+        optimizer.step()
+    assert all(torch.equal(*pair) for pair in zip(params, before, strict=True))
+    assert [float(optimizer.state[param]["step"]) for param in params] == counts
+
+
+@pytest.mark.parametrize("change", [{"projector": "dct"}, {"residual": "norm_scaled"}])
+def test_parts_that_do_not_fit_the_state_are_refused(change):
+    param = torch.nn.Parameter(torch.ones(8, 6))
+    optimizer = GaLoreAdamW([param], rank=2)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(RuntimeError, match="projector and residual cannot change"):
+        optimizer.step()
+    assert torch.equal(param, before)

@@ -34,7 +34,7 @@ def poisoned():
 
 def draw(shape, dtype, device, seed, scale=1.0):
     rng = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(shape, generator=rng)).to(dtype).to(device)
+    return (scale * torch.randn(shape, generator=rng, dtype=torch.float32)).to(dtype).to(device)
 
 
 def matrices(count, rows, cols, dtype, device, layout, seed=0):
@@ -332,3 +332,36 @@ def test_every_code_and_its_neighbourhood(device):
     for v in (x.square(), x.abs()):
         left, right = kernels.quantize_squares(v, bits), functional.quantize_squares(v, bits)
         assert torch.equal(left[0], right[0])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_value_spoils_its_block_as_in_the_reference(bad, device):
+    x = draw((2, 512), torch.float32, device, 0)
+    x[0, 5] = bad
+    bits = torch.zeros(x.shape, dtype=torch.int32, device=device)
+    for decoded in (
+        kernels.dequantize_blockwise(*kernels.quantize_blockwise(x)),
+        kernels.dequantize_squares(*kernels.quantize_squares(x.abs(), bits)),
+    ):
+        assert not decoded[0, :256].isfinite().any()
+        assert decoded[0, 256:].isfinite().all()
+        assert decoded[1].isfinite().all()
+
+
+def test_default_dtype_does_not_matter(device):
+    """Norms, tables and random bits are what they are under any default."""
+    results = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            grads = matrices(1, 9, 7, torch.float32, device, "")
+            factors = bases(1, 7, 3, torch.float32, device)
+            stored = moments(1, (9, 3), "8bit", device)
+            arguments = (grads, factors, *stored, [1], *BETAS, EPS, noises(1))
+            results.append((kernels.project_moments(*arguments), stored))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for found, stored in results[1:]:
+        assert torch.equal(found.norms.grad, results[0][0].norms.grad)
+        for left, right in zip(stored, results[0][1], strict=True):
+            assert torch.equal(left[0][0], right[0][0])

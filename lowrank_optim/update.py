@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import dispatch, fused
 from .functional import (
+    NEAR,
     WEIGHT,
     Norms,
     bits_of,
@@ -157,7 +158,7 @@ def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
     noise, count = noise_of(job, group), age_of(job, group)
     step_size, decay = rates_of(group)
     length = param.shape[0] if param.ndim > 1 else 1
-    for rows in row_chunks(length, param.numel() // max(1, length)):
+    for rows in row_chunks(length, NEAR * (param.numel() // max(1, length))):
         part = rows if param.ndim > 1 else ...
         here = noise._replace(stream=noise.stream + rows.start)
         held = {slot: part_of(moment, part) for slot, moment in moments_of(job.state, rule).items()}

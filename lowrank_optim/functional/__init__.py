@@ -18,7 +18,7 @@ from .blockwise import (
 from .cosine import dct, dct_scores
 from .factors import down, drop_, is_index, lift_
 from .moments import adam, bias_corrections, rotate_moments, select_moment
-from .products import compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
+from .products import NEAR, compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
 from .rounding import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -40,6 +40,7 @@ __all__ = [
     "BLOCK",
     "EXP_AVG",
     "EXP_AVG_SQ",
+    "NEAR",
     "WEIGHT",
     "Noise",
     "Norms",

@@ -72,7 +72,7 @@ def quantize_blockwise(x: Tensor, signed: bool = True) -> tuple[Tensor, Tensor]:
     table = dynamic_map(signed, x.device)
     blocks, scale = _blocks(x)
     scaled = blocks * (1 / scale.clamp_min(1e-38)).unsqueeze(-1)
-    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) * 0.5).clamp_max(255)
+    codes = torch.bucketize(scaled, (table[:-1] + table[1:]) * 0.5, out_int32=True).clamp_max(255)
     return _rows(codes, x), scale
 
 
@@ -81,7 +81,7 @@ def dequantize_blockwise(
 ) -> Tensor:
     """Return `map[code] * scale`, multiplied in float32 and rounded to `dtype`."""
     table = dynamic_map(signed, codes.device)
-    return (table[codes.int()] * _spread(scale, codes)).to(dtype)
+    return (_look(table, codes) * _spread(scale, codes)).to(dtype)
 
 
 def quantize_squares(
@@ -116,7 +116,7 @@ def dequantize_squares(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     `dtype` has to have the range of float32.
     """
     spread = _spread(scale, codes)
-    value = square_map(codes.device)[codes.int()] * spread
+    value = _look(square_map(codes.device), codes) * spread
     floor = torch.finfo(torch.float32).tiny
     return torch.where((codes > 0) & (spread > 0), value.clamp_min(floor), value).to(dtype)
 
@@ -125,10 +125,15 @@ def _between(x: Tensor, table: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes, scale), each code the neighbour below or above that the noise picks."""
     blocks, scale = _blocks(x)
     scaled = blocks / torch.where(scale == 0, 1, scale).unsqueeze(-1)
-    below = torch.bucketize(scaled, table, right=True).sub_(1).clamp_(0, 254)
+    below = torch.bucketize(scaled, table, right=True, out_int32=True).sub_(1).clamp_(0, 254)
     gain = LEVELS / (table[1:] - table[:-1])
-    place = (scaled - table[below]) * gain[below]
+    place = (scaled - _look(table, below)).mul_(_look(gain, below))
     return _rows(below, x) + (noise.to(torch.float32) + 0.5 < _rows(place, x, torch.float32)), scale
+
+
+def _look(table: Tensor, index: Tensor) -> Tensor:
+    """Return `table[index]`; `index_select` is several times faster than indexing on a CPU."""
+    return table.index_select(0, index.reshape(-1).to(torch.int32)).view(index.shape)
 
 
 def _blocks(x: Tensor) -> tuple[Tensor, Tensor]:

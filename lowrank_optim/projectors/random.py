@@ -34,8 +34,8 @@ class Random(Basis):
         def draw() -> Tensor:
             rng = generator(torch.device("cpu"), site.seed, drawn)
             shape = (site.cols, site.rank)
-            gauss = torch.randn(shape, dtype=site.dtype, device="cpu", generator=rng)
-            basis = upload(gauss, site.device)
+            gauss = torch.randn(shape, dtype=torch.float64, device="cpu", generator=rng)
+            basis = upload(gauss.to(site.dtype), site.device)
             orthonormal_(basis)
             return basis
 

@@ -47,7 +47,9 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add `demo`."""
     about = "train a small LLaMA with each method and compare loss, memory and time"
     parser = commands.add_parser(
-        "demo", help=about, description=about[0].upper() + about[1:] + ". Takes about 4 minutes."
+        "demo",
+        help=about,
+        description=about[0].upper() + about[1:] + ". Takes under 4 minutes.",
     )
     parser.add_argument("--steps", type=_positive, default=150, help="steps a method (%(default)s)")
     parser.add_argument(

@@ -14,26 +14,41 @@ from .geometry import oriented
 from .plan import Group, Job, Plan
 from .rates import age_of, noise_of, rates_of, rounds
 from .storage import stored
+from .subspace import site_of
 
 AT_ONCE = 48 << 20
-"""Bytes of projected gradients and directions that a step holds beside the parameters."""
-
+"""Bytes of projected gradients, directions and bases that a step makes beside the parameters."""
 
 READ_OFTEN = 1 << 18
 """Elements from which on a basis is narrowed once, not at each of its many reads."""
 
 
 class Part(NamedTuple):
-    """One matrix of one parameter: all that a launch is given of it."""
+    """One matrix of one parameter: all that a launch is given of it, but for its factor.
 
+    That may have to be made, and so is asked for when its turn has come.
+    """
+
+    job: Job
+    place: int | None
     param: Tensor
     grad: Tensor
-    factor: Tensor
     exp_avg: Stored
     exp_avg_sq: Stored
     age: int | Tensor
     noise: Noise
     residual: dict[str, Tensor]
+
+
+class Whole(NamedTuple):
+    """One parameter that is not projected."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Stored
+    exp_avg_sq: Stored
+    age: int | Tensor
+    noise: Noise
 
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> None:
@@ -48,7 +63,7 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> None:
             parts.setdefault(kind_of(part), []).append(part)
     for alike in parts.values():
         part = alike[0]
-        size = held_bytes(part, plan) * part.param.shape[0] * part.factor.shape[-1]
+        size = held_bytes(part, plan)
         for together in chunks(alike, max(1, AT_ONCE // max(1, size))):
             with on_device(part.param.device):
                 launch(together, group, plan)
@@ -60,21 +75,18 @@ def parts_of(job: Job, view: Tensor, group: Group, plan: Plan) -> Iterator[Part]
     """Yield the matrices of a parameter, which is one matrix or a stack of them."""
     assert job.site is not None
     _, grad = oriented(job.grad, plan.side)
-    factor = plan.projector.factor(job.state, job.site)
-    if not is_index(factor) and factor.numel() >= READ_OFTEN:
-        factor = factor.to(grad.dtype)
     moments = [stored(job.state, slot) for slot in plan.rule.slots]
     residual = {key: job.state[key] for key in plan.residual.keys}
     count, noise = age_of(job, group), noise_of(job, group)
     if view.ndim == 2:
-        yield Part(view, grad, factor, moments[0], moments[1], count, noise, residual)
+        yield Part(job, None, view, grad, moments[0], moments[1], count, noise, residual)
         return
-    shared = is_index(factor) or factor.ndim == 2
     for place in range(view.shape[0]):
         yield Part(
+            job,
+            place,
             view[place],
             grad[place],
-            factor if shared else factor[place],
             piece_of(moments[0], place),
             piece_of(moments[1], place),
             count,
@@ -92,10 +104,11 @@ def piece_of(moment: Stored, place: int) -> Stored:
 
 def kind_of(part: Part) -> Hashable:
     """Return what the matrices of one launch have in common."""
-    tensors = (part.param, part.grad, part.factor)
+    tensors = (part.param, part.grad)
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
     layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
-    return (layout, form_of(part.exp_avg), form_of(part.exp_avg_sq), part.param.device, counted)
+    forms = (form_of(part.exp_avg), form_of(part.exp_avg_sq))
+    return (layout, forms, site_of(part.job).rank, part.param.device, counted)
 
 
 def form_of(moment: Stored) -> Hashable:
@@ -104,10 +117,32 @@ def form_of(moment: Stored) -> Hashable:
 
 
 def held_bytes(part: Part, plan: Plan) -> int:
-    """Return the bytes that a launch holds of each projected value, sums for 8 bits included."""
-    want = plan.residual.want
+    """Return the bytes that a launch makes for one matrix: low, direction, sums, and a basis.
+
+    A basis is counted as one that is gathered in float32 and narrowed.
+    """
+    want, (rows, cols) = plan.residual.want, part.param.shape
     width = 2 if part.grad.dtype == torch.bfloat16 else 4
-    return width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
+    values = width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
+    return site_of(part.job).rank * (rows * values + 6 * cols)
+
+
+def factors_of(parts: list[Part], plan: Plan) -> list[Tensor]:
+    """Return the factors of some matrices, alike in their strides."""
+    made: dict[int, Tensor] = {}
+    factors = []
+    for job, place, _, grad, *_ in parts:
+        factor = made.get(job.position)
+        if factor is None:
+            factor = plan.projector.factor(job.state, site_of(job))
+            if not is_index(factor) and factor.numel() >= READ_OFTEN:
+                factor = factor.to(grad.dtype)
+            made[job.position] = factor
+        of_stack = place is not None and not is_index(factor) and factor.ndim == 3
+        factors.append(factor[place] if of_stack else factor)
+    if any(factor.stride() != factors[0].stride() for factor in factors):
+        return [factor.contiguous() for factor in factors]
+    return factors
 
 
 def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
@@ -119,7 +154,7 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
 def launch(parts: list[Part], group: Group, plan: Plan) -> None:
     """Do the two launches of some matrices, and the residual's few numbers between them."""
     ops, want = kernels(), plan.residual.want
-    grads, factors = [part.grad for part in parts], [part.factor for part in parts]
+    grads, factors = [part.grad for part in parts], factors_of(parts, plan)
     noises, counts = [part.noise for part in parts], [part.age for part in parts]
     low, direction, norms = ops.project_moments(
         grads,
@@ -155,29 +190,27 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> None:
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """Do one step of parameters that are not projected."""
-    parts: dict[Hashable, list[Job]] = {}
+    parts: dict[Hashable, list[Whole]] = {}
     for job in jobs:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
-        forms = tuple(form_of(stored(job.state, slot)) for slot in plan.rule.slots)
-        param = job.param
+        exp_avg, exp_avg_sq = (stored(job.state, slot) for slot in plan.rule.slots)
+        param, forms = job.param, (form_of(exp_avg), form_of(exp_avg_sq))
         kind = (param.shape, param.dtype, job.grad.dtype, param.device, forms, counted)
-        parts.setdefault(kind, []).append(job)
+        whole = Whole(param, job.grad, exp_avg, exp_avg_sq, count, noise)
+        parts.setdefault(kind, []).append(whole)
     for alike in parts.values():
+        params, grads, firsts, seconds, counts, noises = map(list, zip(*alike, strict=True))
         with on_device(alike[0].param.device):
-            launch_plain(alike, group, plan)
-
-
-def launch_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
-    """Do the one launch of some whole parameters."""
-    kernels().adam_step(
-        [job.param for job in jobs],
-        [job.grad for job in jobs],
-        *([stored(job.state, slot) for job in jobs] for slot in plan.rule.slots),
-        [age_of(job, group) for job in jobs],
-        *group["betas"],
-        group["eps"],
-        *rates_of(group),
-        [noise_of(job, group) for job in jobs],
-        group["stochastic_rounding"],
-    )
+            kernels().adam_step(
+                params,
+                grads,
+                firsts,
+                seconds,
+                counts,
+                *group["betas"],
+                group["eps"],
+                *rates_of(group),
+                noises,
+                group["stochastic_rounding"],
+            )

@@ -72,13 +72,10 @@ def template(param: Tensor, site: Site | None, group: Group, plan: Plan) -> Stat
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     """Do one step of projected parameters, in place; return those whose subspace is still unset."""
     waiting = move_subspaces(jobs, group, plan)
-    with_kernels = []
     count(jobs)
-    for job in jobs:
-        if dispatch.refusal(plan, group, job.param, job.grad, job.state, True) is None:
-            with_kernels.append(job)
-        else:
-            step_eagerly(job, group, plan)
+    with_kernels, others = divided(jobs, group, plan)
+    for job in others:
+        step_eagerly(job, group, plan)
     if with_kernels:
         fused.step_projected(with_kernels, group, plan)
     return waiting
@@ -89,6 +86,16 @@ def count(jobs: list[Job]) -> None:
     counts = [job.state[key] for job in jobs for key in ("step", "age") if key in job.state]
     if counts:
         torch._foreach_add_(counts, 1)
+
+
+def divided(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]]:
+    """Return the jobs that kernels do, and those that plain torch does."""
+    with_kernels: list[Job] = []
+    others: list[Job] = []
+    for job in jobs:
+        reason = dispatch.refusal(plan, group, job.param, job.grad, job.state, job.site is not None)
+        (with_kernels if reason is None else others).append(job)
+    return with_kernels, others
 
 
 def step_eagerly(job: Job, group: Group, plan: Plan) -> None:
@@ -140,14 +147,11 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     What the rule cannot do whole is done by a kernel, or here in the dtype of the arithmetic, some
     rows at a time.
     """
-    with_kernels = []
     undone = plan.rule.step_plain(jobs, group)
     count(undone)
-    for job in undone:
-        if dispatch.refusal(plan, group, job.param, job.grad, job.state, False) is None:
-            with_kernels.append(job)
-        else:
-            step_plain_eagerly(job, group, plan)
+    with_kernels, others = divided(undone, group, plan)
+    for job in others:
+        step_plain_eagerly(job, group, plan)
     if with_kernels:
         fused.step_plain(with_kernels, group, plan)
 

@@ -1,7 +1,5 @@
 """The fast cosine transform: against scipy, against the basis, and the kernel against both."""
 
-import os
-
 import pytest
 import scipy.fft
 import torch
@@ -11,18 +9,7 @@ from lowrank_optim.kernels import tables
 from lowrank_optim.functional import dct, dct_basis
 from lowrank_optim.functional import dct_scores as plain_scores
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HALVES = (torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    """The interpreter on the CPU, or a GPU: Triton decides at import, so one of them per run."""
-    if request.param == "cuda" and (INTERPRETED or not torch.cuda.is_available()):
-        pytest.skip("needs a CUDA device")
-    if request.param == "cpu" and not INTERPRETED:
-        pytest.skip("needs TRITON_INTERPRET=1")
-    return torch.device(request.param)
 
 
 @pytest.fixture
@@ -123,7 +110,7 @@ def test_transposed_views_go_through_a_buffer_of_any_size(room, device, monkeypa
 def test_every_frequency_alone_is_found(device):
     """A row that is one cosine scores in its column alone."""
     n = 96
-    basis = dct_basis(n, torch.float32, device).mT.contiguous()
+    basis = dct_basis(n, torch.float32, torch.device(device)).mT.contiguous()
     scores = kernel.dct_scores(list(basis.unsqueeze(1).unbind()), "l1")
     torch.testing.assert_close(scores, torch.eye(n, device=device), atol=1e-4, rtol=0)
 

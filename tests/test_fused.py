@@ -6,6 +6,7 @@ zero: a few elements then differ by a step, so weights are compared in the mean 
 
 from __future__ import annotations
 
+import weakref
 from typing import ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from cases import CASES, GAP, Model, gradient
 from torch import nn
 
-from lowrank_optim import ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
+from lowrank_optim import DCT, ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.dispatch import refusal
 from lowrank_optim.settings import plan_of
 
@@ -233,9 +234,33 @@ def test_matrices_of_one_shape_share_launches(monkeypatch, device):
         ("lift_write", 1), ("lift_write", 5), ("project_moments", 1), ("project_moments", 5),
     ]  # fmt: skip
     launches.clear()
-    monkeypatch.setattr(fused, "AT_ONCE", 2 * 2 * 4 * 12 * 3)
+    a_matrix = 3 * (12 * 2 * 4 + 7 * 6)
+    monkeypatch.setattr(fused, "AT_ONCE", 2 * a_matrix)
     optimizer.step()
     assert [count for name, count in launches if name == "lift_write"] == [2, 2, 1, 1]
+
+
+def test_bases_of_few_matrices_are_held_at_once(monkeypatch, device):
+    """What a projector gathers for a matrix goes before those of the next launch are made."""
+    from lowrank_optim import fused
+
+    held, most = weakref.WeakSet(), []
+
+    class Counted(DCT):
+        def factor(self, state, site):
+            made = super().factor(state, site)
+            held.add(made)
+            most.append(len(held))
+            return made
+
+    params = [nn.Parameter(torch.randn(12, 7, device=device)) for _ in range(6)]
+    optimizer = DCTAdamW(params, rank=3, projector=Counted(), impl="triton")
+    for param in params:
+        param.grad = torch.randn_like(param)
+    monkeypatch.setattr(fused, "AT_ONCE", 2 * 3 * (12 * 4 + 7 * 6))
+    optimizer.step()
+    assert len(most) >= 6
+    assert max(most) <= 4
 
 
 def test_strided_plain_parameters_go_to_plain_torch(device):

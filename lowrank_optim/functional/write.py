@@ -84,8 +84,10 @@ def lift_write(
                 lift_(out, inner[..., chunk, :], factor, keep=decay)
             if isinstance(scale_grad, Tensor) and scale_grad.ndim:
                 out.addcmul_(grad[..., chunk, :].to(dtype), scale_grad[..., chunk, :])
+            elif isinstance(scale_grad, Tensor):
+                out.addcmul_(grad[..., chunk, :].to(dtype), scale_grad.to(out.device))
             elif scale_grad is not None:
-                out.add_(grad[..., chunk, :].to(dtype) * scale_grad)
+                out.add_(grad[..., chunk, :].to(dtype), alpha=scale_grad)
             if update.sign and low is not None:
                 dropped = grad[..., chunk, :].to(dtype, copy=True)
                 dropped = drop_(dropped, low[k][..., chunk, :], factor)

@@ -11,11 +11,15 @@ from torch import Tensor
 from .geometry import subspace_of
 from .plan import Group, Plan, Site, State
 from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
+from .sites import name_of, sites_of
 from .update import step_device, template
 
 if TYPE_CHECKING:
     from .optimizer import LowRank
 
+
+STATE_VERSION = 1
+"""Version of the layout of a state; a number in every group of a checkpoint."""
 
 LIVE = (*STRUCTURE, "impl", "capturable", "foreach", "fused")
 """Settings that stay as they are here: what the state means, and how this machine steps it."""
@@ -51,7 +55,7 @@ def load(
             group.update({k: v for k, v in own.items() if k in LIVE or k not in saved})
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             plan = plan_of(group)
-            sites = optimizer._sites(group, plan)
+            sites = sites_of(group, plan, optimizer._shared)
             for saved_id, (param, site) in zip(saved["params"], sites, strict=True):
                 for key, value in kept["state"].get(saved_id, {}).items():
                     counts = key in ("step", "age")
@@ -82,6 +86,12 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
             f"{[len(g['params']) for g in groups]}: build it with the same groups"
         )
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        version = saved.get("state_version", STATE_VERSION)
+        if version != STATE_VERSION:
+            raise SettingError(
+                f"the checkpoint has state_version {version}, this package reads {STATE_VERSION}: "
+                "upgrade lowrank-optim"
+            )
         for key, value in described(group).items():
             if key in saved and kind_of(saved[key]) != kind_of(value):
                 raise SettingError(
@@ -93,9 +103,9 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
         merged["params"] = group["params"]
         plan = plan_of(merged)
         for place, (saved_id, (param, site)) in enumerate(
-            zip(saved["params"], optimizer._sites(merged, plan), strict=True)
+            zip(saved["params"], sites_of(merged, plan, optimizer._shared), strict=True)
         ):
-            name, shape = optimizer._name(index, place), tuple(param.shape)
+            name, shape = name_of(group, index, place), tuple(param.shape)
             ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
             if "rank" in saved and (
                 subspace_of(shape, saved["rank"], plan.side, plan.projector.whole)

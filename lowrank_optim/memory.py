@@ -11,6 +11,7 @@ from torch import Tensor
 from .dispatch import reason_of
 from .plan import State
 from .settings import SettingError, plan_of
+from .sites import sites_of
 from .update import template
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
             "state": 0,
             "adamw": 0,
         }
-        for param, site in optimizer._sites(group, plan):
+        for param, site in sites_of(group, plan, optimizer._shared):
             if not param.requires_grad:
                 continue
             row["tensors"] += 1
@@ -80,7 +81,7 @@ def steppers(optimizer: LowRank) -> list[str]:
     found: Counter[str] = Counter()
     for group in optimizer.param_groups:
         plan = plan_of(group)
-        for param, site in optimizer._sites(group, plan):
+        for param, site in sites_of(group, plan, optimizer._shared):
             if param.requires_grad:
                 found[reason_of(plan, group, param, site is not None)] += 1
     return [f"{count} tensors stepped by {how}" for how, count in found.most_common()]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,18 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
-from .dispatch import refusal
-from .functional import compute_dtype
-from .geometry import subspace_of
-from .guards import Work, flat_error, flat_piece, is_rehearsal, named, without_autocast
-from .plan import Job, Plan, Projector, Residual, Rule, Shared, Site
-from .settings import SettingError, plan_of
-from .storage import shape_of
-from .subspace import Watch, set_steps
-from .update import init_state, step_plain, step_projected
+from .backward import InBackward
+from .guards import flat_error, flat_piece, is_rehearsal, named
+from .plan import Projector, Residual, Rule, Shared
+from .rounds import Round
+from .settings import SettingError
+from .subspace import Watch
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-Found = list[tuple[dict[str, Any], Plan, list[tuple[Tensor, Site | None]]]]
 
 
 class LowRank(Optimizer):
@@ -81,6 +77,9 @@ class LowRank(Optimizer):
     _shapes: dict[int, list[tuple[int, ...]]]
     _watch: Watch
     _signatures: dict[int, tuple[Any, ...]]
+    _round: Round | None
+    _in_backward: InBackward | None
+    _grad_norm: Tensor | None
 
     def __init__(
         self,
@@ -129,6 +128,8 @@ class LowRank(Optimizer):
             "impl": impl,
             "stagger": stagger,
             "skipped_steps": 0,
+            "grad_norm": None,
+            "state_version": checkpoint.STATE_VERSION,
         }
         settings.check_values(defaults, "")
         self._forget()
@@ -145,10 +146,26 @@ class LowRank(Optimizer):
         self._shapes = {}
         self._watch = Watch()
         self._signatures = {}
+        self._round = None
+        self._in_backward = None
+        self._grad_norm = None
+
+    def _note(self) -> None:
+        """Write into state and groups what is still on its way from the device."""
+        self._watch.read()
+        for group in self.param_groups:
+            group["grad_norm"] = None if self._grad_norm is None else float(self._grad_norm)
+
+    def _end_round(self) -> None:
+        """End a step under way, and forget gradients that were accumulated for it."""
+        if self._round is not None:
+            self._round.close()
+        if self._in_backward is not None:
+            self._in_backward.discard()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds."""
-        self._watch.read()
+        self._note()
         state: dict[str, Any] = super().__getstate__()
         return state
 
@@ -209,162 +226,144 @@ class LowRank(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found = self._checked()
-        if self._is_skipped(found):
+        turn = self._round or Round(self)
+        turn.check_all()
+        if turn.is_skipped():
             return loss
-        self._watch.read()
         fresh = not self.state
-        work = self._jobs(found)
+        work = turn.jobs()
         if fresh:
-            self._warn_if_plain(work)
+            turn.warn_if_plain()
             if is_rehearsal(work):
                 return loss
-        waiting: list[Job] = []
-        with without_autocast(work):
-            for group, plan, jobs in work:
-                if projected := [job for job in jobs if job.site is not None]:
-                    waiting += step_projected(projected, group, plan)
-                if plain := [job for job in jobs if job.site is None]:
-                    step_plain(plain, group, plan)
-            self._watch = Watch(waiting)
-        self._shared.sweep()
+        if self._in_backward is None:
+            turn.do(work)
+        else:
+            self._in_backward.finish(turn)
+        turn.close()
         return loss
 
-    def _checked(self) -> Found:
-        """Return every group with its plan and its parameters' sites; check all, change nothing."""
-        found = []
-        for index, group in enumerate(self.param_groups):
-            if self._signatures.get(index) != settings.signature(group):
-                settings.check_values(group, f" in group {index}")
-                self._signatures[index] = settings.signature(group)
-            plan = plan_of(group)
-            sites = self._sites(group, plan)
-            for place, (param, site) in enumerate(sites):
-                if param.grad is not None:
-                    self._check(index, place, param, param.grad, site, plan)
-            found.append((group, plan, sites))
-        return found
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, as torch does, also those that `step_in_backward` accumulates."""
+        super().zero_grad(set_to_none)
+        self._end_round()
 
-    def _jobs(self, found: Found) -> Work:
-        """Create what state is missing, where a gradient is required, and return what is to do."""
-        work, position = [], 0
-        for group, plan, sites in found:
-            jobs = []
-            for param, site in sites:
-                position += 1
-                state = self.state.get(param)
-                if not state and (param.requires_grad or param.grad is not None):
-                    state = self.state[param] = init_state(param, site, group, plan)
-                if param.grad is not None and state is not None:
-                    jobs.append(Job(param, param.grad, state, site, position))
-            set_steps(jobs)
-            work.append((group, plan, jobs))
-        return work
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: dict[str, Any] | None = None) -> None:
+        """Update one parameter by the gradient it has now, as a fused backward pass does.
 
-    def _sites(self, group: dict[str, Any], plan: Plan) -> list[tuple[Tensor, Site | None]]:
-        """Return the parameters of a group with their sites, None where not projected."""
-        params: list[Tensor] = group["params"]
-        rank, side, seed, gap = (group[key] for key in ("rank", "side", "seed", "update_proj_gap"))
-        whole = plan.projector.whole
-        spaces = [subspace_of(tuple(param.shape), rank, side, whole) for param in params]
-        takes_turn = [
-            space is not None and param.requires_grad
-            for param, space in zip(params, spaces, strict=True)
-        ]
-        turn, turns = 0, sum(takes_turn)
-        found: list[tuple[Tensor, Site | None]] = []
-        for param, space, takes in zip(params, spaces, takes_turn, strict=True):
-            site = None
-            if space is not None:
-                site = Site(
-                    rank=space[1],
-                    cols=space[0],
-                    dtype=compute_dtype(param.dtype),
-                    device=param.device,
-                    seed=seed,
-                    gap=gap,
-                    turn=turn,
-                    turns=turns,
-                    share=rank if isinstance(rank, float) else None,
-                    shared=self._shared,
-                )
-                turn += takes
-            found.append((param, site))
-        return found
+        For trainers that call this from hooks of their own and free the gradient themselves. State
+        and result are those of `step()`, which need not be called.
 
-    def _check(
-        self, index: int, place: int, param: Tensor, grad: Tensor, site: Site | None, plan: Plan
+        Args:
+            param: a parameter of this optimizer; without a gradient it is left alone.
+            group: its group, which is found without this.
+
+        Raises:
+            ValueError: the parameter is in no group.
+            RuntimeError: as `step()`, or `skip_nonfinite=True`. Nothing is changed then.
+        """
+        turn = self._round
+        if turn is None or param in turn.done:
+            self._end_round()
+            turn = Round(self)
+        entry = turn.entry_of(param)
+        if param.grad is None:
+            return
+        turn.check(entry)
+        turn.check_alone(entry, "clip or check gradients in the hook")
+        self._round = turn
+        job = turn.single(entry, param.grad)
+        turn.do([(*turn.groups[entry.group][:2], [job])])
+
+    def step_parameter(
+        self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
     ) -> None:
-        """Raise RuntimeError for a gradient or a parameter that cannot be stepped."""
-        if grad.layout is not torch.strided:
+        """Do `step_param`, under the name and with the arguments that OneTrainer uses."""
+        self.step_param(param, group)
+
+    def step_in_backward(
+        self,
+        *,
+        accumulation_steps: int | Callable[[], bool] = 1,
+        accumulate: str = "full",
+        max_norm: float | None = None,
+    ) -> InBackward:
+        """Step each parameter in the backward pass once its gradient is complete, and free that.
+
+        The loop stays as it is: `step()` is still called once a step, after the last backward pass.
+        It ends the step and does what is left, such as parameters without a hook. Optimizer, state,
+        `state_dict()` and schedulers are the same as without; so are the results, bit for bit where
+        nothing is clipped or accumulated in projected form. Gradients then take the memory of the
+        largest ones alone. Call this when the model is on its device, after wrapping it; parameters
+        added later join in at the next `step()`.
+
+        Clipping: there is no gradient left for `torch.nn.utils.clip_grad_norm_`, so pass `max_norm`
+        here. Each gradient is multiplied by min(1, max_norm / n). Where the backward pass was first
+        run inside `measure_grad_norm()`, n is the norm of all gradients, which is exact clipping;
+        otherwise n is that norm in the step before, or the gradient's own if that is larger.
+
+        Args:
+            accumulation_steps: backward passes a step; or a function that says whether the one
+                under way is the last of its step, as `lambda: accelerator.sync_gradients`.
+            accumulate: what is kept until the last pass. "full" keeps gradients whole in `.grad`:
+                the memory of ordinary accumulation, and its results. "projected" keeps the
+                projected gradient in the dtype of the arithmetic, `rows * rank` values a matrix
+                (others stay whole); a subspace that moves in this step is learnt from the first
+                pass alone, and the sum is equal to rounding. Only where the update needs no more:
+                GaLore, DCT, and FRUGAL with state_free="none". `grad_norm` is then the norm of
+                what is kept.
+            max_norm: largest norm of all gradients; None does not clip.
+
+        Returns:
+            A handle whose `remove()` goes back to ordinary steps.
+
+        Raises:
+            ValueError: a setting that cannot be used.
+            RuntimeError: several processes; later, from the backward pass: a parameter gets one
+                more gradient than was said, a float16 gradient, or `skip_nonfinite=True` without
+                `measure_grad_norm()`; from `GradScaler.step`. A parameter is not changed then.
+
+        Reference: the idea is that of Lv et al., "Full Parameter Fine-tuning for Large Language
+            Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer
+            updates; both without accumulation, and without clipping or with two passes only.
+        """
+        if self._in_backward is not None:
+            self._in_backward.remove()
+        self._in_backward = InBackward(self, accumulation_steps, accumulate, max_norm)
+        return self._in_backward
+
+    def measure_grad_norm(self) -> AbstractContextManager[None]:
+        """Return a context in which backward passes measure the norm of all gradients, no more.
+
+        For exact clipping, and `skip_nonfinite`, with `step_in_backward`:
+        `with optimizer.measure_grad_norm(): loss.backward(retain_graph=True)`, then
+        `loss.backward()` and `step()`. Gradients are freed as they are measured.
+
+        Raises:
+            RuntimeError: without `step_in_backward`, or with `accumulation_steps` above 1.
+        """
+        if self._in_backward is None:
             raise RuntimeError(
-                f"{self._name(index, place)} has a sparse gradient, which cannot be projected: use "
-                "dense gradients (nn.Embedding(sparse=False))"
+                "measure_grad_norm is for step_in_backward: without it, all gradients are there "
+                "after the backward pass, for torch.nn.utils.clip_grad_norm_"
             )
-        if grad.is_complex():
-            raise RuntimeError(f"{self._name(index, place)} has a complex gradient")
-        known = self._shapes[index]
-        piece = flat_piece(param, known[place] if place < len(known) else None)
-        if piece is not None:
-            raise flat_error(self._name(index, place), piece)
-        state = self.state.get(param)
-        if site is not None:
-            group = self.param_groups[index]
-            site.kernels = refusal(plan, group, param, grad, state or {}, True) is None
-        if state and site is not None:
-            for key in (*plan.projector.keys, *plan.residual.keys):
-                if key not in state:
-                    raise RuntimeError(
-                        f"the state of {self._name(index, place)} has no {key!r}: projector and "
-                        "residual cannot change once there is state"
-                    )
-        if state and not plan.projector.whole:
-            shape = shape_of(state, plan.rule.slots[0])
-            fits = shape == param.shape if site is None else shape[-1] == site.rank
-            if not fits:
-                raise RuntimeError(
-                    f"the state of {self._name(index, place)} has shape {tuple(shape)}, "
-                    "which does not go with its group: rank and side cannot change once there is "
-                    "state"
-                )
+        return self._in_backward.measuring(self)
 
-    def _name(self, index: int, place: int) -> str:
-        """Return what to call a parameter in a message."""
-        group = self.param_groups[index]
-        shape = tuple(group["params"][place].shape)
-        names = group.get("param_names")
-        if names is not None and place < len(names):
-            return f"parameter {names[place]!r} of shape {shape}"
-        return f"parameter {place} of group {index}, of shape {shape},"
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step with `step_in_backward`, before clipping."""
+        return self._grad_norm
 
-    def _is_skipped(self, found: Found) -> bool:
-        """Return whether a watched gradient is not finite, and count it."""
-        watched = [(group, sites) for group, _, sites in found if group["skip_nonfinite"]]
-        grads = [param.grad for _, sites in watched for param, _ in sites]
-        extremes = [
-            torch.maximum(grad.amax(), -grad.amin())
-            for grad in grads
-            if grad is not None and grad.numel()
-        ]
-        if not extremes:
-            return False
-        device = extremes[0].device
-        if torch.stack([extreme.isfinite().to(device) for extreme in extremes]).all():
-            return False
-        for group, _ in watched:
-            group["skipped_steps"] += 1
-        return True
-
-    def _warn_if_plain(self, work: Work) -> None:
-        """Warn if nothing at all is projected: the memory that was asked for is not saved."""
-        jobs = [job for _, _, jobs in work for job in jobs]
-        if jobs and all(job.site is None for job in jobs):
-            warnings.warn(
-                f"{type(self).__name__} projects none of its {len(jobs)} parameter tensors and "
-                "saves nothing: every projected axis is as short as the rank, or the groups with a "
-                "rank hold no matrices (lowrank_optim.param_groups finds them)",
-                stacklevel=4,
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell `GradScaler.step` that it has to unscale and to look for infinities itself."""
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "GradScaler does not go with step_in_backward: it has to see all gradients before "
+                "the first is used. Take bfloat16, which needs no scaler, or ordinary steps"
             )
+        return False
 
     @property
     def skipped_steps(self) -> int:
@@ -373,7 +372,7 @@ class LowRank(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does, with settings that are objects given as text."""
-        self._watch.read()
+        self._note()
         return checkpoint.portable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -384,6 +383,9 @@ class LowRank(Optimizer):
                 projector, rule, residual, side or on_refresh. Nothing is changed then.
         """
         checkpoint.load(self, state_dict, super().load_state_dict)
+        self._end_round()
+        norm = self.param_groups[0]["grad_norm"] if self.param_groups else None
+        self._grad_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
 
     def summary(self) -> str:
         """Return a table: what is projected, and what the state takes beside AdamW's.

@@ -104,13 +104,18 @@ class Update:
 
 
 class Job(NamedTuple):
-    """One parameter that has a gradient; `position` is its place in the optimizer."""
+    """One parameter that has a gradient; `position` is its place in the optimizer.
+
+    `low` is given where the gradient was projected before, in a subspace that has moved already:
+    then `grad` is no more than the last part of it.
+    """
 
     param: Tensor
     grad: Tensor
     state: State
     site: Site | None
     position: int
+    low: Tensor | None = None
 
 
 class Matrix(NamedTuple):

@@ -71,7 +71,7 @@ def template(param: Tensor, site: Site | None, group: Group, plan: Plan) -> Stat
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     """Do one step of projected parameters, in place; return those whose subspace is still unset."""
-    waiting = move_subspaces(jobs, group, plan)
+    waiting = move_subspaces([job for job in jobs if job.low is None], group, plan)
     count(jobs)
     with_kernels, others = divided(jobs, group, plan)
     for job in others:
@@ -79,6 +79,19 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     if with_kernels:
         fused.step_projected(with_kernels, group, plan)
     return waiting
+
+
+def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Job]]:
+    """Return the projected gradient of a job that has none yet, after its subspace has moved.
+
+    With it comes the job if its subspace is still unset. Where `job.low` is given, the gradient is
+    added to that, in the same subspace.
+    """
+    assert job.site is not None
+    waiting = [] if job.low is not None else move_subspaces([job], group, plan)
+    _, grad = oriented(job.grad, plan.side)
+    low = down(grad, plan.projector.factor(job.state, job.site), job.site.dtype)
+    return (low if job.low is None else job.low.add_(low)), waiting
 
 
 def count(jobs: list[Job]) -> None:
@@ -93,8 +106,11 @@ def divided(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[
     with_kernels: list[Job] = []
     others: list[Job] = []
     for job in jobs:
-        reason = dispatch.refusal(plan, group, job.param, job.grad, job.state, job.site is not None)
-        (with_kernels if reason is None else others).append(job)
+        projected = job.site is not None
+        by_kernels = job.low is None and (
+            dispatch.refusal(plan, group, job.param, job.grad, job.state, projected) is None
+        )
+        (with_kernels if by_kernels else others).append(job)
     return with_kernels, others
 
 
@@ -106,7 +122,7 @@ def step_eagerly(job: Job, group: Group, plan: Plan) -> None:
     _, grad = oriented(job.grad, plan.side)
     factor = plan.projector.factor(state, site)
     noise, count = noise_of(job, group), age_of(job, group)
-    low = down(grad, factor, site.dtype)
+    low = down(grad, factor, site.dtype) if job.low is None else job.low
 
     held = moments_of(state, rule)
     moments = load_moments(held, rule, site.dtype)

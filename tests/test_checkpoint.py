@@ -20,6 +20,7 @@ KEYS = {
     "lion": {"step", "exp_avg", "basis", "pending", "unset"},
 }
 GROUP_KEYS = {
+    "grad_norm", "state_version",
     "params", "lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale",
     "projector", "rule", "residual", "side", "on_refresh", "state_dtype", "stochastic_rounding",
     "skip_nonfinite", "maximize", "capturable", "seed", "impl", "skipped_steps", "stagger",

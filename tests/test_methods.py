@@ -24,8 +24,10 @@ from lowrank_optim import (
     LowRank,
     NormScaled,
 )
+from lowrank_optim.plan import Shared
 from lowrank_optim.residuals import limit
 from lowrank_optim.settings import plan_of
+from lowrank_optim.sites import sites_of
 
 SHAPES = [(13, 7), (5, 11), (9, 9)]
 RANK, GAP, STEPS = 3, 4, 15
@@ -38,7 +40,7 @@ def basis_of(optimizer: LowRank, param: Tensor) -> np.ndarray:
     """Return the basis that the optimizer used in its last step."""
     group = optimizer.param_groups[0]
     plan = plan_of(group)
-    ((_, site),) = optimizer._sites(group, plan)
+    ((_, site),) = sites_of(group, plan, Shared())
     return plan.projector.basis(optimizer.state[param], site).numpy().copy()
 
 

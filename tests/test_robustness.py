@@ -20,7 +20,9 @@ from lowrank_optim import (
     GaLoreAdamW,
     LowRank,
 )
+from lowrank_optim.plan import Shared
 from lowrank_optim.settings import plan_of
+from lowrank_optim.sites import sites_of
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 LEARNED = ["svd", "power", "dct"]
@@ -30,7 +32,7 @@ def captured(optimizer, param, grad):
     """Return the share of a gradient's energy that each matrix's subspace holds."""
     group = optimizer.param_groups[0]
     plan = plan_of(group)
-    site = next(site for p, site in optimizer._sites(group, plan) if p is param)
+    site = next(site for p, site in sites_of(group, plan, Shared()) if p is param)
     basis = plan.projector.basis(optimizer.state[param], site)
     return (grad @ basis).square().sum((-2, -1)) / grad.square().sum((-2, -1))
 

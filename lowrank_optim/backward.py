@@ -1,0 +1,276 @@
+"""Updates inside the backward pass: each parameter is stepped when its gradient is complete."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .plan import Group, Job
+from .rounds import Round
+from .settings import SettingError, fail, is_real, plan_of
+from .sites import Entry
+from .update import project
+
+if TYPE_CHECKING:
+    from .optimizer import LowRank
+
+ACCUMULATE = ("full", "projected")
+TINY = 1e-6
+"""Added to a norm that is divided by, as in `torch.nn.utils.clip_grad_norm_`."""
+
+
+class InBackward:
+    """Steps parameters from hooks that autograd calls, and frees their gradients.
+
+    What `LowRank.step_in_backward` returns: `remove()` goes back to ordinary steps. It is not part
+    of any state; the optimizer is held weakly, so that hooks left on a model do nothing without it.
+    """
+
+    def __init__(
+        self,
+        optimizer: LowRank,
+        accumulation_steps: int | Callable[[], bool],
+        accumulate: str,
+        max_norm: float | None,
+    ) -> None:
+        check_settings(optimizer, accumulation_steps, accumulate, max_norm)
+        self.accumulation_steps = accumulation_steps
+        self.projects = accumulate == "projected"
+        self.max_norm = max_norm
+        self._optimizer = weakref.ref(optimizer)
+        self._handles: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
+        self._lock = threading.RLock()
+        self._sums: dict[Tensor, Tensor] = {}
+        self._passes: Counter[Tensor] = Counter()
+        self._norms: list[Tensor] = []
+        self._measuring = False
+        self._measured: Tensor | None = None
+        self._skips = False
+        self.attach(optimizer)
+
+    def attach(self, optimizer: LowRank) -> None:
+        """Put a hook on every parameter that requires a gradient and has none yet."""
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        for param in set(self._handles) - set(params):
+            self._handles.pop(param).remove()
+        for param in params:
+            if param.requires_grad and param not in self._handles:
+                handle = param.register_post_accumulate_grad_hook(self._arrived)
+                self._handles[param] = handle
+
+    def remove(self) -> None:
+        """Take the hooks away: from now on `step()` does all."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._in_backward is self:
+            optimizer._end_round()
+            optimizer._in_backward = None
+
+    @contextmanager
+    def measuring(self, optimizer: LowRank) -> Iterator[None]:
+        """Let backward passes do no more than measure the norm of the gradients and free them."""
+        if self.accumulation_steps != 1:
+            raise RuntimeError(
+                "the norm of gradients that are accumulated is known when they are complete, and "
+                "then they are in memory: take ordinary steps with "
+                "torch.nn.utils.clip_grad_norm_, or clip by the previous norm"
+            )
+        self._measuring, self._norms = True, []
+        try:
+            yield
+            self._measured = total_norm(self._norms)
+        finally:
+            self._measuring, self._norms = False, []
+        if any(group["skip_nonfinite"] for group in optimizer.param_groups):
+            self._skips = self._measured is not None and not bool(self._measured.isfinite())
+
+    def _arrived(self, param: Tensor) -> None:
+        """Use a gradient that is complete for this backward pass."""
+        optimizer = self._optimizer()
+        if optimizer is None or param.grad is None:
+            return
+        with self._lock, torch.no_grad():
+            if self._measuring:
+                self._norms.append(norm_of(param.grad))
+            elif not self._skips:
+                turn = optimizer._round = optimizer._round or Round(optimizer)
+                if not self._use(turn, turn.entry_of(param)):
+                    return
+            param.grad = None
+
+    def _use(self, turn: Round, entry: Entry) -> bool:
+        """Step a parameter, or add its gradient to what it waits for; return whether it is used."""
+        param = entry.param
+        self._check(turn, entry)
+        self._passes[param] += 1
+        last = self.accumulation_steps
+        if not (last() if callable(last) else self._passes[param] == last):
+            return self.projects and entry.site is not None and self._collect(turn, entry)
+        group, plan, _ = turn.groups[entry.group]
+        if param in self._sums:
+            self._collect(turn, entry)
+        job = job_of(turn, entry)
+        turn.do([(group, plan, [self._ready(job)])])
+        return True
+
+    def _check(self, turn: Round, entry: Entry) -> None:
+        """Raise RuntimeError for a gradient that cannot be used; nothing is changed then."""
+        if entry.param in turn.done:
+            raise RuntimeError(
+                f"{turn.name(entry)} has been stepped and got one more gradient before "
+                "optimizer.step(), which ends a step also with step_in_backward: call it after the "
+                "backward pass. To accumulate gradients say so: "
+                "step_in_backward(accumulation_steps=...). A parameter that is used in several "
+                "checkpoints needs use_reentrant=False"
+            )
+        turn.check(entry)
+        assert entry.param.grad is not None
+        if entry.param.grad.dtype == torch.float16:
+            raise RuntimeError(
+                f"{turn.name(entry)} has a float16 gradient, which needs a GradScaler, and that "
+                "has to see all gradients before the first is used: take bfloat16, or ordinary "
+                "steps"
+            )
+        if self._measured is None:
+            turn.check_alone(entry, "run a backward pass inside `optimizer.measure_grad_norm()`")
+
+    def _collect(self, turn: Round, entry: Entry) -> bool:
+        """Add the projected gradient to what was projected in earlier backward passes."""
+        group, plan, _ = turn.groups[entry.group]
+        job = job_of(turn, entry)._replace(low=self._sums.get(entry.param))
+        self._sums[entry.param], waiting = project(job, group, plan)
+        turn.waiting += waiting
+        return True
+
+    def _ready(self, job: Job) -> Job:
+        """Return a job with its projected gradient, if there is one, and clipped, in place."""
+        job = job._replace(low=self._sums.pop(job.param, None))
+        grad = job.grad if job.low is None else job.low
+        norm = norm_of(grad)
+        self._norms.append(norm)
+        if self.max_norm is not None:
+            grad.mul_(self._coefficient(norm).to(grad.device))
+        return job
+
+    def _coefficient(self, norm: Tensor) -> Tensor:
+        """Return the factor of a gradient of this norm.
+
+        min(1, max_norm / total), with the measured norm of all gradients, else with the larger one
+        of that of the step before and the gradient's own.
+        """
+        assert self.max_norm is not None
+        optimizer = self._optimizer()
+        total = self._measured
+        if total is None:
+            before = None if optimizer is None else optimizer.grad_norm
+            total = norm
+            if before is not None:
+                before = before.to(norm.device)
+                total = torch.where(before.isfinite(), torch.maximum(before, norm), norm)
+        return (self.max_norm / (total + TINY)).clamp(max=1.0)
+
+    def finish(self, turn: Round) -> None:
+        """Step what has not been stepped, and note the norm of all gradients of the step."""
+        if self._skips:
+            turn.count_skipped()
+        else:
+            self._finish(turn)
+        optimizer = turn.optimizer
+        optimizer._grad_norm = self._measured
+        if self._measured is None and self._norms:
+            optimizer._grad_norm = total_norm(self._norms)
+        self._measured, self._skips = None, False
+        self.discard()
+        self.attach(optimizer)
+
+    def _finish(self, turn: Round) -> None:
+        work = []
+        for group, plan, entries in turn.groups:
+            jobs = []
+            for entry in entries:
+                if entry.param.grad is not None and entry.param in self._sums:
+                    self._collect(turn, entry)
+                if entry.param.grad is not None or entry.param in self._sums:
+                    jobs.append(self._ready(job_of(turn, entry)))
+            work.append((group, plan, jobs))
+        turn.do(work)
+
+    def discard(self) -> None:
+        """Forget gradients that were accumulated and not used."""
+        self._sums.clear()
+        self._passes.clear()
+        self._norms = []
+
+
+def check_settings(
+    optimizer: LowRank,
+    accumulation_steps: int | Callable[[], bool],
+    accumulate: str,
+    max_norm: float | None,
+) -> None:
+    """Raise an error for settings that cannot be used; see `LowRank.step_in_backward`."""
+    whole = isinstance(accumulation_steps, int) and not isinstance(accumulation_steps, bool)
+    if not callable(accumulation_steps) and not (whole and accumulation_steps >= 1):
+        raise fail(
+            "", "accumulation_steps", accumulation_steps, "an int of at least 1, or a function "
+            "that says whether the backward pass under way is the last of its step"
+        )  # fmt: skip
+    if accumulate not in ACCUMULATE:
+        raise fail("", "accumulate", accumulate, "one of 'full', 'projected'")
+    if max_norm is not None and not (is_real(max_norm) and max_norm > 0):
+        raise fail("", "max_norm", max_norm, "None or a number above 0")
+    if accumulate == "projected":
+        for index, group in enumerate(optimizer.param_groups):
+            check_accumulable(index, group, optimizer)
+    distributed = torch.distributed
+    together = distributed.is_available() and distributed.is_initialized()
+    if together and distributed.get_world_size() > 1:
+        raise RuntimeError(
+            "step_in_backward works in one process: with several, gradients would be used before "
+            "they are averaged. Take ordinary steps"
+        )
+
+
+def check_accumulable(index: int, group: Group, optimizer: LowRank) -> None:
+    """Raise SettingError if a group's update needs more than the projected gradient."""
+    plan = plan_of(group)
+    want = plan.residual.want
+    if group["rank"] is not None and (want.low or want.norms):
+        raise SettingError(
+            f"accumulate='projected' does not go with {type(plan.residual).__name__} in group "
+            f"{index} of {type(optimizer).__name__}: its update needs the whole gradient, not the "
+            "projected one alone; choose accumulate='full', or GaLoreAdamW or DCTAdamW"
+        )
+
+
+def job_of(turn: Round, entry: Entry) -> Job:
+    """Return the job of a parameter; a gradient that is gone is zero."""
+    param, grad = entry.param, entry.param.grad
+    return turn.single(entry, param.new_zeros(()).expand_as(param) if grad is None else grad)
+
+
+def norm_of(grad: Tensor) -> Tensor:
+    """Return the Euclidean norm of a tensor, at least in float32."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=dtype)
+    return norm
+
+
+def total_norm(norms: list[Tensor]) -> Tensor | None:
+    """Return the norm of all from the norms of parts; None for none."""
+    if not norms:
+        return None
+    home = norms[0].device
+    whole: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm in norms]))
+    return whole

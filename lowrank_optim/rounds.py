@@ -1,0 +1,201 @@
+"""One step of an optimizer: what is checked first, what is done, what is left for the next."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import settings
+from .dispatch import refusal
+from .guards import Work, flat_error, flat_piece, without_autocast
+from .plan import Job, Plan
+from .settings import SettingError, plan_of
+from .sites import Entry, name_of, sites_of
+from .storage import shape_of
+from .subspace import Watch, set_steps
+from .update import init_state, step_plain, step_projected
+
+if TYPE_CHECKING:
+    from .optimizer import LowRank
+
+
+class Round:
+    """A step under way. Its parameters are done together, or one by one as their gradients come.
+
+    Opening one checks all settings.
+    """
+
+    def __init__(self, optimizer: LowRank) -> None:
+        self.optimizer = optimizer
+        self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
+        self.done: set[Tensor] = set()
+        self.waiting: list[Job] = []
+        position, signatures = 0, optimizer._signatures
+        for index, group in enumerate(optimizer.param_groups):
+            if signatures.get(index) != settings.signature(group):
+                settings.check_values(group, f" in group {index}")
+                signatures[index] = settings.signature(group)
+            plan, entries = plan_of(group), []
+            for place, (param, site) in enumerate(sites_of(group, plan, optimizer._shared)):
+                position += 1
+                entries.append(Entry(param, site, index, place, position))
+            self.groups.append((group, plan, entries))
+
+    @cached_property
+    def entries(self) -> dict[Tensor, Entry]:
+        """Every parameter's entry."""
+        return {entry.param: entry for _, _, entries in self.groups for entry in entries}
+
+    def entry_of(self, param: Tensor) -> Entry:
+        """Return the entry of a parameter; raise SettingError if the optimizer has none."""
+        entry = self.entries.get(param)
+        if entry is None:
+            raise SettingError(
+                f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer: add "
+                "it with add_param_group"
+            )
+        return entry
+
+    def name(self, entry: Entry) -> str:
+        """Return what to call a parameter in a message."""
+        return name_of(self.groups[entry.group][0], entry.group, entry.place)
+
+    def check_all(self) -> None:
+        """Check every parameter that has a gradient."""
+        for _, _, entries in self.groups:
+            for entry in entries:
+                if entry.param.grad is not None:
+                    self.check(entry)
+
+    def check(self, entry: Entry) -> None:
+        """Raise RuntimeError for a gradient or a parameter that cannot be stepped."""
+        param, site, index, place, _ = entry
+        group, plan, _ = self.groups[index]
+        grad = param.grad
+        assert grad is not None
+        if grad.layout is not torch.strided:
+            raise RuntimeError(
+                f"{self.name(entry)} has a sparse gradient, which cannot be projected: use "
+                "dense gradients (nn.Embedding(sparse=False))"
+            )
+        if grad.is_complex():
+            raise RuntimeError(f"{self.name(entry)} has a complex gradient")
+        known = self.optimizer._shapes[index]
+        piece = flat_piece(param, known[place] if place < len(known) else None)
+        if piece is not None:
+            raise flat_error(self.name(entry), piece)
+        state = self.optimizer.state.get(param)
+        if site is not None:
+            site.kernels = refusal(plan, group, param, grad, state or {}, True) is None
+        if state and site is not None:
+            for key in (*plan.projector.keys, *plan.residual.keys):
+                if key not in state:
+                    raise RuntimeError(
+                        f"the state of {self.name(entry)} has no {key!r}: projector and "
+                        "residual cannot change once there is state"
+                    )
+        if state and not plan.projector.whole:
+            shape = shape_of(state, plan.rule.slots[0])
+            fits = shape == param.shape if site is None else shape[-1] == site.rank
+            if not fits:
+                raise RuntimeError(
+                    f"the state of {self.name(entry)} has shape {tuple(shape)}, "
+                    "which does not go with its group: rank and side cannot change once there is "
+                    "state"
+                )
+
+    def check_alone(self, entry: Entry, instead: str) -> None:
+        """Raise RuntimeError if a parameter cannot be stepped before all gradients are seen."""
+        if self.groups[entry.group][0]["skip_nonfinite"]:
+            raise RuntimeError(
+                f"{self.name(entry)} cannot be stepped alone with skip_nonfinite=True, which has "
+                f"to see all gradients before the first is used: {instead}, or take ordinary steps"
+            )
+
+    def is_skipped(self) -> bool:
+        """Return whether a watched gradient is not finite, and count it."""
+        watched = [entries for group, _, entries in self.groups if group["skip_nonfinite"]]
+        grads = [entry.param.grad for entries in watched for entry in entries]
+        extremes = [
+            torch.maximum(grad.amax(), -grad.amin())
+            for grad in grads
+            if grad is not None and grad.numel()
+        ]
+        if not extremes:
+            return False
+        device = extremes[0].device
+        if torch.stack([extreme.isfinite().to(device) for extreme in extremes]).all():
+            return False
+        self.count_skipped()
+        return True
+
+    def count_skipped(self) -> None:
+        """Count a step that is left out because a gradient is not finite."""
+        for group, _, _ in self.groups:
+            group["skipped_steps"] += group["skip_nonfinite"]
+
+    def warn_if_plain(self) -> None:
+        """Warn if nothing at all is projected: the memory that was asked for is not saved."""
+        entries = [entry for _, _, entries in self.groups for entry in entries]
+        used = [entry for entry in entries if entry.param.grad is not None]
+        if used and all(entry.site is None for entry in used):
+            warnings.warn(
+                f"{type(self.optimizer).__name__} projects none of its {len(used)} parameter "
+                "tensors and saves nothing: every projected axis is as short as the rank, or the "
+                "groups with a rank hold no matrices (lowrank_optim.param_groups finds them)",
+                stacklevel=4,
+            )
+
+    def jobs(self) -> Work:
+        """Create what state is missing, where a gradient is required, and return what is to do."""
+        self.optimizer._watch.read()
+        work = []
+        for group, plan, entries in self.groups:
+            jobs = [self.job(entry, entry.param.grad) for entry in entries]
+            here = [job for job in jobs if job is not None]
+            set_steps(here)
+            work.append((group, plan, here))
+        return work
+
+    def job(self, entry: Entry, grad: Tensor | None) -> Job | None:
+        """Create the state of a parameter if it lacks one, and return what there is to do, if any.
+
+        Its site does not know yet how many updates there were, see `set_steps`.
+        """
+        param, site, index, _, position = entry
+        group, plan, _ = self.groups[index]
+        states = self.optimizer.state
+        state = states.get(param)
+        if not state and (param.requires_grad or grad is not None):
+            state = states[param] = init_state(param, site, group, plan)
+        if grad is None or state is None:
+            return None
+        return Job(param, grad, state, site, position)
+
+    def single(self, entry: Entry, grad: Tensor) -> Job:
+        """Return the job of one parameter with this gradient; its site knows its step."""
+        self.optimizer._watch.read()
+        job = self.job(entry, grad)
+        assert job is not None
+        set_steps([job])
+        return job
+
+    def do(self, work: Work) -> None:
+        """Do the steps of some parameters."""
+        with without_autocast(work):
+            for group, plan, jobs in work:
+                if projected := [job for job in jobs if job.site is not None]:
+                    self.waiting += step_projected(projected, group, plan)
+                if plain := [job for job in jobs if job.site is None]:
+                    step_plain(plain, group, plan)
+                self.done.update(job.param for job in jobs)
+
+    def close(self) -> None:
+        """End the step."""
+        self.optimizer._watch = Watch(self.waiting)
+        self.optimizer._shared.sweep()
+        self.optimizer._round = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .functional import compute_dtype
 from .plan import Group, Job
 from .rounds import Round
 from .settings import SettingError, fail, is_real, plan_of
@@ -176,7 +177,7 @@ class InBackward:
             before = None if optimizer is None else optimizer.grad_norm
             total = norm
             if before is not None:
-                before = before.to(norm.device)
+                before = before.to(norm)
                 total = torch.where(before.isfinite(), torch.maximum(before, norm), norm)
         return (self.max_norm / (total + TINY)).clamp(max=1.0)
 
@@ -262,8 +263,7 @@ def job_of(turn: Round, entry: Entry) -> Job:
 
 def norm_of(grad: Tensor) -> Tensor:
     """Return the Euclidean norm of a tensor, at least in float32."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    norm: Tensor = torch.linalg.vector_norm(grad, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype))
     return norm
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import settings
 from .dispatch import refusal
 from .guards import Work, flat_error, flat_piece, without_autocast
-from .plan import Job, Plan
+from .plan import Job, Plan, State
 from .settings import SettingError, plan_of
 from .sites import Entry, name_of, sites_of
 from .storage import shape_of
@@ -33,7 +33,7 @@ class Round:
         self.optimizer = optimizer
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
         self.done: set[Tensor] = set()
-        self.waiting: list[Job] = []
+        self.waiting: list[State] = []
         position, signatures = 0, optimizer._signatures
         for index, group in enumerate(optimizer.param_groups):
             if signatures.get(index) != settings.signature(group):

@@ -33,7 +33,7 @@ def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
     return site.step == 0 or (site.step - phase) % site.gap == 0
 
 
-def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
+def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[State]:
     """Move the subspaces whose time has come, in place.
 
     A matrix that had no usable gradient then (a zero-initialised layer, an expert that no token has
@@ -41,7 +41,7 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     on the device alone; `pending` says where that is still possible.
 
     Returns:
-        The jobs of which it is to be found out whether they still wait.
+        The states of which it is to be found out whether they still wait.
     """
     due: list[Job] = []
     late: list[Job] = []
@@ -63,7 +63,8 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
         move(part, group, plan)
     for part in together(late, plan):
         try_again(part, plan)
-    return [job for job in (*due, *late) if job.state.get("pending") and site_of(job).gap > 1]
+    tried = (job for job in (*due, *late) if site_of(job).gap > 1)
+    return [job.state for job in tried if job.state.get("pending")]
 
 
 def capturing() -> bool:
@@ -200,14 +201,14 @@ class Watch:
     do not depend on it: a matrix that has its subspace is never set again.
     """
 
-    def __init__(self, jobs: Sequence[Job] = ()) -> None:
-        self._states: list[State] = [job.state for job in jobs]
+    def __init__(self, states: Sequence[State] = ()) -> None:
+        self._states = states
         self._answer: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
-        if not jobs:
+        if not states:
             return
-        home = jobs[0].param.device
-        flags = torch.stack([state["unset"].any().to(home) for state in self._states])
+        home = states[0]["unset"].device
+        flags = torch.stack([state["unset"].any().to(home) for state in states])
         if home.type != "cuda":
             self._answer = flags
         else:

@@ -69,8 +69,8 @@ def template(param: Tensor, site: Site | None, group: Group, plan: Plan) -> Stat
     return init_state(torch.empty_like(param, device=meta), site, group, plan)
 
 
-def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
-    """Do one step of projected parameters, in place; return those whose subspace is still unset."""
+def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[State]:
+    """Do one step of projected parameters, in place; return states that may lack a subspace."""
     waiting = move_subspaces([job for job in jobs if job.low is None], group, plan)
     count(jobs)
     with_kernels, others = divided(jobs, group, plan)
@@ -81,10 +81,10 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     return waiting
 
 
-def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Job]]:
+def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[State]]:
     """Return the projected gradient of a job that has none yet, after its subspace has moved.
 
-    With it comes the job if its subspace is still unset. Where `job.low` is given, the gradient is
+    With it comes its state if that may lack a subspace. Where `job.low` is given, the gradient is
     added to that, in the same subspace.
     """
     assert job.site is not None

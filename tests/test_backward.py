@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -90,11 +91,14 @@ def test_a_run_changes_between_the_modes_at_any_step(case):
 
 def test_gradients_are_freed_as_they_are_used():
     layers = nn.Sequential(*(nn.Linear(12, 12, bias=False) for _ in range(6)))
-    live = []
+    grads, live = [], []
+
+    def watch(param):
+        grads.append(weakref.ref(param.grad))
+        live.append(sum(grad() is not None for grad in grads))
+
     for param in layers.parameters():
-        param.register_post_accumulate_grad_hook(
-            lambda _: live.append(sum(p.grad is not None for p in layers.parameters()))
-        )
+        param.register_post_accumulate_grad_hook(watch)
     optimizer = GaLoreAdamW(layers.parameters(), rank=3)
     optimizer.step_in_backward()
     for _ in range(2):
@@ -102,6 +106,49 @@ def test_gradients_are_freed_as_they_are_used():
         assert all(param.grad is None for param in layers.parameters())
         optimizer.step()
     assert live == [1] * 12
+
+
+@pytest.mark.parametrize("mode", ["ordinary", "in backward", "full", "projected"])
+def test_memory_of_gradients_is_what_is_documented(mode):
+    """Bytes of gradients and of their projected sums at the worst moment of a step."""
+    rank, width, depth, head = 5, 24, 4, 31
+    model = nn.Sequential(
+        *(nn.Linear(width, width, bias=False) for _ in range(depth)),
+        nn.Linear(width, head, bias=False),
+    )
+    matrices = list(model.parameters())[:depth]
+    optimizer = GaLoreAdamW(
+        [{"params": matrices, "rank": rank}, {"params": model[-1].parameters()}]
+    )
+    peak = 0
+
+    def watch(_):
+        nonlocal peak
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        sums = optimizer._in_backward._sums.values() if optimizer._in_backward else ()
+        peak = max(peak, sum(x.numel() * x.element_size() for x in (*grads, *sums)))
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(watch)
+    passes = 1 if mode == "in backward" else 3
+    if mode != "ordinary":
+        accumulate = "full" if mode == "in backward" else mode
+        optimizer.step_in_backward(accumulation_steps=passes, accumulate=accumulate)
+    for number in range(2 * passes):
+        model(torch.randn(3, width)).square().sum().backward()
+        if number % passes == passes - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    matrix, last = 4 * width * width, 4 * width * head
+    assert (
+        peak
+        == {
+            "ordinary": depth * matrix + last,
+            "in backward": max(matrix, last),
+            "full": depth * matrix + last,
+            "projected": depth * 4 * width * rank + last + matrix,
+        }[mode]
+    )
 
 
 @pytest.mark.parametrize("said", ["number", "function"])

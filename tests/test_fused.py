@@ -240,6 +240,38 @@ def test_matrices_of_one_shape_share_launches(monkeypatch, device):
     assert [count for name, count in launches if name == "lift_write"] == [2, 2, 1, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [("fira-8bit", None), ("apollo", None), ("frugal", "full"), ("galore-power", "projected")],
+)
+def test_kernels_in_the_backward_pass(name, accumulate, device):
+    """One by one as all together, to the bit; projected sums are stepped by plain torch."""
+    (case,) = (case for case in CASES if case.name == name)
+    dtype = torch.float32 if accumulate == "projected" else torch.bfloat16
+    passes = 2 if accumulate else 1
+    results = []
+    for layerwise in (False, True):
+        model = Small(dtype, few=True).to(device)
+        optimizer = case.build(model.parameters(), impl="triton", stochastic_rounding=True)
+        if layerwise:
+            optimizer.step_in_backward(accumulation_steps=passes, accumulate=accumulate or "full")
+        for step in range(GAP + 1):
+            for _ in range(passes):
+                losses = [
+                    (param.float() * gradient(param, step, place).to(device)).sum()
+                    for place, param in enumerate(model.parameters())
+                ]
+                torch.stack(losses).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([param.detach().clone() for param in model.parameters()])
+    for left, right in zip(*results, strict=True):
+        if accumulate == "projected":
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(left, right)
+
+
 def test_bases_of_few_matrices_are_held_at_once(monkeypatch, device):
     """What a projector gathers for a matrix goes before those of the next launch are made."""
     from lowrank_optim import fused

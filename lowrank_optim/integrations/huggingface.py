@@ -1,0 +1,145 @@
+"""The optimizers of this package in the Trainer of Hugging Face's transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from ..groups import param_groups
+from ..optimizer import LowRank
+from ..settings import SettingError
+from . import require
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
+
+
+def trainer_optimizer(
+    cls: type[LowRank],
+    args: TrainingArguments,
+    *,
+    rank: int | float = 0.25,
+    rest_lr: float | None = None,
+    include: str | None = None,
+    exclude: str | None = None,
+    **settings: Any,
+) -> tuple[type[Factory], dict[str, Any]]:
+    r"""Return what Trainer takes as `optimizer_cls_and_kwargs`.
+
+    Matrices are projected as `param_groups` sorts them. Learning rate, betas, eps and weight decay
+    are those of `args`, read when Trainer builds the optimizer, and the parameters that are decayed
+    are those that Trainer decays. Frozen parameters are left out, tied ones stand once.
+
+        optimizer = trainer_optimizer(GaLoreAdamW, args, rank=128, update_proj_gap=200)
+        Trainer(model, args, train_dataset=texts, optimizer_cls_and_kwargs=optimizer)
+
+    Args:
+        cls: an optimizer of this package.
+        args: the arguments that Trainer gets too.
+        rank: as in the optimizer: an int, or a share of the projected axis.
+        rest_lr: learning rate of what is not projected; None for the same. Trainer's schedule
+            scales both, and its log shows that of the projected matrices.
+        include: regular expression searched in names: of the matrices only these are projected.
+        exclude: regular expression searched in names: these are not projected.
+        **settings: further settings of `cls`, such as `update_proj_gap`; `lr`, `betas`, `eps` and
+            `weight_decay` take precedence over `args`.
+
+    Returns:
+        A factory and its keywords.
+
+    Raises:
+        ImportError: transformers or accelerate is missing, or knows no factories.
+        TypeError: `cls` is no optimizer of this package, or has no such setting.
+        ValueError: a setting out of its range, or `optim_args` or `optim_target_modules` in `args`.
+            When Trainer builds the optimizer: nothing would be projected.
+    """
+    require("transformers", "accelerate", extra="transformers")
+    from transformers import trainer
+
+    if not hasattr(trainer, "is_optimizer_factory"):
+        raise ImportError(
+            "the Trainer of this transformers takes no factory as optimizer_cls_and_kwargs: "
+            "pip install --upgrade transformers"
+        )
+    if not (isinstance(cls, type) and issubclass(cls, LowRank)):
+        raise TypeError(f"{cls!r} is no optimizer class of lowrank_optim, such as GaLoreAdamW")
+    for field, instead in (
+        ("optim_args", "pass the settings to trainer_optimizer"),
+        ("optim_target_modules", 'pass include="attn|mlp", say, to trainer_optimizer'),
+    ):
+        if (value := getattr(args, field)) is not None:
+            raise SettingError(f"{field}={value!r} in TrainingArguments is not read: {instead}")
+    fields = _fields(args, settings)
+    rest = {} if rest_lr is None else {"lr": rest_lr}
+    # A wrong setting is told here, not when Trainer starts.
+    cls([{"params": [torch.zeros(1)], **rest}], rank=rank, **fields)
+    chosen = {"rank": rank, "rest_lr": rest_lr, "include": include, "exclude": exclude}
+    return Factory, {"cls": cls, "args": args, **chosen, **settings}
+
+
+class Factory:
+    """Builds the optimizer from the model, when Trainer has it; see `trainer_optimizer`."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        cls: type[LowRank],
+        args: TrainingArguments,
+        rank: int | float,
+        rest_lr: float | None,
+        include: str | None,
+        exclude: str | None,
+        **settings: Any,
+    ) -> LowRank:
+        """Return the optimizer: projected groups first, each kind with decay before without."""
+        from transformers import Trainer
+
+        # The method is Trainer's own rule, and reads nothing of a trainer.
+        decayed = Trainer.get_decay_parameter_names(cast("Trainer", None), model)
+        fields = _fields(args, settings)
+        groups = param_groups(
+            model,
+            rank,
+            lr=fields["lr"],
+            rest_lr=rest_lr,
+            include=include,
+            exclude=exclude,
+            side=settings.get("side", "auto"),
+        )
+        return cls(_split(groups, set(decayed), fields["weight_decay"]), **fields)
+
+
+def _fields(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the optimizer fields of the arguments under our names, and the settings over them."""
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+        "weight_decay": args.weight_decay,
+        **settings,
+    }
+
+
+def _split(
+    groups: list[dict[str, Any]], decayed: Container[str], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Sort groups into projected and plain, decayed and not; those without parameters are left out.
+
+    Args:
+        groups: those of `param_groups`.
+        decayed: names of the parameters that weight decay applies to.
+        weight_decay: their decay.
+    """
+    parts: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for group in groups:
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            decay = weight_decay if name in decayed else 0.0
+            empty = {**group, "weight_decay": decay, "params": [], "param_names": []}
+            part = parts.setdefault((group["rank"] is None, name not in decayed), empty)
+            part["params"].append(param)
+            part["param_names"].append(name)
+    return [parts[kind] for kind in sorted(parts)]

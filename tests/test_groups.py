@@ -4,34 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hf_models import gpt2, llama, mixtral
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
 
 from lowrank_optim import ApolloAdamW, GaLoreAdamW, param_groups
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 4, "intermediate_size": 48}  # fmt: skip
-
-
-def llama(**changes):
-    return LlamaForCausalLM(LlamaConfig(**{**SMALL, **changes}))
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
-    )
-
-
-def mixtral():
-    return MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4))
 
 
 def names(groups):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from hf_runs import SETTINGS, arguments, fields_by_name, trainer
 from torch import nn
 
 from lowrank_optim import ApolloAdamW, DCTAdamW, FiraAdamW, GaLoreAdamW
+from lowrank_optim.integrations import huggingface
 from lowrank_optim.integrations.huggingface import trainer_optimizer
 
 FIELDS = {"learning_rate": 3e-3, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-7,
@@ -148,14 +150,19 @@ def test_other_optimizers_and_models_without_matrices_are_refused(tmp_path):
         built(llama(), args, trainer_optimizer(GaLoreAdamW, args, rank=5, include="nowhere"))
 
 
-def test_a_missing_framework_is_told_with_the_extra_that_brings_it(tmp_path, monkeypatch):
-    args = arguments(tmp_path)
+def test_a_missing_framework_is_told_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "accelerate", None)
     with pytest.raises(ImportError, match=r'accelerate missing.*"lowrank-optim\[transformers\]"'):
-        trainer_optimizer(GaLoreAdamW, args)
+        importlib.reload(huggingface)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match="transformers and accelerate missing"):
-        trainer_optimizer(GaLoreAdamW, args)
+        importlib.reload(huggingface)
+
+
+def test_layer_wise_updates_with_a_scaler_are_refused(tmp_path):
+    args = arguments(tmp_path, fp16=True)
+    with pytest.raises(ValueError, match=r"fp16=True .* step_in_backward: a GradScaler"):
+        trainer_optimizer(GaLoreAdamW, args, step_in_backward=True)
 
 
 def test_a_trainer_without_factories_is_told(tmp_path, monkeypatch):

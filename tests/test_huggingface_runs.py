@@ -29,7 +29,7 @@ from lowrank_optim import (
     GaLoreAdamW,
     param_groups,
 )
-from lowrank_optim.integrations.huggingface import trainer_optimizer
+from lowrank_optim.integrations.huggingface import LogGradNorm, trainer_optimizer
 
 ROOT = Path(__file__).parent.parent
 PRESETS = [GaLoreAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, ApolloAdamW]
@@ -139,6 +139,52 @@ def test_training_is_that_of_a_loop_by_hand(case, loop, tmp_path):
         assert max(seen.norms) < 1.01e-3 < 1e-1 < min(norms)
     if loop == "fp16":
         assert 0 < sum(seen.skipped) < 10
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_layer_wise_updates_are_those_of_a_step(accumulation, tmp_path):
+    """Without clipping to the bit; the norm in the log is real."""
+    runs = []
+    for layerwise in (False, True):
+        torch.manual_seed(0)
+        args = arguments(
+            tmp_path,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0 if layerwise else 1e9,
+            dataloader_drop_last=False,
+            max_steps=-1,
+            num_train_epochs=3,
+        )
+        optimizer = trainer_optimizer(
+            FiraAdamW, args, step_in_backward=layerwise, rest_lr=3e-3, **SETTINGS
+        )
+        run = trainer(llama(), args, optimizer, *([LogGradNorm()] if layerwise else []))
+        run.train()
+        runs.append(run)
+    ordinary, layerwise = runs
+    assert logged(ordinary, "loss") == logged(layerwise, "loss")
+    norms = logged(layerwise, "grad_norm")
+    assert min(norms) > 0.01
+    assert norms == pytest.approx(logged(ordinary, "grad_norm"), rel=1e-5)
+    assert_same(weights(ordinary.model), weights(layerwise.model))
+
+
+def test_layer_wise_updates_clip_by_max_grad_norm_and_resume(tmp_path):
+    def run_of(folder, **changes):
+        torch.manual_seed(0)
+        args = arguments(folder, max_grad_norm=0.05, **changes)
+        optimizer = trainer_optimizer(GaLoreAdamW, args, step_in_backward=True, **SETTINGS)
+        run = trainer(gpt2(), args, optimizer, LogGradNorm())
+        assert run.create_optimizer()._in_backward.max_norm == 0.05
+        return run
+
+    whole = run_of(tmp_path / "whole", save_strategy="steps", save_steps=3)
+    whole.train()
+    resumed = run_of(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert min(logged(whole, "grad_norm")) > 0.1
+    assert logged(whole, "grad_norm") == logged(resumed, "grad_norm")
+    assert_same(weights(whole.model), weights(resumed.model))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -13,8 +13,15 @@ from ..optimizer import LowRank
 from ..settings import SettingError
 from . import require
 
-if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+require("transformers", "accelerate", extra="transformers")
+
+from accelerate.state import GradientState  # noqa: E402 - the line above says what is missing
+from transformers import (  # noqa: E402
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    trainer,
+)
 
 
 def trainer_optimizer(
@@ -25,6 +32,8 @@ def trainer_optimizer(
     rest_lr: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    step_in_backward: bool = False,
+    accumulate: str = "full",
     **settings: Any,
 ) -> tuple[type[Factory], dict[str, Any]]:
     r"""Return what Trainer takes as `optimizer_cls_and_kwargs`.
@@ -44,6 +53,11 @@ def trainer_optimizer(
             scales both, and its log shows that of the projected matrices.
         include: regular expression searched in names: of the matrices only these are projected.
         exclude: regular expression searched in names: these are not projected.
+        step_in_backward: step each parameter in the backward pass and free its gradient, see
+            `LowRank.step_in_backward`. Accumulation is Trainer's, and `max_grad_norm` clips by the
+            norm of the step before; Trainer itself finds no gradient to clip and logs a norm of 0,
+            but with the callback `LogGradNorm()`.
+        accumulate: what it keeps of gradients that are accumulated: "full" or "projected".
         **settings: further settings of `cls`, such as `update_proj_gap`; `lr`, `betas`, `eps` and
             `weight_decay` take precedence over `args`.
 
@@ -51,14 +65,12 @@ def trainer_optimizer(
         A factory and its keywords.
 
     Raises:
-        ImportError: transformers or accelerate is missing, or knows no factories.
+        ImportError: this transformers knows no factories.
         TypeError: `cls` is no optimizer of this package, or has no such setting.
-        ValueError: a setting out of its range, or `optim_args` or `optim_target_modules` in `args`.
-            When Trainer builds the optimizer: nothing would be projected.
+        ValueError: a setting out of its range, `optim_args` or `optim_target_modules` in `args`,
+            or `fp16` with `step_in_backward`. When Trainer builds the optimizer: nothing would be
+            projected.
     """
-    require("transformers", "accelerate", extra="transformers")
-    from transformers import trainer
-
     if not hasattr(trainer, "is_optimizer_factory"):
         raise ImportError(
             "the Trainer of this transformers takes no factory as optimizer_cls_and_kwargs: "
@@ -72,12 +84,20 @@ def trainer_optimizer(
     ):
         if (value := getattr(args, field)) is not None:
             raise SettingError(f"{field}={value!r} in TrainingArguments is not read: {instead}")
+    if step_in_backward and args.fp16:
+        raise SettingError(
+            "fp16=True in TrainingArguments does not go with step_in_backward: a GradScaler has to "
+            "see all gradients before the first is used; take bf16=True, or ordinary steps"
+        )
     fields = _fields(args, settings)
     rest = {} if rest_lr is None else {"lr": rest_lr}
     # A wrong setting is told here, not when Trainer starts.
-    cls([{"params": [torch.zeros(1)], **rest}], rank=rank, **fields)
+    trial = cls([{"params": [torch.zeros(1)], **rest}], rank=rank, **fields)
+    if step_in_backward:
+        trial.step_in_backward(accumulate=accumulate)
     chosen = {"rank": rank, "rest_lr": rest_lr, "include": include, "exclude": exclude}
-    return Factory, {"cls": cls, "args": args, **chosen, **settings}
+    mode = accumulate if step_in_backward else None
+    return Factory, {"cls": cls, "args": args, "in_backward": mode, **chosen, **settings}
 
 
 class Factory:
@@ -93,13 +113,12 @@ class Factory:
         rest_lr: float | None,
         include: str | None,
         exclude: str | None,
+        in_backward: str | None,
         **settings: Any,
     ) -> LowRank:
         """Return the optimizer: projected groups first, each kind with decay before without."""
-        from transformers import Trainer
-
         # The method is Trainer's own rule, and reads nothing of a trainer.
-        decayed = Trainer.get_decay_parameter_names(cast("Trainer", None), model)
+        decayed = Trainer.get_decay_parameter_names(cast(Trainer, None), model)
         fields = _fields(args, settings)
         groups = param_groups(
             model,
@@ -110,7 +129,26 @@ class Factory:
             exclude=exclude,
             side=settings.get("side", "auto"),
         )
-        return cls(_split(groups, set(decayed), fields["weight_decay"]), **fields)
+        optimizer = cls(_split(groups, set(decayed), fields["weight_decay"]), **fields)
+        if in_backward is not None:
+            optimizer.step_in_backward(
+                accumulation_steps=lambda: GradientState().sync_gradients,
+                accumulate=in_backward,
+                max_norm=args.max_grad_norm or None,
+            )
+        return optimizer
+
+
+class LogGradNorm(TrainerCallback):
+    """Puts the norm of all gradients, before clipping, where Trainer logs 0: `step_in_backward`."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Correct what is about to be reported, and what has been noted."""
+        optimizer = getattr(kwargs.get("optimizer"), "optimizer", kwargs.get("optimizer"))
+        norm = getattr(optimizer, "grad_norm", None)
+        for logs in (kwargs.get("logs"), *state.log_history[-1:]):
+            if norm is not None and logs and "grad_norm" in logs:
+                logs["grad_norm"] = float(norm)
 
 
 def _fields(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:

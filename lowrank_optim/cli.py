@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from ._version import __version__
+from .integrations import require
 
 DEMO_NEEDS = ("transformers", "rich", "matplotlib")
 METHODS = "adamw,galore,dct,fira,frugal,apollo"
@@ -77,7 +77,10 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run_demo(args: argparse.Namespace) -> int:
     """Train with each method under a progress bar, then show and write the results."""
-    require(DEMO_NEEDS, extra="demo")
+    try:
+        require(*DEMO_NEEDS, extra="demo")
+    except ImportError as error:
+        raise CommandError(str(error)) from error
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -117,17 +120,6 @@ def run_demo(args: argparse.Namespace) -> int:
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     console.print(f"took {time.perf_counter() - started:.0f} s", highlight=False)
     return 0
-
-
-def require(modules: Sequence[str], *, extra: str) -> None:
-    """Check that optional modules are installed.
-
-    Raises:
-        CommandError: one is missing; the message names the extra that brings it.
-    """
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(f'{" and ".join(missing)} missing; pip install "lowrank-optim[{extra}]"')
 
 
 def _positive(text: str) -> int:

@@ -357,7 +357,7 @@ def test_missing_extra_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err == (
-        "lowrank-optim: transformers and rich and matplotlib missing; "
+        "lowrank-optim: transformers and rich and matplotlib missing: "
         'pip install "lowrank-optim[demo]"\n'
     )
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import functools
 import re
 import shlex
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from cases import Model
+from hf_models import llama
+from hf_runs import arguments, texts
 from torch import nn
 
 import lowrank_optim
@@ -17,7 +21,8 @@ from lowrank_optim import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+SNIPPETS = re.findall(r"^```python ?(\w*)\n(.*?)^```", TEXT, re.M | re.S)
+"""What a snippet needs beside the usual, and the snippet."""
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S))
 
 
@@ -51,15 +56,44 @@ def context(tmp_path):
         "batches": [(batch, batch) for batch in tokens],
         "loss_of": lambda out, goal: nn.functional.cross_entropy(out.flatten(0, 1), goal.flatten()),
         "path": tmp_path / "checkpoint.pt",
+        "device": "cpu",
         "optimizer": lowrank_optim.GaLoreAdamW(model.parameters(), lr=1e-2, rank=8),
         "print": lambda *_: None,
     }
 
 
+def for_trainer(context, tmp_path):
+    """Transformers' Trainer: a LLaMA, arguments and data."""
+    return {"model": llama(), "args": arguments(tmp_path), "train_dataset": texts()}
+
+
+def for_lightning(context, tmp_path):
+    """Lightning: the batches in a loader; its logs, bar and checkpoints stay away."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    defaults = {"default_root_dir": tmp_path, "enable_checkpointing": False, **quiet}
+    tokens = torch.cat([inputs for inputs, _ in context["batches"]])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens, tokens), 8)
+    trainer = functools.partialmethod(lightning.Trainer.__init__, **defaults)
+    context["patch"].setattr(lightning.Trainer, "__init__", trainer)
+    return {"loader": loader}
+
+
+def for_peft(context, tmp_path):
+    """PEFT: a model with the modules of a LLaMA, whose output is an object."""
+
+    def loss_of(out, goal):
+        return nn.functional.cross_entropy(out.logits.flatten(0, 1), goal.flatten())
+
+    return {"model": llama(), "loss_of": loss_of}
+
+
+NEEDS = {"": lambda *_: {}, "trainer": for_trainer, "lightning": for_lightning, "peft": for_peft}
+
+
 def one_pass(context, optimizer):
-    """Train one pass over the batches and return the first and the last loss."""
+    """Train on, and return the loss of the first batch before and after."""
     losses = []
-    for inputs, targets in context["batches"] * 3:
+    for inputs, targets in [*context["batches"] * 3, context["batches"][0]]:
         loss = context["loss_of"](context["model"](inputs), targets)
         loss.backward()
         optimizer.step()
@@ -68,37 +102,52 @@ def one_pass(context, optimizer):
     return losses[0], losses[-1]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
-def test_snippet_runs_and_its_optimizer_trains(snippet, context):
+@pytest.mark.filterwarnings("ignore:The .train_dataloader.:UserWarning")
+@pytest.mark.parametrize(("kind", "snippet"), SNIPPETS, ids=range(len(SNIPPETS)))
+def test_snippet_runs_and_its_optimizer_trains(kind, snippet, context, tmp_path, monkeypatch):
+    context["patch"] = monkeypatch
+    context.update(NEEDS[kind](context, tmp_path))
     names = set(context)
-    exec(compile(snippet, "README.md", "exec"), context)
-    made = [value for name, value in context.items() if isinstance(value, torch.optim.Optimizer)]
-    optimizer = made[-1]
-    assert isinstance(optimizer, lowrank_optim.LowRank)
-    assert any(group["rank"] is not None for group in optimizer.param_groups)
-    first, last = one_pass(context, optimizer)
-    assert last < first
-    assert set(context) > names
+    file = tmp_path / "snippet.py"
+    file.write_text(snippet)
+    exec(compile(snippet, str(file), "exec"), context)
+    assert set(context) > names or snippet.startswith("scaler")
+    trainer = context.get("trainer")
+    if trainer is None:
+        made = [item for item in context.values() if isinstance(item, torch.optim.Optimizer)]
+        optimizer = made[-1]
+    else:
+        optimizer = trainer.optimizers[0] if kind == "lightning" else trainer.optimizer
+    ours = getattr(optimizer, "optimizer", optimizer)
+    assert isinstance(ours, lowrank_optim.LowRank)
+    assert any(group["rank"] is not None for group in ours.param_groups)
+    if trainer is None:
+        first, last = one_pass(context, ours)
+        assert last < first
+    else:
+        assert max(state["step"] for state in ours.state.values()) >= 3
 
 
 def test_there_are_snippets_for_every_package_we_speak_of():
     assert len(SNIPPETS) >= 8
-    joined = "".join(SNIPPETS)
+    joined = "".join(snippet for _, snippet in SNIPPETS)
     for package in ("galore_torch", "fira", "apollo_torch", "bitsandbytes"):
         assert f"was: from {package}" in joined
+    for package in ("accelerate", "lightning", "peft", "safetensors", "transformers"):
+        assert re.search(rf"^(from|import) {package}\b", joined, re.M), package
 
 
 def test_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"make (\w+)", TEXT):
+    for target in re.findall(r"(?:`|^)make (\w+)", TEXT, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    for arguments in re.findall(r'make demo ARGS="(.*?)"', TEXT):
-        cli.build_parser().parse_args(["demo", *shlex.split(arguments)])
+    for given in re.findall(r'make demo ARGS="(.*?)"', TEXT):
+        cli.build_parser().parse_args(["demo", *shlex.split(given)])
     assert "pip install ." in SHELL
 
 
 def test_linked_files_exist():
-    for link in re.findall(r"\]\(((?!http)[^)]+)\)", TEXT):
+    for link in re.findall(r"\]\(((?!http|#)[^)]+)\)", TEXT):
         assert (ROOT / link).exists(), link
 
 

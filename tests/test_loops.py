@@ -10,6 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from cases import CASES, GAP, RANK, assert_same, weights
 from loops import FEW, Net, assert_same_run, batches, fit, halving, loss_of, trained
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -253,12 +254,12 @@ def test_a_distributed_checkpoint_on_disk_resumes(case, options, as_rate, tmp_pa
     fit(whole, optimizer, batches(GAP + 1))
     optimizer.param_groups[0]["lr"] = as_rate(2**-8)
     held = get_optimizer_state_dict(whole, optimizer, options=options)
-    dcp.save({"model": whole.state_dict(), "optimizer": held}, checkpoint_id=tmp_path, no_dist=True)
+    dcp.save({"model": whole.state_dict(), "optimizer": held}, checkpoint_id=tmp_path)
     other = case.build(resumed.named_parameters(), lr=as_rate(2**-7))
     other.load_state_dict(other.state_dict())
     held = get_optimizer_state_dict(resumed, other, options=options)
     found = {"model": resumed.state_dict(), "optimizer": held}
-    dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(found, checkpoint_id=tmp_path)
     resumed.load_state_dict(found["model"])
     set_optimizer_state_dict(resumed, other, found["optimizer"], options=options)
     fit(whole, optimizer, batches(STEPS))
@@ -276,6 +277,19 @@ def test_groups_keep_their_keys_once_a_state_is_loaded():
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(6, 5))]})
     assert [set(group) for group in optimizer.param_groups] == [keys, keys]
     assert set(copy.deepcopy(optimizer).param_groups[0]) == keys
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
+def test_wrappers_do_not_hide_what_a_parameter_is(wrap):
+    """They put a name of their own into those of the parameters."""
+
+    def counts(model):
+        return [len(group["params"]) for group in param_groups(model, rank=RANK)]
+
+    model, wrapped = Net(), Net()
+    for name in ("embed", "up", "norm", "head"):
+        setattr(wrapped, name, wrap(getattr(wrapped, name)))
+    assert counts(wrapped) == counts(wrap(wrapped)) == counts(wrap(Net())) == counts(model)
 
 
 @pytest.fixture
@@ -334,3 +348,29 @@ def test_a_compiled_training_step_with_the_optimizer_in_it(case, no_recompiling)
     other = case.build(plain.named_parameters())
     fit(plain, other, batches(STEPS), scheduler=halving(other))
     assert_same_run(model, optimizer, plain, other)
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_a_compiled_model_stays_compiled_inside_a_closure(case, no_recompiling):
+    """Not compiling the step must not reach what it calls."""
+    calls = []
+
+    def backend(graph, _):
+        return lambda *args: calls.append(graph) or graph.forward(*args)
+
+    model = Net()
+    optimizer = case.build(model.named_parameters())
+    compiled = torch.compile(model, backend=backend)
+    for number, batch in enumerate(batches(STEPS)):
+
+        def closure(batch=batch):
+            optimizer.zero_grad()
+            loss = loss_of(compiled, batch)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        if number == 0:
+            no_recompiling()
+    assert len(calls) == STEPS
+    assert_same_run(model, optimizer, *trained(case, STEPS))

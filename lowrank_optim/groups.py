@@ -15,6 +15,11 @@ HEADS = frozenset(
 )
 """Last components of the names of output heads, where they stand outside numbered layers."""
 
+WRAPPER = re.compile(
+    r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.[^.]+)(?=\.|$)"
+)
+"""What torch.compile, activation checkpointing, FSDP and PEFT put into the names of modules."""
+
 NUMBERED = re.compile(r"\.\d+(\.|$)")
 
 EMBEDDING = re.compile(r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|relative_attention)")
@@ -104,6 +109,7 @@ def _not_projected(model: nn.Module) -> dict[int, str]:
     """Return ids of parameters that are plain whatever their shape: "no decay" or "plain"."""
     found: dict[int, str] = {}
     for name, module in model.named_modules():
+        name = WRAPPER.sub("", name)
         last = name.rpartition(".")[2]
         convolution = isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
         head = last in HEADS and not NUMBERED.search(name)

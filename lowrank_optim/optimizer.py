@@ -172,6 +172,8 @@ class LowRank(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore from a pickle, a copy or a checkpoint; settings it lacks take our defaults."""
         super().__setstate__(state)
+        # Torch adds this when a state is loaded: flat checkpoints need the same keys at all times.
+        self.defaults.pop("differentiable", None)
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -203,7 +205,6 @@ class LowRank(Optimizer):
         super().add_param_group(group)
         self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -212,6 +213,7 @@ class LowRank(Optimizer):
         make such a call to learn the shape of the state.
         With `capturable`, a step that is captured in a CUDA graph moves no subspace, but that of
         DCT with `update_proj_gap=1`: call `step()` outside the graph when a refresh is due.
+        `torch.compile` leaves a step as it is: its graph breaks there.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -222,6 +224,12 @@ class LowRank(Optimizer):
         Raises:
             RuntimeError, ValueError: as the class says; nothing is changed then.
         """
+        uncompiled = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
+        return uncompiled(closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """Do what `step` says."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

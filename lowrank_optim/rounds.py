@@ -147,7 +147,7 @@ class Round:
                 f"{type(self.optimizer).__name__} projects none of its {len(used)} parameter "
                 "tensors and saves nothing: every projected axis is as short as the rank, or the "
                 "groups with a rank hold no matrices (lowrank_optim.param_groups finds them)",
-                stacklevel=4,
+                stacklevel=7,
             )
 
     def jobs(self) -> Work:

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from ._version import __version__
+from .flat import flatten_state, unflatten_state
+from .foreign import import_state
 from .groups import param_groups
 from .memory import predicted_bytes, state_bytes
 from .optimizer import LowRank
@@ -22,5 +24,6 @@ __all__ = [
     "DCT", "SGDM", "SVD", "Adam", "ApolloAdamW", "Blocks", "Columns", "DCTAdamW", "Drop",
     "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GradScaled", "Lion", "LowRank", "NormScaled",
     "Plan", "Power", "Random", "SettingError", "Site", "StateFree", "Update", "__version__",
-    "param_groups", "predicted_bytes", "state_bytes",
+    "flatten_state", "import_state", "param_groups", "predicted_bytes", "state_bytes",
+    "unflatten_state",
 ]  # fmt: skip

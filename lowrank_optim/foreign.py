@@ -1,0 +1,188 @@
+"""Checkpoints of galore-torch, fira and apollo-torch, read into our optimizers."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import LIVE
+from .functional import Noise, compute_dtype, stream_of
+from .geometry import is_wide
+from .optimizer import LowRank
+from .peers import (
+    APOLLO,
+    ONLY_THERE,
+    Pair,
+    check_entries,
+    check_group,
+    check_pair,
+    is_random,
+    package_of,
+    read,
+    state_dicts,
+)
+from .plan import Group, Site, State
+from .settings import SettingError, check_values, plan_of
+from .storage import moments_of, shape_of, store_moments
+from .update import init_state
+
+
+def import_state(
+    optimizer: LowRank,
+    source: str | os.PathLike[str] | dict[str, Any],
+    *,
+    keep: Iterable[str] = (),
+) -> None:
+    """Load an optimizer checkpoint of galore-torch, fira or apollo-torch, to go on with that run.
+
+    Of `galore_torch.GaLoreAdamW`, `fira.FiraAdamW` and `apollo_torch.APOLLOAdamW`, into
+    `GaLoreAdamW`, `FiraAdamW` and `ApolloAdamW` built with the same groups in the same order; the
+    packages need not be installed. As `load_state_dict` does, this takes every number of the groups
+    from the checkpoint (lr, betas, eps, weight_decay, update_proj_gap, scale), and what trainers
+    keep there; rank, side and the other structure must agree. Our `state_dtype` is kept to.
+
+    Subspace, moments, limiter and step count of galore-torch and fira go on as they were. With
+    `stagger=False` the next refresh falls on the step where theirs would; otherwise on the next
+    turn of the matrix, within `update_proj_gap` steps from here.
+
+    A random subspace of apollo-torch is not drawn again here: its moments are carried into a new
+    one as at each of its own refreshes, multiplied by sqrt(rank / cols), their squares by
+    rank / cols, for its Gaussian projection keeps lengths where our orthonormal one shortens them.
+    Its scale s becomes s rank / cols, which makes steps as long as there, and its limiter is read
+    as with `scale_front=False`, the default there. With `proj="svd"` all goes on as it was.
+
+    Args:
+        optimizer: ours; what state it has is replaced.
+        source: a state dict, or the path of a file that has one, alone or in dicts and lists. A
+            file is read with `weights_only=True`.
+        keep: settings that stay as they are here, such as "lr".
+
+    Raises:
+        ValueError: what cannot be imported: another class, rank, side, grouping or shape,
+            `proj_type="full"`, 8-bit and Adafactor states, a checkpoint without state as layer-wise
+            training leaves it. The message names the parameter. Nothing is changed then.
+        TypeError: the optimizer is none of ours.
+    """
+    if not isinstance(optimizer, LowRank):
+        raise TypeError(f"import_state loads into a LowRank, not a {type(optimizer).__name__}")
+    held = read(source) if isinstance(source, (str, os.PathLike)) else source
+    found = list(state_dicts(held))
+    if len(found) != 1:
+        raise SettingError(
+            f"the source holds {len(found)} optimizer state dicts (with 'state' and "
+            "'param_groups'): pass the one to be imported"
+        )
+    optimizer.load_state_dict(converted(optimizer, found[0], tuple(keep)))
+
+
+def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
+    """Return their state dict as one of ours, on its devices; change nothing."""
+    groups, others, held = optimizer.param_groups, saved["param_groups"], saved["state"]
+    if not any("step" in theirs for theirs in held.values()):
+        raise SettingError(
+            "the checkpoint holds no state: it was saved before the first step, or by layer-wise "
+            "training, which does not save it. Start without it"
+        )
+    package = package_of(others)
+    for key in keep:
+        if key not in groups[0]:
+            raise SettingError(f"keep={key!r} is no setting of this optimizer")
+    if [len(group["params"]) for group in groups] != [len(other["params"]) for other in others]:
+        raise SettingError(
+            f"the checkpoint has groups of {[len(other['params']) for other in others]} "
+            f"parameters, this optimizer of {[len(group['params']) for group in groups]}: build it "
+            "with the same groups"
+        )
+    states: dict[Any, State] = {}
+    taken_groups, position = [], 0
+    for index, (group, other) in enumerate(zip(groups, others, strict=True)):
+        where = f" in group {index}"
+        names = [optimizer._name(index, place) for place in range(len(group["params"]))]
+        for name, saved_id in zip(names, other["params"], strict=True):
+            check_entries(name, held.get(saved_id, {}), package)
+        check_group(other, package, plan_of(group), where)
+        taken = {"scale": other["alpha"]} if "alpha" in other else {}
+        taken.update((k, v) for k, v in other.items() if k not in (*LIVE, *ONLY_THERE))
+        taken = {key: value for key, value in taken.items() if key not in keep}
+        merged = {**group, **taken, "params": group["params"]}
+        check_values(merged, where)
+        plan = plan_of(merged)
+        sites = optimizer._sites(merged, plan)
+        if "scale" in taken and is_random(other):
+            merged["scale"] = taken["scale"] = other["scale"] * share(sites, other, where)
+        for name, saved_id, (param, site) in zip(names, other["params"], sites, strict=True):
+            position += 1
+            theirs = held.get(saved_id, {})
+            if "step" in theirs:
+                pair = Pair(name, param, site, position, merged, plan, theirs, other, package)
+                check_pair(pair)
+                states[saved_id] = state_of(pair)
+        taken_groups.append(taken)
+    return {"state": states, "param_groups": taken_groups}
+
+
+def share(sites: list[tuple[Tensor, Site | None]], other: Group, where: str) -> float:
+    """Return rank / cols, which has to be the same for all matrices of a group."""
+    ratios = sorted({site.rank / site.cols for _, site in sites if site is not None})
+    if len(ratios) > 1:
+        scales = ", ".join(f"{other['scale'] * ratio:.3g}" for ratio in ratios)
+        raise SettingError(
+            f"the matrices{where} have projected axes of different lengths, so the checkpoint's "
+            f"scale={other['scale']} is no single number here but {scales}: split the group, there "
+            'and here, or choose one when the optimizer is built and pass keep=("scale",)'
+        )
+    return ratios[0] if ratios else 1.0
+
+
+def state_of(pair: Pair) -> State:
+    """Return the state of one parameter as ours, on the device of theirs."""
+    name, param, site, theirs, plan = pair.name, pair.param, pair.site, pair.theirs, pair.plan
+    home = theirs["exp_avg"].device
+    site = None if site is None else replace(site, device=home)
+    state = init_state(torch.empty_like(param, device=home), site, pair.group, plan)
+    count = int(theirs["step"])
+    for key in ("step", "age"):
+        if key in state:
+            state[key].fill_(count)
+    moments = {slot: theirs[slot].to(compute_dtype(param.dtype)) for slot in plan.rule.slots}
+    if site is not None:
+        wide = is_wide(tuple(param.shape), plan.side)
+        moments = {slot: value.mT if wide else value for slot, value in moments.items()}
+        ratio = 1.0
+        if is_random(pair.other):
+            ratio = site.rank / site.cols
+            moments["exp_avg"] = moments["exp_avg"] * math.sqrt(ratio)
+            moments["exp_avg_sq"] = moments["exp_avg_sq"] * ratio
+            state["drawn"] = (count - 1) // site.gap * site.gap
+        else:
+            basis = theirs["projector"].ortho_matrix
+            basis = basis if wide else basis.mT
+            check_shape("the basis", name, basis.shape, state["basis"].shape)
+            state["basis"].copy_(basis)
+            state["pending"] = 0
+            state["unset"].fill_(False)
+        norm = float(theirs.get(pair.package.norm, 0.0))
+        if pair.package is APOLLO:
+            norm *= math.sqrt(pair.group["scale"] / ratio)
+        if "residual_norm" in state and 0 < norm < math.inf:
+            state["residual_norm"].fill_(norm)
+    for slot, value in moments.items():
+        check_shape(repr(slot), name, value.shape, shape_of(state, slot))
+    noise = Noise(pair.group["seed"], count, stream_of(pair.position))
+    store_moments(moments_of(state, plan.rule), moments, plan.rule, noise, whole=site is None)
+    return state
+
+
+def check_shape(what: str, name: str, there: torch.Size, here: torch.Size) -> None:
+    """Raise SettingError if two shapes differ."""
+    if there != here:
+        raise SettingError(
+            f"{what} of {name} has shape {tuple(there)} in the checkpoint and {tuple(here)} here, "
+            "with the projected axis last: these are other parameters, or other groups"
+        )

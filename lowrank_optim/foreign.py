@@ -29,6 +29,7 @@ from .peers import (
 )
 from .plan import Group, Site, State
 from .settings import SettingError, check_values, plan_of
+from .sites import name_of, sites_of
 from .storage import moments_of, shape_of, store_moments
 from .update import init_state
 
@@ -103,7 +104,7 @@ def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) 
     taken_groups, position = [], 0
     for index, (group, other) in enumerate(zip(groups, others, strict=True)):
         where = f" in group {index}"
-        names = [optimizer._name(index, place) for place in range(len(group["params"]))]
+        names = [name_of(group, index, place) for place in range(len(group["params"]))]
         for name, saved_id in zip(names, other["params"], strict=True):
             check_entries(name, held.get(saved_id, {}), package)
         check_group(other, package, plan_of(group), where)
@@ -113,7 +114,7 @@ def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) 
         merged = {**group, **taken, "params": group["params"]}
         check_values(merged, where)
         plan = plan_of(merged)
-        sites = optimizer._sites(merged, plan)
+        sites = sites_of(merged, plan, optimizer._shared)
         if "scale" in taken and is_random(other):
             merged["scale"] = taken["scale"] = other["scale"] * share(sites, other, where)
         for name, saved_id, (param, site) in zip(names, other["params"], sites, strict=True):

@@ -1,120 +1,41 @@
 """Checkpoints of galore-torch, fira and apollo-torch go on in our optimizers.
 
-Theirs add eps to the uncorrected root and decay after the update: so eps is tiny here, and an
-update is what is left of a step without its decay. The sign of a singular vector is LAPACK's choice
-there, so that after a refresh subspaces are compared, not weights.
+The sign of a singular vector is LAPACK's choice there, so that after a refresh subspaces are
+compared, not weights.
 """
 
 from __future__ import annotations
 
-import copy
 import os
 import sys
 
-import fira
 import galore_torch
 import pytest
 import torch
+from foreign import (
+    DECAY,
+    GAP,
+    KEEP,
+    NUMBERS,
+    PROJ_TYPES,
+    PROJECTED,
+    RANK,
+    SHAPES,
+    THEIRS,
+    begun,
+    copies,
+    each,
+    each_exact,
+    our_optimizer,
+    step,
+    their_optimizer,
+    weights,
+)
 from torch import Tensor, nn
 
-from lowrank_optim import (
-    ApolloAdamW,
-    DCTAdamW,
-    FiraAdamW,
-    GaLoreAdamW,
-    GradScaled,
-    LowRank,
-    import_state,
-)
+from lowrank_optim import ApolloAdamW, GaLoreAdamW, import_state
 from lowrank_optim.functional import load
 from lowrank_optim.storage import stored
-
-DECAY, GAP, RANK = 0.1, 5, 3
-SHAPES = {"tall": (13, 7), "wide": (5, 11), "square": (9, 9), "bias": (11,)}
-PROJECTED = ("tall", "wide", "square")
-PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "right": "right", "left": "left"}
-NUMBERS = {"lr": 1e-2, "eps": 1e-12, "weight_decay": DECAY}
-
-
-def apollo_class(*_, **__):
-    module = pytest.importorskip("apollo_torch", reason="apollo-torch is needed to compare with it")
-    return module.APOLLOAdamW
-
-
-THEIRS = {
-    "galore": (lambda: galore_torch.GaLoreAdamW, {"scale": 0.5}),
-    "fira": (lambda: fira.FiraAdamW, {"alpha": 0.5}),
-    "apollo": (apollo_class, {"scale": 2.0, "proj": "random", "scale_type": "channel"}),
-    "apollo-svd": (apollo_class, {"scale": 2.0, "proj": "svd", "scale_type": "channel"}),
-}
-OURS = {
-    "galore": GaLoreAdamW,
-    "fira": FiraAdamW,
-    "apollo": ApolloAdamW,
-    "apollo-svd": lambda *args, **more: ApolloAdamW(*args, projector="svd", **more),
-}
-EXACT = ("galore", "fira", "apollo-svd")
-KEEP = {"apollo": ("scale",)}
-"""Axes of several lengths have no common scale there: see the test of just that."""
-each_exact = pytest.mark.parametrize("name", EXACT)
-each = pytest.mark.parametrize("name", THEIRS)
-
-
-def weights(dtype=torch.float64):
-    rng = torch.Generator().manual_seed(0)
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype))
-        for name, shape in SHAPES.items()
-    }
-
-
-def groups(params, **settings):
-    """The plain group first, as in their README."""
-    return [
-        {"params": [params["bias"]]},
-        {"params": [params[name] for name in PROJECTED], **settings},
-    ]
-
-
-def their_optimizer(name, params, *, rank=RANK, gap=GAP, proj_type="std", **numbers):
-    cls, keys = THEIRS[name]
-    settings = {"rank": rank, "update_proj_gap": gap, "proj_type": proj_type, **keys}
-    return cls()(groups(params, **settings), no_deprecation_warning=True, **{**NUMBERS, **numbers})
-
-
-def our_optimizer(name, params, *, rank=RANK, side="auto", **settings):
-    """One that has nothing but its structure in common with theirs."""
-    return OURS[name](groups(params, rank=rank), side=side, **{"stagger": False, **settings})
-
-
-def step(params, optimizer, number):
-    """Do one step with gradients of the number alone; return the updates without their decay."""
-    before = {name: param.detach().clone() for name, param in params.items()}
-    for place, param in enumerate(params.values()):
-        rng = torch.Generator().manual_seed(100 * number + place)
-        mean = torch.ones(param.shape, dtype=torch.float64).cumsum(0)
-        noise = torch.randn(param.shape, generator=rng, dtype=torch.float64)
-        param.grad = (0.2 * mean + noise).to(param.dtype)
-    optimizer.step()
-    kept = 1 - NUMBERS["lr"] * DECAY
-    ours = isinstance(optimizer, LowRank)
-    return {
-        name: before[name] * kept - param.detach() if ours else before[name] - param.detach() / kept
-        for name, param in params.items()
-    }
-
-
-def begun(name, steps, dtype=torch.float64, **settings):
-    """Their optimizer after some steps, with its parameters."""
-    params = weights(dtype)
-    optimizer = their_optimizer(name, params, **settings)
-    for number in range(steps):
-        step(params, optimizer, number)
-    return params, optimizer
-
-
-def copies(params):
-    return {name: nn.Parameter(param.detach().clone()) for name, param in params.items()}
 
 
 def projection(basis: Tensor) -> Tensor:
@@ -387,284 +308,3 @@ def test_the_limiter_goes_on_and_starts_anew_from_a_norm_of_zero():
     without = our_optimizer("fira", params, limiter=None)
     import_state(without, saved)
     assert "residual_norm" not in without.state[params["tall"]]
-
-
-SHAPE, WIDTH = (192, 96), 24
-
-
-def apollo_runs(seed, steps, *, rank, limited, scale_type):
-    """Theirs after some steps, and what made them; another draw of the subspace for each seed."""
-    rng = torch.Generator().manual_seed(seed)
-    mean = 0.3 * torch.randn(SHAPE, generator=rng)
-    param = nn.Parameter(torch.randn(SHAPE, generator=rng))
-    group = {"params": [param], "rank": rank, "update_proj_gap": 10, "proj_type": "std"}
-    theirs = apollo_class()(
-        [{**group, **THEIRS["apollo"][1], "scale_type": scale_type}],
-        lr=1e-2, eps=1e-12, disable_nl=not limited,
-    )  # fmt: skip
-    theirs.state[param]["seed"] = 1000 + seed
-
-    def gradients():
-        while True:
-            yield mean + torch.randn(SHAPE, generator=rng)
-
-    stream = gradients()
-    seen = []
-    for _ in range(steps):
-        param.grad = next(stream)
-        seen.append(param.grad)
-        theirs.step()
-    return param, theirs, stream, seen
-
-
-@pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize(("rank", "scale_type"), [(WIDTH, "channel"), (1, "tensor")])
-def test_apollo_goes_on_with_steps_of_the_same_length(rank, scale_type, limited):
-    """At a refresh of theirs both draw a new subspace: the lengths agree on average.
-
-    Their Gaussian makes 1 / |R| longer by 3 / (4 rank) on average; 24 runs tell 3 % at rank 24.
-    """
-    ratios = []
-    for seed in range(24):
-        param, theirs, stream, _ = apollo_runs(
-            seed, 10, rank=rank, limited=limited, scale_type=scale_type
-        )
-        twin = nn.Parameter(param.detach().clone())
-        limiter = {} if limited else {"limiter": None}
-        ours = ApolloAdamW([twin], rank=rank, seed=seed, **limiter)
-        import_state(ours, theirs.state_dict())
-        assert ours.state[twin]["drawn"] == 0
-        start = param.detach().clone()
-        param.grad = twin.grad = next(stream)
-        theirs.step()
-        ours.step()
-        moved, there = (weight.detach() - start for weight in (twin, param))
-        ratios.append(float(moved.norm() / there.norm()))
-        assert ours.state[twin]["drawn"] == 10
-    ratio = torch.tensor(ratios)
-    assert abs(float(ratio.mean()) - 1) < 0.03 + 3 * float(ratio.std()) / 24**0.5
-    assert float(ratio.std()) < (0.03 if rank == WIDTH else 0.2)
-
-
-def test_apollo_moments_are_as_long_as_our_own_would_be():
-    """Beside an optimizer of ours that has seen the same gradients from the start."""
-    found = []
-    for seed in range(8):
-        param, theirs, _, seen = apollo_runs(
-            seed, 13, rank=WIDTH, limited=True, scale_type="channel"
-        )
-        ours, own = (ApolloAdamW([param], rank=WIDTH, update_proj_gap=10) for _ in range(2))
-        import_state(ours, theirs.state_dict())
-        for grad in seen:
-            param.grad = grad
-            own.step()
-        assert ours.state[param]["drawn"] == own.state[param]["drawn"] == 10
-        mine, native = ours.state[param], own.state[param]
-        found.append(
-            [float(mine[key].norm() / native[key].norm()) for key in ("exp_avg", "exp_avg_sq")]
-        )
-    mean = torch.tensor(found).mean(0)
-    assert abs(float(mean[0]) - 1) < 0.05
-    assert abs(float(mean[1]) - 1) < 0.05
-
-
-@pytest.mark.parametrize("name", ["apollo", "apollo-svd"])
-def test_apollo_limiter_is_as_long_as_the_step_it_limits(name):
-    """Theirs is measured before the root of the scale, ours after."""
-    params, theirs = begun(name, 3)
-    ours = our_optimizer(name, params, scale=0.5)
-    import_state(ours, theirs.state_dict(), keep=("scale",))
-    norm = float(theirs.state[params["tall"]]["scaled_grad"])
-    stretch = 7 / RANK if name == "apollo" else 1.0
-    found = float(ours.state[params["tall"]]["residual_norm"])
-    assert found == pytest.approx(norm * (0.5 * stretch) ** 0.5, rel=1e-6)
-
-
-def test_apollo_scale_of_axes_of_several_lengths_is_left_to_the_user():
-    params, theirs = begun("apollo", 2)
-    ours = our_optimizer("apollo", params)
-    with pytest.raises(ValueError, match=r"in group 1 have .* lengths.*0\.667, 0\.857, 1\.2.*keep"):
-        import_state(ours, theirs.state_dict())
-    assert not ours.state
-    import_state(ours, theirs.state_dict(), keep=KEEP["apollo"])
-    assert ours.param_groups[1]["scale"] == 1.0
-
-
-def edited(change):
-    """A galore-torch checkpoint with something changed in the state of its first matrix."""
-
-    def make(saved):
-        change(saved["state"][1])
-        return saved
-
-    return make
-
-
-def full(state):
-    state["projector"].proj_type = "full"
-    state["projector"].ortho_matrix = [torch.zeros(13, 3), torch.zeros(3, 7)]
-
-
-def without_basis(state):
-    state["projector"].ortho_matrix = None
-
-
-def narrow_basis(state):
-    state["projector"].ortho_matrix = torch.zeros(2, 7)
-
-
-def eight_bit(state):
-    for key in ("exp_avg", "exp_avg_sq"):
-        del state[key]
-    state.update(state1=torch.zeros(13, 3, dtype=torch.uint8), qmap1=torch.zeros(256))
-
-
-def adafactor(saved):
-    """What the Adafactor of galore-torch makes."""
-    params = weights(torch.float32)
-    settings = {"rank": RANK, "update_proj_gap": GAP, "proj_type": "std", "scale": 0.5}
-    optimizer = galore_torch.GaLoreAdafactor(groups(params, **settings))
-    step(params, optimizer, 0)
-    return optimizer.state_dict()
-
-
-def without_state(saved):
-    """What transformers saves of a layer-wise run: the state of a dummy."""
-    return {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-
-
-def in_group(**changes):
-    """A galore-torch checkpoint with something changed in its projected group."""
-
-    def make(saved):
-        saved["param_groups"][1].update(changes)
-        return saved
-
-    return make
-
-
-def as_it_is(saved):
-    return saved
-
-
-def in_side(side):
-    return lambda p: our_optimizer("galore", p, side=side)
-
-
-REFUSED = {
-    "proj_type full": (edited(full), "galore", r"\(13, 7\).*proj_type='full'.*two bases"),
-    "no basis": (edited(without_basis), "galore", r"projector of .*\(13, 7\).*no basis"),
-    "basis of another width": (edited(narrow_basis), "galore", r"basis .*\(7, 2\).*\(7, 3\) here"),
-    "8 bits": (edited(eight_bit), "galore", r"\(13, 7\).*'state1', 'qmap1'.*8-bit"),
-    "adafactor": (adafactor, "galore", r"'RMS'.*Adafactor"),
-    "no moment": (edited(lambda s: s.pop("exp_avg_sq")), "galore", "no 'exp_avg_sq'"),
-    "layer-wise": (without_state, "galore", "no state: .*layer-wise"),
-    "no bias correction": (
-        in_group(correct_bias=False),
-        "galore",
-        "correct_bias=False in group 1",
-    ),
-    "a number that is none": (in_group(eps=-1.0), "galore", r"eps=-1\.0 in group 1"),
-    "other method": (as_it_is, "fira", "galore-torch.*NormScaled.*group 1: build GaLoreAdamW"),
-    "other rank": (
-        as_it_is,
-        lambda p: our_optimizer("galore", p, rank=2),
-        r"ranks of parameter 0 of group 1.*rank 3 in the checkpoint, 2 here",
-    ),
-    "rank beyond the axis": (
-        as_it_is,
-        lambda p: our_optimizer("galore", p, rank=7),
-        r"\(13, 7\), was projected to rank 3 .* not projected here",
-    ),
-    "plain there": (
-        as_it_is,
-        lambda p: GaLoreAdamW([{"params": [torch.nn.Parameter(torch.ones(8, 6))], "rank": 2},
-                               groups(p, rank=RANK)[1]]),
-        r"\(8, 6\), was not projected in the checkpoint and is projected to rank 2 here",
-    ),
-    "left": (as_it_is, in_side("left"), r"\(13, 7\).*proj_type='std'.*side='left'.*side=\"auto\""),
-    "reverse": (as_it_is, in_side("reverse"), r"side='reverse' here"),
-    "other projector": (
-        as_it_is,
-        lambda p: GaLoreAdamW(groups(p, rank=RANK), projector="random"),
-        r'learnt.*Random\(\).*projector="svd"',
-    ),
-    "dct": (as_it_is, lambda p: DCTAdamW(groups(p, rank=RANK)), r"DCT\("),
-    "other rule": (
-        as_it_is,
-        lambda p: LowRank(groups(p, rank=RANK), rule="lion"),
-        r"Adam's moments.*Lion\(\)",
-    ),
-    "other groups": (
-        as_it_is,
-        lambda p: GaLoreAdamW(list(p.values()), rank=RANK),
-        r"groups of \[1, 3\].*of \[4\]",
-    ),
-    "other shapes": (
-        as_it_is,
-        lambda p: GaLoreAdamW([groups(p)[0], {"params": [nn.Parameter(torch.ones(14, 7)),
-                               p["wide"], p["square"]], "rank": RANK}]),
-        r"'exp_avg' of .*\(14, 7\), has shape \(13, 3\) in the checkpoint and \(14, 3\) here",
-    ),
-    "our own": (
-        lambda saved: our_checkpoint(),
-        "galore",
-        "one of this package is loaded with optimizer.load_state_dict",
-    ),
-    "nothing": (lambda saved: {"model": {}}, "galore", "holds 0 optimizer state dicts"),
-    "two": (lambda saved: {"a": saved, "b": saved}, "galore", "holds 2 optimizer state dicts"),
-}  # fmt: skip
-
-
-def our_checkpoint():
-    params = weights()
-    optimizer = our_optimizer("galore", params)
-    step(params, optimizer, 0)
-    return optimizer.state_dict()
-
-
-@pytest.mark.parametrize("why", REFUSED)
-def test_what_cannot_be_imported_is_refused_and_changes_nothing(why):
-    change, build, message = REFUSED[why]
-    _, theirs = begun("galore", 3)
-    saved = change(copy.deepcopy(theirs.state_dict()))
-    params = weights()
-    ours = our_optimizer(build, params) if isinstance(build, str) else build(params)
-    for group in ours.param_groups:
-        for param in group["params"]:
-            param.grad = torch.ones_like(param)
-    ours.step()
-    before = copy.deepcopy(ours.state_dict())
-    with pytest.raises(ValueError, match=message):
-        import_state(ours, saved)
-    after = ours.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for place, state in before["state"].items():
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][place][key]))
-
-
-APOLLO_REFUSED = {
-    "as GaLore": (lambda p: our_optimizer("galore", p), "apollo-torch.*build ApolloAdamW"),
-    "learnt": (lambda p: our_optimizer("apollo-svd", p), r'random.*SVD\(\).*projector="random"'),
-    "a factor a tensor": (
-        lambda p: LowRank(groups(p, rank=RANK), projector="random",
-                          residual=GradScaled(per="tensor")),
-        r"scale_type='channel'.*GradScaled\(per=\"row\"\)",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("why", APOLLO_REFUSED)
-def test_an_apollo_checkpoint_goes_into_nothing_else(why):
-    build, message = APOLLO_REFUSED[why]
-    params, theirs = begun("apollo", 2)
-    ours = build(params)
-    with pytest.raises(ValueError, match=message):
-        import_state(ours, theirs.state_dict(), keep=("scale",))
-    assert not ours.state
-
-
-def test_only_an_optimizer_of_ours_takes_it():
-    with pytest.raises(TypeError, match="not a AdamW"):
-        import_state(torch.optim.AdamW([nn.Parameter(torch.ones(2))]), {})

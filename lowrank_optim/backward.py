@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .functional import compute_dtype
+from .guards import without_autocast
 from .plan import Group, Job
 from .rounds import Round
 from .settings import SettingError, fail, is_real, plan_of
@@ -150,7 +151,8 @@ class InBackward:
         """Add the projected gradient to what was projected in earlier backward passes."""
         group, plan, _ = turn.groups[entry.group]
         job = job_of(turn, entry)._replace(low=self._sums.get(entry.param))
-        self._sums[entry.param], waiting = project(job, group, plan)
+        with without_autocast([(group, plan, [job])]):
+            self._sums[entry.param], waiting = project(job, group, plan)
         turn.waiting += waiting
         return True
 

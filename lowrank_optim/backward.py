@@ -189,10 +189,13 @@ class InBackward:
             turn.count_skipped()
         else:
             self._finish(turn)
-        optimizer = turn.optimizer
-        optimizer._grad_norm = self._measured
-        if self._measured is None and self._norms:
-            optimizer._grad_norm = total_norm(self._norms)
+        norm = total_norm(self._norms) if self._measured is None else self._measured
+        if norm is not None:
+            turn.optimizer._grad_norm = norm
+        self.end(turn.optimizer)
+
+    def end(self, optimizer: LowRank) -> None:
+        """Forget what was measured and accumulated for a step, and put hooks where they lack."""
         self._measured, self._skips = None, False
         self.discard()
         self.attach(optimizer)

@@ -40,8 +40,10 @@ def without_autocast(work: Work) -> Iterator[None]:
 
 
 def is_rehearsal(work: Work) -> bool:
-    """Return whether every learning rate is 0 and every gradient zero. Looks at lr first."""
+    """Return whether there are gradients, all zero, and every lr is 0. Looks at lr first."""
     rates = [group["lr"] for group, _, jobs in work if jobs]
+    if not rates:
+        return False
     if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
         return False
     if any(float(rate) != 0 for rate in rates):

@@ -237,12 +237,14 @@ class LowRank(Optimizer):
         turn = self._round or Round(self)
         turn.check_all()
         if turn.is_skipped():
+            if self._in_backward is not None:
+                self._in_backward.end(self)
+            self._end_round()
             return loss
-        fresh = not self.state
         work = turn.jobs()
-        if fresh:
+        if turn.fresh:
             turn.warn_if_plain()
-            if is_rehearsal(work):
+            if not turn.done and is_rehearsal(work):
                 return loss
         if self._in_backward is None:
             turn.do(work)

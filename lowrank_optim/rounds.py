@@ -31,6 +31,7 @@ class Round:
 
     def __init__(self, optimizer: LowRank) -> None:
         self.optimizer = optimizer
+        self.fresh = not optimizer.state
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
         self.done: set[Tensor] = set()
         self.waiting: list[State] = []
@@ -139,9 +140,9 @@ class Round:
             group["skipped_steps"] += group["skip_nonfinite"]
 
     def warn_if_plain(self) -> None:
-        """Warn if nothing at all is projected: the memory that was asked for is not saved."""
+        """Warn if nothing that has state is projected: the memory asked for is not saved."""
         entries = [entry for _, _, entries in self.groups for entry in entries]
-        used = [entry for entry in entries if entry.param.grad is not None]
+        used = [entry for entry in entries if self.optimizer.state.get(entry.param)]
         if used and all(entry.site is None for entry in used):
             warnings.warn(
                 f"{type(self.optimizer).__name__} projects none of its {len(used)} parameter "

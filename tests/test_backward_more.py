@@ -29,3 +29,62 @@ def test_autocast_does_not_reach_what_is_accumulated():
         optimizer.step()
         states.append(optimizer)
     assert_same_state(*states)
+
+
+def test_the_first_step_may_be_one_that_is_skipped():
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK, skip_nonfinite=True)
+    optimizer.step_in_backward()
+    before = weights(model)
+    loss = loss_of(model, 0, float("inf"))
+    with optimizer.measure_grad_norm():
+        loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_same(weights(model), before)
+    with pytest.raises(RuntimeError, match="measure_grad_norm"):
+        loss_of(model, 0).backward()
+
+
+def test_a_step_that_is_skipped_by_what_has_no_hook_ends_too():
+    model = Model()
+    model.wide.requires_grad_(False)
+    optimizer = GaLoreAdamW([model.tall, model.wide], rank=RANK, skip_nonfinite=True)
+    optimizer.step_in_backward()
+    model.wide.requires_grad_(True)
+    for scale in (float("inf"), 1.0):
+        with optimizer.measure_grad_norm():
+            model.tall.sum().backward()
+        (model.tall.sum() + model.wide.sum() * scale).backward()
+        optimizer.step()
+        model.zero_grad()
+    assert optimizer.skipped_steps == 1
+    assert [optimizer.state[p]["step"] for p in (model.tall, model.wide)] == [2, 1]
+
+
+def test_a_step_without_gradients_comes_first_or_later():
+    model = Model()
+    optimizer = GaLoreAdamW([model.tall], rank=RANK)
+    optimizer.step_in_backward(max_norm=1.0)
+    optimizer.add_param_group({"params": [model.wide]})
+    optimizer.step()
+    loss_of(model, 0).backward()
+    assert model.wide.grad is None
+    optimizer.step()
+    norm = optimizer.grad_norm
+    optimizer.step()
+    assert optimizer.grad_norm is norm
+
+
+def test_nothing_projected_is_told_in_this_mode_too():
+    layer = nn.Linear(3, 3)
+    optimizer = GaLoreAdamW(layer.parameters(), rank=8)
+    optimizer.step_in_backward()
+    layer(torch.ones(2, 3)).sum().backward()
+    with pytest.warns(UserWarning, match="projects none of its 2 parameter"):
+        optimizer.step()
+    layer(torch.ones(2, 3)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint, memory, settings
-from .backward import InBackward
+from .backward import InBackward, check_accumulable
 from .guards import flat_error, flat_piece, is_rehearsal, named
 from .plan import Projector, Residual, Rule, Shared
 from .rounds import Round
@@ -202,6 +202,10 @@ class LowRank(Optimizer):
                 )
             if (piece := flat_piece(param)) is not None:
                 raise flat_error(name, piece)
+        if self._in_backward is not None and self._in_backward.projects:
+            check_accumulable(index, group, self)
+        if self._round is not None:
+            self._round.close()
         super().add_param_group(group)
         self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
 

@@ -197,6 +197,7 @@ class Round:
 
     def close(self) -> None:
         """End the step."""
+        self.optimizer._watch.read()
         self.optimizer._watch = Watch(self.waiting)
         self.optimizer._shared.sweep()
         self.optimizer._round = None

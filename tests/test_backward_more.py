@@ -88,3 +88,39 @@ def test_nothing_projected_is_told_in_this_mode_too():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+def test_a_group_that_needs_whole_gradients_cannot_join_projected_accumulation():
+    model = Model()
+    optimizer = LowRank([model.tall], rank=RANK)
+    optimizer.step_in_backward(accumulation_steps=2, accumulate="projected")
+    with pytest.raises(ValueError, match="NormScaled in group 1 of LowRank"):
+        optimizer.add_param_group({"params": [model.wide], "residual": "norm_scaled"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_group_is_added_within_a_step():
+    model = Model()
+    optimizer = GaLoreAdamW([model.tall], rank=RANK)
+    model.tall.grad = gradient(model.tall, 0, 0)
+    optimizer.step_param(model.tall)
+    optimizer.add_param_group({"params": [model.wide]})
+    model.wide.grad = gradient(model.wide, 0, 0)
+    optimizer.step_param(model.wide)
+    assert optimizer.state[model.wide]["step"] == 1
+
+
+def test_giving_a_step_up_leaves_the_watch_on_subspaces():
+    """A pass that is not the last one opens a step, zero_grad ends it: no trace in the state."""
+    states = []
+    for gives_up in (False, True):
+        model = Model()
+        optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+        optimizer.step_in_backward(accumulation_steps=2)
+        run(model, optimizer, range(1), passes=2)
+        if gives_up:
+            loss_of(model, 1).backward()
+            optimizer.zero_grad()
+        states.append(optimizer)
+    assert states[0].state_dict()["state"][0]["pending"] == 0
+    assert_same_state(*states)

@@ -342,10 +342,11 @@ class LowRank(Optimizer):
             Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer
             updates; both without accumulation, and without clipping or with two passes only.
         """
+        handle = InBackward(self, accumulation_steps, accumulate, max_norm)
         if self._in_backward is not None:
             self._in_backward.remove()
-        self._in_backward = InBackward(self, accumulation_steps, accumulate, max_norm)
-        return self._in_backward
+        self._in_backward = handle
+        return handle
 
     def measure_grad_norm(self) -> AbstractContextManager[None]:
         """Return a context in which backward passes measure the norm of all gradients, no more.

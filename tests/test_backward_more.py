@@ -124,3 +124,13 @@ def test_giving_a_step_up_leaves_the_watch_on_subspaces():
         states.append(optimizer)
     assert states[0].state_dict()["state"][0]["pending"] == 0
     assert_same_state(*states)
+
+
+def test_wrong_settings_leave_the_mode_as_it_is():
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    optimizer.step_in_backward()
+    with pytest.raises(ValueError, match="max_norm"):
+        optimizer.step_in_backward(max_norm=-1)
+    loss_of(model, 0).backward()
+    assert model.tall.grad is None

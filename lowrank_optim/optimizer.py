@@ -181,6 +181,12 @@ class LowRank(Optimizer):
             self._forget()
             for index, group in enumerate(self.param_groups):
                 self._shapes[index] = [tuple(param.shape) for param in group["params"]]
+            self._recall_norm()
+
+    def _recall_norm(self) -> None:
+        """Take the norm of the last step from where `_note` has put it."""
+        norm = self.param_groups[0]["grad_norm"] if self.param_groups else None
+        self._grad_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked first, and nothing is added if one is wrong."""
@@ -399,8 +405,7 @@ class LowRank(Optimizer):
         """
         checkpoint.load(self, state_dict, super().load_state_dict)
         self._end_round()
-        norm = self.param_groups[0]["grad_norm"] if self.param_groups else None
-        self._grad_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
+        self._recall_norm()
 
     def summary(self) -> str:
         """Return a table: what is projected, and what the state takes beside AdamW's.

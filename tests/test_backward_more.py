@@ -134,3 +134,14 @@ def test_wrong_settings_leave_the_mode_as_it_is():
         optimizer.step_in_backward(max_norm=-1)
     loss_of(model, 0).backward()
     assert model.tall.grad is None
+
+
+@pytest.mark.parametrize("copy", [deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_clips_by_the_same_norm(copy):
+    _, (model, optimizer) = pair(CASES[0], max_norm=3.0)
+    run(model, optimizer, range(3))
+    other, copied = copy((model, optimizer))
+    copied.step_in_backward(max_norm=3.0)
+    run(model, optimizer, range(3, 6))
+    run(other, copied, range(3, 6))
+    assert_same(weights(model), weights(other))

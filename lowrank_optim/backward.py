@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .optimizer import LowRank
 
 ACCUMULATE = ("full", "projected")
+STEPPED: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
+"""The hook that steps a parameter: that of the optimizer that asked for it last."""
 TINY = 1e-6
 """Added to a norm that is divided by, as in `torch.nn.utils.clip_grad_norm_`."""
 
@@ -66,8 +68,10 @@ class InBackward:
             self._handles.pop(param).remove()
         for param in params:
             if param.requires_grad and param not in self._handles:
+                if (other := STEPPED.get(param)) is not None:
+                    other.remove()
                 handle = param.register_post_accumulate_grad_hook(self._arrived)
-                self._handles[param] = handle
+                STEPPED[param] = self._handles[param] = handle
 
     def remove(self) -> None:
         """Take the hooks away: from now on `step()` does all."""

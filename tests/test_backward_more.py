@@ -145,3 +145,14 @@ def test_a_copy_clips_by_the_same_norm(copy):
     run(model, optimizer, range(3, 6))
     run(other, copied, range(3, 6))
     assert_same(weights(model), weights(other))
+
+
+def test_the_optimizer_that_asked_last_steps():
+    """As after running a notebook's cell again, where the first optimizer is still alive."""
+    (model, ordinary), (other, first) = pair(CASES[0])
+    second = CASES[0].build(other.named_parameters())
+    second.step_in_backward()
+    run(model, ordinary)
+    run(other, second)
+    assert_same(weights(model), weights(other))
+    assert not first.state

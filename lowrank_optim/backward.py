@@ -56,6 +56,7 @@ class InBackward:
         self._sums: dict[Tensor, Tensor] = {}
         self._passes: Counter[Tensor] = Counter()
         self._norms: list[Tensor] = []
+        self._watched: list[Tensor] = []
         self._measuring = False
         self._measured: Tensor | None = None
         self._skips = False
@@ -84,7 +85,7 @@ class InBackward:
             optimizer._in_backward = None
 
     @contextmanager
-    def measuring(self, optimizer: LowRank) -> Iterator[None]:
+    def measuring(self) -> Iterator[None]:
         """Let backward passes do no more than measure the norm of the gradients and free them."""
         if self.accumulation_steps != 1:
             raise RuntimeError(
@@ -92,14 +93,14 @@ class InBackward:
                 "then they are in memory: take ordinary steps with "
                 "torch.nn.utils.clip_grad_norm_, or clip by the previous norm"
             )
-        self._measuring, self._norms = True, []
+        self._measuring, self._norms, self._watched = True, [], []
         try:
             yield
             self._measured = total_norm(self._norms)
+            watched = total_norm(self._watched)
+            self._skips = watched is not None and not bool(watched.isfinite())
         finally:
-            self._measuring, self._norms = False, []
-        if any(group["skip_nonfinite"] for group in optimizer.param_groups):
-            self._skips = self._measured is not None and not bool(self._measured.isfinite())
+            self._measuring, self._norms, self._watched = False, [], []
 
     def _arrived(self, param: Tensor) -> None:
         """Use a gradient that is complete for this backward pass."""
@@ -107,13 +108,21 @@ class InBackward:
         if optimizer is None or param.grad is None:
             return
         with self._lock, torch.no_grad():
+            turn = optimizer._round = optimizer._round or Round(optimizer)
+            entry = turn.entry_of(param)
             if self._measuring:
-                self._norms.append(norm_of(param.grad))
-            elif not self._skips:
-                turn = optimizer._round = optimizer._round or Round(optimizer)
-                if not self._use(turn, turn.entry_of(param)):
-                    return
+                self._measure(turn, entry)
+            elif not self._skips and not self._use(turn, entry):
+                return
             param.grad = None
+
+    def _measure(self, turn: Round, entry: Entry) -> None:
+        """Note the norm of a gradient, and whether `skip_nonfinite` watches it."""
+        assert entry.param.grad is not None
+        self._check(turn, entry)
+        self._norms.append(norm_of(entry.param.grad))
+        if turn.groups[entry.group][0]["skip_nonfinite"]:
+            self._watched.append(self._norms[-1])
 
     def _use(self, turn: Round, entry: Entry) -> bool:
         """Step a parameter, or add its gradient to what it waits for; return whether it is used."""
@@ -148,7 +157,7 @@ class InBackward:
                 "has to see all gradients before the first is used: take bfloat16, or ordinary "
                 "steps"
             )
-        if self._measured is None:
+        if self._measured is None and not self._measuring:
             turn.check_alone(entry, "run a backward pass inside `optimizer.measure_grad_norm()`")
 
     def _collect(self, turn: Round, entry: Entry) -> bool:

@@ -369,7 +369,7 @@ class LowRank(Optimizer):
                 "measure_grad_norm is for step_in_backward: without it, all gradients are there "
                 "after the backward pass, for torch.nn.utils.clip_grad_norm_"
             )
-        return self._in_backward.measuring(self)
+        return self._in_backward.measuring()
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -156,3 +156,33 @@ def test_the_optimizer_that_asked_last_steps():
     run(other, second)
     assert_same(weights(model), weights(other))
     assert not first.state
+
+
+def test_only_watched_groups_skip():
+    results = []
+    for layerwise in (False, True):
+        model = Model()
+        optimizer = GaLoreAdamW(
+            [{"params": [model.tall], "skip_nonfinite": True}, {"params": [model.wide]}], rank=RANK
+        )
+        loss = model.tall.square().sum() + model.wide.sum() * float("inf")
+        if layerwise:
+            optimizer.step_in_backward()
+            with optimizer.measure_grad_norm():
+                loss.backward(retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        assert optimizer.skipped_steps == 0
+        results.append(model.tall.detach())
+    assert torch.equal(*results)
+
+
+def test_what_cannot_be_stepped_is_told_when_it_is_measured():
+    embedding = nn.Embedding(20, 12, sparse=True)
+    optimizer = FiraAdamW(embedding.parameters(), rank=RANK)
+    optimizer.step_in_backward()
+    with (
+        pytest.raises(RuntimeError, match="has a sparse gradient, which cannot be projected"),
+        optimizer.measure_grad_norm(),
+    ):
+        embedding(torch.tensor([1])).sum().backward()

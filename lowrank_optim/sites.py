@@ -35,7 +35,7 @@ def sites_of(group: Group, plan: Plan, shared: Shared) -> list[tuple[Tensor, Sit
         space is not None and param.requires_grad
         for param, space in zip(params, spaces, strict=True)
     ]
-    turn, turns = 0, sum(takes_turn)
+    turn, turns = 0, max(1, sum(takes_turn))
     found: list[tuple[Tensor, Site | None]] = []
     for param, space, takes in zip(params, spaces, takes_turn, strict=True):
         site = None

@@ -186,3 +186,13 @@ def test_what_cannot_be_stepped_is_told_when_it_is_measured():
         optimizer.measure_grad_norm(),
     ):
         embedding(torch.tensor([1])).sum().backward()
+
+
+def test_what_has_been_frozen_with_a_gradient_is_stepped():
+    weight = nn.Parameter(torch.randn(13, 7), requires_grad=False)
+    optimizer = GaLoreAdamW([weight], rank=RANK)
+    weight.grad = torch.randn(13, 7)
+    optimizer.step()
+    weight.grad = torch.randn(13, 7)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2

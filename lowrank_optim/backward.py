@@ -192,8 +192,7 @@ class InBackward:
             before = None if optimizer is None else optimizer.grad_norm
             total = norm
             if before is not None:
-                before = before.to(norm)
-                total = torch.where(before.isfinite(), torch.maximum(before, norm), norm)
+                total = torch.maximum(before.to(norm).nan_to_num(posinf=0.0), norm)
         return (self.max_norm / (total + TINY)).clamp(max=1.0)
 
     def finish(self, turn: Round) -> None:

@@ -342,7 +342,8 @@ class LowRank(Optimizer):
             ValueError: a setting that cannot be used.
             RuntimeError: several processes; later, from the backward pass: a parameter gets one
                 more gradient than was said, a float16 gradient, or `skip_nonfinite=True` without
-                `measure_grad_norm()`; from `GradScaler.step`. A parameter is not changed then.
+                `measure_grad_norm()`. The parameter is not changed then. From `GradScaler.step`,
+                too late for the step under way: scaled gradients of float32 look like others.
 
         Reference: the idea is that of Lv et al., "Full Parameter Fine-tuning for Large Language
             Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -53,8 +52,8 @@ class InBackward:
         self._optimizer = weakref.ref(optimizer)
         self._handles: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
         self._lock = threading.RLock()
-        self._sums: dict[Tensor, Tensor] = {}
-        self._passes: Counter[Tensor] = Counter()
+        self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        self._passes: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._norms: list[Tensor] = []
         self._watched: list[Tensor] = []
         self._measuring = False
@@ -128,7 +127,7 @@ class InBackward:
         """Step a parameter, or add its gradient to what it waits for; return whether it is used."""
         param = entry.param
         self._check(turn, entry)
-        self._passes[param] += 1
+        self._passes[param] = self._passes.get(param, 0) + 1
         last = self.accumulation_steps
         if not (last() if callable(last) else self._passes[param] == last):
             return self.projects and entry.site is not None and self._collect(turn, entry)

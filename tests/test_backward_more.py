@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import warnings
+import weakref
 from copy import deepcopy
 
 import pytest
@@ -196,3 +198,16 @@ def test_what_has_been_frozen_with_a_gradient_is_stepped():
     weight.grad = torch.randn(13, 7)
     optimizer.step()
     assert optimizer.state[weight]["step"] == 2
+
+
+@pytest.mark.parametrize("accumulate", ["full", "projected"])
+def test_a_model_is_freed_in_the_middle_of_a_step(accumulate):
+    """As after an interrupt in a notebook: what hooks hold must not keep it alive."""
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    optimizer.step_in_backward(accumulation_steps=2, accumulate=accumulate)
+    loss_of(model, 0).backward()
+    alive = weakref.ref(model.tall)
+    del model, optimizer
+    gc.collect()
+    assert alive() is None

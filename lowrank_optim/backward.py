@@ -70,7 +70,8 @@ class InBackward:
             if param.requires_grad and param not in self._handles:
                 if (other := STEPPED.get(param)) is not None:
                     other.remove()
-                handle = param.register_post_accumulate_grad_hook(self._arrived)
+                hook = torch.compiler.disable(self._arrived)  # type: ignore[no-untyped-call]
+                handle = param.register_post_accumulate_grad_hook(hook)
                 STEPPED[param] = self._handles[param] = handle
 
     def remove(self) -> None:

@@ -211,3 +211,23 @@ def test_a_model_is_freed_in_the_middle_of_a_step(accumulate):
     del model, optimizer
     gc.collect()
     assert alive() is None
+
+
+def test_compiled_autograd_leaves_the_hooks_alone():
+    """It would trace them with the graph, and take numbers such as the step for constants."""
+    from torch._dynamo.compiled_autograd import _enable as enabled
+
+    results = []
+    for layerwise in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 8))
+        optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, rank=RANK)
+        if layerwise:
+            optimizer.step_in_backward()
+        for _ in range(3):
+            with enabled(torch.compile(backend="eager")):
+                model(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(weights(model))
+    assert_same(*results)

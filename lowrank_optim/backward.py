@@ -75,7 +75,10 @@ class InBackward:
                 STEPPED[param] = self._handles[param] = handle
 
     def remove(self) -> None:
-        """Take the hooks away: from now on `step()` does all."""
+        """Take the hooks away: from now on `step()` does all.
+
+        What has been accumulated in projected form is forgotten.
+        """
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()

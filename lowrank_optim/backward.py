@@ -161,7 +161,8 @@ class InBackward:
                 "steps"
             )
         if self._measured is None and not self._measuring:
-            turn.check_alone(entry, "run a backward pass inside `optimizer.measure_grad_norm()`")
+            first = "run a backward pass inside `optimizer.measure_grad_norm()` first"
+            turn.check_alone(entry, first if self.accumulation_steps == 1 else "do not accumulate")
 
     def _collect(self, turn: Round, entry: Entry) -> bool:
         """Add the projected gradient to what was projected in earlier backward passes."""

@@ -98,9 +98,10 @@ class LayerWise(Optimizer):
         The loop stays as it is: `step()` is still called once a step, after the last backward pass.
         It ends the step and does what is left, such as parameters without a hook. Optimizer, state,
         `state_dict()` and schedulers are the same as without; so are the results, bit for bit where
-        nothing is clipped or accumulated in projected form ("power" refreshes matrices of one shape
-        together in `step()`, which may round its float64 sums otherwise). Gradients then take the
-        memory of the largest ones alone. Call this when the model is on its device, after wrapping
+        nothing is clipped or accumulated in projected form (on a CPU; a GPU may round the products
+        of several matrices, which `step()` refreshes together, otherwise than those of one).
+        Gradients then take the memory of the largest one alone. Call this when the model is on its
+        device, after wrapping
         it; parameters added later join in at the next `step()`, and one that two optimizers ask for
         is stepped by the last. Every backward pass that reaches a parameter steps it, also one for
         another model's loss (a discriminator, while its generator learns): freeze it for that.

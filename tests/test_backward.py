@@ -71,6 +71,26 @@ def test_results_and_state_are_those_of_step(case, dtype):
     assert_same_state(ordinary, layerwise)
 
 
+@pytest.mark.parametrize("projector", ["svd", "power", "dct"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_matrices_of_one_shape_that_step_refreshes_together(projector, dtype):
+    """Alone in the backward pass, in company in step(): the same bits."""
+    results = []
+    for layerwise in (False, True):
+        rng = torch.Generator().manual_seed(0)
+        model = nn.ParameterList(
+            torch.randn(size, 48, dtype=dtype, generator=rng) for size in (65, 65, 48, 65, 65)
+        )
+        optimizer = GaLoreAdamW(
+            model, lr=1e-2, rank=3, projector=projector, update_proj_gap=2, stagger=False
+        )
+        if layerwise:
+            optimizer.step_in_backward()
+        run(model, optimizer, range(5))
+        results.append(weights(model))
+    assert_same(*results)
+
+
 @each_case
 def test_a_run_changes_between_the_modes_at_any_step(case):
     (model, ordinary), (other, layerwise) = pair(case)

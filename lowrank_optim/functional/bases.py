@@ -42,9 +42,11 @@ def gram(x: Tensor) -> Tensor:
     """Return `x^T x` in float64, `(..., rows, cols)` to `(..., cols, cols)`.
 
     The rows are widened some at a time, so that the sum is exact to float64's rounding and no
-    full-size copy is made.
+    full-size copy is made. On a CPU the result for a matrix does not depend on its company.
     """
     rows, cols = x.shape[-2:]
+    if x.ndim > 2 and x.device.type == "cpu":
+        return torch.stack([gram(part) for part in x])
     total = torch.zeros(*x.shape[:-2], cols, cols, dtype=torch.float64, device=x.device)
     for part in row_chunks(rows, PARTS * (x.numel() // max(1, rows))):
         wide = x[..., part, :].to(torch.float64)
@@ -71,6 +73,10 @@ def orthonormal_(x: Tensor, passes: int = 2) -> None:
     Reference: Fukaya, Kannan, Nakatsukasa, Yamamoto, Yanagisawa, "Shifted Cholesky QR for
         computing the QR factorization of ill-conditioned matrices", arXiv 1809.11085.
     """
+    if x.ndim > 2 and x.device.type == "cpu":
+        for part in x:
+            orthonormal_(part, passes)
+        return
     cols, rank = x.shape[-2:]
     limits = torch.finfo(torch.float64)
     eye = torch.eye(rank, dtype=torch.float64, device=x.device)

@@ -101,10 +101,10 @@ class LayerWise(Optimizer):
         nothing is clipped or accumulated in projected form (on a CPU; a GPU may round the products
         of several matrices, which `step()` refreshes together, otherwise than those of one).
         Gradients then take the memory of the largest one alone. Call this when the model is on its
-        device, after wrapping
-        it; parameters added later join in at the next `step()`, and one that two optimizers ask for
-        is stepped by the last. Every backward pass that reaches a parameter steps it, also one for
-        another model's loss (a discriminator, while its generator learns): freeze it for that.
+        device, after wrapping it; parameters added later join in at the next `step()`, and one that
+        two optimizers ask for is stepped by the last. Every backward pass that reaches a parameter
+        steps it, also one for another model's loss (a discriminator, while its generator learns):
+        freeze it for that.
 
         Clipping: there is no gradient left for `torch.nn.utils.clip_grad_norm_`, so pass `max_norm`
         here. Each gradient is multiplied by min(1, max_norm / n). Where the backward pass was first

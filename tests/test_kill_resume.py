@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -12,84 +14,100 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-WRONG = ("no moments", "another dropout", "another order", "an older step")
-RUN = """
+SEED = "94730"
+"""Two kills in 60 steps, all between steps 6 and 36: after a checkpoint, long before the end."""
+COMMON = """
 import json, sys, torch
 import kill_resume
 from lowrank_optim import LowRank
-
-class Forgetful(torch.Generator):
-    def set_state(self, state):
-        return self
 
 def without_moments(optimizer, saved, right=LowRank.load_state_dict):
     right(optimizer, saved)
     for state in optimizer.state.values():
         state["exp_avg"].zero_()
 
+def run(name, loops, presets):
+    path = f"{sys.argv[1]}/{name}.csv"
+    common = ["--kills", "2", "--steps", "60", "--seed", sys.argv[2]]
+    status = kill_resume.main(["--loops", loops, "--presets", presets, "--out", path, *common])
+    statuses[name] = status
+
+def with_fault(name, loop, preset, owner, attribute, wrong):
+    right = getattr(owner, attribute)
+    setattr(owner, attribute, wrong)
+    run(name, loop, preset)
+    setattr(owner, attribute, right)
+
+statuses = {}
+"""
+BY_HAND = """
+class Forgetful(torch.Generator):
+    def set_state(self, state):
+        return self
+
 def one_step_older(path, right=torch.load, **settings):
     saved = right(path, **settings)
     return {**saved, "step": saved["step"] - 1}
 
-def run(name, presets):
-    path = f"{sys.argv[1]}/{name}.csv"
-    common = ["--kills", "2", "--steps", "120", "--seed", SEED]
-    return kill_resume.main(["--presets", presets, "--out", path, *common])
-
-def with_fault(name, preset, owner, attribute, wrong):
-    right = getattr(owner, attribute)
-    setattr(owner, attribute, wrong)
-    status = run(name, preset)
-    setattr(owner, attribute, right)
-    return status
-
-print(json.dumps({
-    "right": run("right", "fira,galore-8bit-bf16"),
-    "no moments": with_fault(
-        "no moments", "galore", LowRank, "load_state_dict", without_moments),
-    "another dropout": with_fault(
-        "another dropout", "apollo", torch, "set_rng_state", lambda state: None),
-    "another order": with_fault("another order", "frugal", torch, "Generator", Forgetful),
-    "an older step": with_fault("an older step", "dct", torch, "load", one_step_older),
-}))
+run("right", "plain,flat", "galore-8bit-bf16")
+with_fault("no moments", "plain", "galore", LowRank, "load_state_dict", without_moments)
+with_fault("another dropout", "plain", "apollo", torch, "set_rng_state", lambda state: None)
+with_fault("another order", "flat", "frugal", torch, "Generator", Forgetful)
+with_fault("an older step", "plain", "dct", torch, "load", one_step_older)
+print(json.dumps(statuses))
 """
-SEED = "59"
-"""Kills after steps 10 and 28 of 120: after the first checkpoint, and long before the end."""
+FRAMEWORKS = """
+from transformers import Trainer
+
+nothing = lambda *_: None
+run("right", "trainer,lightning", "fira")
+with_fault("dropout of trainer", "trainer", "apollo", Trainer, "_load_rng_state", nothing)
+with_fault("dropout of lightning", "lightning", "apollo", torch, "set_rng_state", nothing)
+print(json.dumps(statuses))
+"""
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Exit status and rows of each run, all from one process: its children inherit the faults."""
+def results(script, folder):
+    """Return exit status and rows of each run, all from one process: children inherit faults."""
     if not hasattr(os, "fork"):
         pytest.skip("this system has no fork")
-    folder = tmp_path_factory.mktemp("runs")
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks")))
     done = subprocess.run(
-        [sys.executable, "-c", RUN.replace("SEED", repr(SEED)), str(folder)],
+        [sys.executable, "-c", COMMON + script, str(folder), SEED],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    statuses = json.loads(done.stdout.splitlines()[-1])
     found = {}
-    for name, status in statuses.items():
+    for name, status in json.loads(done.stdout.splitlines()[-1]).items():
         with (folder / f"{name}.csv").open(newline="") as file:
             found[name] = (status, list(csv.DictReader(file)))
     return found
 
 
-def test_killed_runs_end_as_those_left_alone(runs):
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory):
+    return results(BY_HAND, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def frameworks(tmp_path_factory):
+    pytest.importorskip("transformers", reason="the loops of frameworks need them")
+    pytest.importorskip("lightning", reason="the loops of frameworks need them")
+    return results(FRAMEWORKS, tmp_path_factory.mktemp("runs"))
+
+
+def assert_identical(runs, loops, preset):
     status, rows = runs["right"]
     assert status == 0
-    assert [row["preset"] for row in rows] == ["fira", "galore-8bit-bf16"]
+    assert [(row["loop"], row["preset"]) for row in rows] == [(loop, preset) for loop in loops]
     for row in rows:
         assert row["kills_hit"] == row["kill_points"] == "2"
         assert (row["identical"], float(row["max_difference"])) == ("yes", 0.0)
 
 
-@pytest.mark.parametrize("fault", WRONG)
-def test_a_wrong_resume_is_seen(runs, fault):
+def assert_seen(runs, fault):
     status, (row,) = runs[fault]
     assert status == 1
     assert row["kills_hit"] == "2"
@@ -97,10 +115,44 @@ def test_a_wrong_resume_is_seen(runs, fault):
     assert float(row["max_difference"]) > 0
 
 
+def test_killed_runs_end_as_those_left_alone(by_hand):
+    assert_identical(by_hand, ["plain", "flat"], "galore-8bit-bf16")
+
+
+@pytest.mark.parametrize(
+    "fault", ["no moments", "another dropout", "another order", "an older step"]
+)
+def test_a_wrong_resume_is_seen(by_hand, fault):
+    assert_seen(by_hand, fault)
+
+
+@pytest.mark.slow
+def test_killed_runs_of_frameworks_end_as_those_left_alone(frameworks):
+    assert_identical(frameworks, ["trainer", "lightning"], "fira")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["dropout of trainer", "dropout of lightning"])
+def test_a_wrong_resume_in_a_framework_is_seen(frameworks, fault):
+    assert_seen(frameworks, fault)
+
+
+@pytest.mark.parametrize("text", [None, "", '{"global_step": 3, "log_hi', '{"global_step": 3}\n'])
+def test_a_checkpoint_of_trainer_is_whole_with_its_last_file(text, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    whole = importlib.import_module("kill_frameworks").whole
+    (tmp_path / "model.safetensors").touch()
+    if text is not None:
+        (tmp_path / "trainer_state.json").write_text(text)
+    assert whole(tmp_path) == (text is not None and text.endswith("\n"))
+
+
 def test_the_results_that_are_kept_are_all_identical():
     with (ROOT / "benchmarks" / "results" / "kill_resume.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6
+    loops, presets = ({row[name] for row in rows} for name in ("loop", "preset"))
+    assert (len(rows), len(loops), len(presets)) == (24, 4, 6)
+    assert {(row["loop"], row["preset"]) for row in rows} == set(itertools.product(loops, presets))
     for row in rows:
         assert row["kills_hit"] == row["kill_points"] == "20"
         assert (row["identical"], float(row["max_difference"])) == ("yes", 0.0)

@@ -209,8 +209,11 @@ def test_default_weight_decay_and_eps_are_what_the_readme_says():
 def test_kills_and_resumes_are_those_on_file():
     with (ROOT / "benchmarks" / "results" / "kill_resume.csv").open() as file:
         rows = list(csv.DictReader(file))
-    said = re.search(r"(\d+) runs, 20 of each .*?moments, (\d+) of them while saving", TEXT, re.S)
+    said = re.search(
+        r"at 20 random moments .*? After (\d+) kills, (\d+) of", " ".join(TEXT.split())
+    )
     assert said is not None
     assert int(said[1]) == sum(int(row["kills_hit"]) for row in rows)
     assert int(said[2]) == sum(int(row["while_saving"]) for row in rows)
     assert {(row["identical"], row["kill_points"]) for row in rows} == {("yes", "20")}
+    assert {row["loop"] for row in rows} == {"plain", "flat", "trainer", "lightning"}

@@ -221,6 +221,7 @@ def test_training_repeats_and_all_methods_start_alike(folder: Path) -> None:
     assert other.curve[0] != first["adamw"].curve[0]
 
 
+@pytest.mark.slow
 def test_command_writes_what_it_shows(
     folder: Path,
     tmp_path: Path,

@@ -378,6 +378,7 @@ def test_resume_when_trainer_is_given_a_class(preset, tmp_path):
     assert_resumes(tmp_path, make, [2, 4])
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_as_if_it_had_not_been_killed(tmp_path):
     """Killed in another process, at a step of chance after the first checkpoint."""
     step = random.SystemRandom().randint(3, 10)

@@ -99,6 +99,23 @@ def test_keys_are_frozen(case):
     assert set(optimizer.state_dict()["param_groups"][0]) == GROUP_KEYS
 
 
+def test_a_checkpoint_of_a_later_version_is_refused_and_one_without_is_read():
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=RANK)
+    train(model, optimizer, range(2))
+    saved = through_a_file(optimizer.state_dict())
+    assert [type(group["state_version"]) for group in saved["param_groups"]] == [int]
+    before = through_a_file(optimizer.state_dict())
+    saved["param_groups"][0]["state_version"] += 1
+    with pytest.raises(ValueError, match=r"state_version 2, this package reads 1: upgrade"):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[model.tall]["basis"], before["state"][0]["basis"])
+    for key in ("state_version", "grad_norm"):
+        del before["param_groups"][0][key]
+    optimizer.load_state_dict(before)
+    assert optimizer.state_dict()["param_groups"][0]["state_version"] == 1
+
+
 def test_state_dtype_survives_and_is_not_shared():
     model = Model(torch.bfloat16)
     optimizer = GaLoreAdamW(model.parameters(), rank=RANK)

@@ -217,3 +217,32 @@ def test_kills_and_resumes_are_those_on_file():
     assert int(said[2]) == sum(int(row["while_saving"]) for row in rows)
     assert {(row["identical"], row["kill_points"]) for row in rows} == {("yes", "20")}
     assert {row["loop"] for row in rows} == {"plain", "flat", "trainer", "lightning"}
+
+
+def test_losses_of_bf16_weights_are_those_on_file():
+    with (ROOT / "benchmarks" / "results" / "bf16_weights.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    ends = {(r["task"], r["method"], r["weights"], r["seed"]): float(r["val_loss"]) for r in rows}
+    methods = sorted({row["method"] for row in rows})
+    starts = {float(row["start_loss"]) for row in rows if row["task"] == "continue"}
+    (start,) = starts
+
+    def means(task, method):
+        kinds = ("fp32", "nearest", "stochastic")
+        losses = [[ends.get((task, method, kind, seed)) for seed in "012"] for kind in kinds]
+        return [sum(part) / 3 if None not in part else None for part in losses], losses[0]
+
+    lost = {}
+    for method in methods:
+        (whole, nearest, _), _ = means("continue", method)
+        lost[method] = round(100 * (nearest - whole) / (start - whole))
+        found, runs = means("demo", method)
+        spread = max(runs) - min(runs)
+        assert all(abs(mean - found[0]) <= spread for mean in found if mean is not None)
+    assert f"torch's AdamW {lost.pop('adamw')} %" in TEXT
+    assert f"lose {min(lost.values())} to {max(lost.values())} % of what the five" in " ".join(
+        TEXT.split()
+    )
+    for (task, method, kind, seed), loss in ends.items():
+        if (task, kind) == ("continue", "stochastic"):
+            assert abs(loss - ends[task, method, "fp32", seed]) <= 0.0004

@@ -91,26 +91,27 @@ def test_down_undoes_up_and_both_are_the_products(projector, problem):
 
 
 @given(problem=problems(), decay=st.floats(0.3, 0.9), moved=st.floats(0.0, 1.0))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_power_captures_what_svd_does(problem, decay, moved):
     """On spectra that decay by a tenth or more a column: from nothing, and from another basis.
 
-    A random start may by chance miss a direction of these few; so it is the mean of 16 matrices.
+    A random start may by chance miss a direction of these few; so it is the mean of 128 matrices,
+    whose expectation is at least 0.988 and whose standard error is below 0.002.
     """
     site, (*_, rows, cols) = problem
-    shape = (16, rows, cols)
+    shape = (128, rows, cols)
     rng = torch.Generator().manual_seed(site.seed)
     left = torch.linalg.qr(torch.randn(shape, dtype=torch.float64, generator=rng)).Q
     spectrum = decay ** torch.arange(cols, dtype=torch.float64)
 
     def matrix(old):
-        noise = torch.randn(16, cols, cols, dtype=torch.float64, generator=rng)
+        noise = torch.randn(128, cols, cols, dtype=torch.float64, generator=rng)
         right = torch.linalg.qr(noise if old is None else (1 - moved) * old + moved * noise).Q
         return right, ((left * spectrum) @ right.mT).to(site.dtype)
 
     right, first = matrix(None)
     _, second = matrix(right)
-    state = Power().init((16,), site.dtype, site)
+    state = Power().init((128,), site.dtype, site)
     best = float(spectrum[: site.rank].square().sum())
     for step, grad in enumerate((first, second)):
         at = replace(site, step=step)

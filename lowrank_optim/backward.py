@@ -211,9 +211,15 @@ class InBackward:
         self.end(turn.optimizer)
 
     def end(self, optimizer: LowRank) -> None:
-        """Forget what was measured and accumulated for a step, and put hooks where they lack."""
+        """Forget what was measured and accumulated for a step, and put hooks where they lack.
+
+        Gradients that `step()` itself has used are freed too: nothing may be added to them.
+        """
         self._measured, self._skips = None, False
         self.discard()
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None
         self.attach(optimizer)
 
     def _finish(self, turn: Round) -> None:

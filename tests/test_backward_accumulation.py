@@ -93,6 +93,31 @@ def test_a_step_after_fewer_passes_uses_what_there_is():
         assert layerwise.state[other.tall]["step"] == STEPS
 
 
+@pytest.mark.parametrize("accumulate", ["full", "projected"])
+def test_what_step_uses_is_freed_as_well(accumulate):
+    """Without zero_grad(), as loops in this mode are written: nothing is used twice."""
+    results = []
+    for layerwise in (False, True):
+        model = Model()
+        optimizer = LowRank([model.tall, model.square], rank=RANK, projector="random")
+        if layerwise:
+            optimizer.step_in_backward(accumulation_steps=2, accumulate=accumulate)
+        for step in range(6):
+            if step == 3:
+                optimizer.add_param_group({"params": [model.wide, model.vector]})
+            for number in range(1 if step == 1 else 2):
+                loss_of(model, step + 100 * number).backward()
+            optimizer.step()
+            for group in optimizer.param_groups if layerwise else ():
+                assert all(param.grad is None for param in group["params"])
+            if not layerwise:
+                optimizer.zero_grad()
+        results.append(weights(model))
+    near = {"rtol": 0, "atol": 0} if accumulate == "full" else {"rtol": 1e-5, "atol": 1e-6}
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, **near)
+
+
 DROPPING = [
     (LowRank, {"projector": "random"}),
     (LowRank, {"projector": "columns", "on_refresh": "reset"}),

@@ -14,6 +14,14 @@ STEPS = 2 * GAP + 2
 few_cases = pytest.mark.parametrize("case", FEW, ids=str)
 
 
+def assert_as_without_compiling(case, model, optimizer):
+    """Assert that a run is that of the plain loop with a halving learning rate, to the bit."""
+    plain = Net()
+    other = case.build(plain.named_parameters())
+    fit(plain, other, batches(STEPS), scheduler=halving(other))
+    assert_same_run(model, optimizer, plain, other)
+
+
 @pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper])
 def test_wrappers_do_not_hide_what_a_parameter_is(wrap):
     """They put a name of their own into those of the parameters."""
@@ -54,10 +62,7 @@ def test_a_compiled_step_is_the_step(case, no_recompiling):
         schedule.step()
         if number == 0:
             no_recompiling()
-    plain = Net()
-    other = case.build(plain.named_parameters())
-    fit(plain, other, batches(STEPS), scheduler=halving(other))
-    assert_same_run(model, optimizer, plain, other)
+    assert_as_without_compiling(case, model, optimizer)
 
 
 @few_cases
@@ -79,10 +84,7 @@ def test_a_compiled_training_step_with_the_optimizer_in_it(case, no_recompiling)
         schedule.step()
         if number == 0:
             no_recompiling()
-    plain = Net()
-    other = case.build(plain.named_parameters())
-    fit(plain, other, batches(STEPS), scheduler=halving(other))
-    assert_same_run(model, optimizer, plain, other)
+    assert_as_without_compiling(case, model, optimizer)
 
 
 @few_cases

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from .distributed import is_by_row, is_distributed
 from .geometry import subspace_of
 from .plan import Group, Plan, Site, State
 from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
-from .sites import name_of, sites_of
+from .sites import name_of, plain_layout, sites_of
 from .update import step_device, template
 
 if TYPE_CHECKING:
@@ -57,10 +57,17 @@ def load(
             plan = plan_of(group)
             sites = sites_of(group, plan, optimizer._shared)
             for saved_id, (param, site) in zip(saved["params"], sites, strict=True):
-                for key, value in kept["state"].get(saved_id, {}).items():
-                    counts = key in ("step", "age")
-                    device = step_device(param, site, group, plan) if counts else None
-                    optimizer.state[param][key] = placed(value, device or param.device)
+                if saved_id not in kept["state"]:
+                    continue
+                layout = plain_layout(param, group, plan) if site is None else site.layout
+                view = layout.view(optimizer.state[param], plan.rule.slots)
+                for key, value in kept["state"][saved_id].items():
+                    if isinstance(value, Tensor):
+                        counts = key in ("step", "age")
+                        home = step_device(param, site, group, plan) if counts else param.device
+                        part = layout.part_of(value.detach(), is_by_row(key, plan.rule.slots))
+                        value = part.to(home, copy=True)
+                    view[key] = value
 
     before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
@@ -69,11 +76,6 @@ def load(
     finally:
         before.remove()
         after.remove()
-
-
-def placed(saved: Any, device: torch.device) -> Any:
-    """Return a saved value in its own dtype on a device, sharing no memory with the checkpoint."""
-    return saved.detach().to(device, copy=True) if isinstance(saved, Tensor) else saved
 
 
 def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
@@ -128,6 +130,11 @@ def check_state(
             where = "this optimizer" if key not in state else "the checkpoint"
             raise SettingError(f"only {where} has {key!r} for {name}")
         if isinstance(wanted[key], Tensor):
+            if is_distributed(state[key]) and not is_distributed(param):
+                raise SettingError(
+                    f"{key!r} of {name} is sharded in the checkpoint and the parameter is not: "
+                    "load it with torch.distributed.checkpoint, which puts it together"
+                )
             shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else None
             if shape is not None and state[key].dtype != wanted[key].dtype:
                 raise SettingError(
@@ -136,7 +143,9 @@ def check_state(
                     "state_dtype"
                 )
             if shape != tuple(wanted[key].shape):
+                param_is_auto = site is not None and plan.side == "auto"
                 raise SettingError(
                     f"{key!r} of {name} has shape {shape} in the checkpoint and "
                     f"{tuple(wanted[key].shape)} here: another side, or other parameters"
+                    + (' (side="auto" goes by the sharding: take "right")' if param_is_auto else "")
                 )

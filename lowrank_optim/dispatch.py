@@ -128,6 +128,8 @@ def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
 
 def exact(plan: Plan, param: Tensor) -> bool:
     """Return whether the moments of a whole parameter are dense and of its own dtype."""
-    entries = plan.storage.zeros("exp_avg", tuple(param.shape), param.to("meta"), True)
+    shape = tuple(param.shape)
+    like = torch.empty(shape, dtype=param.dtype, device="meta")
+    entries = plan.storage.zeros("exp_avg", shape, like, param.numel() or 1)
     forms = {key: value.dtype for key, value in entries.items()}
     return param.dtype in (torch.float32, torch.float64) and forms == {"exp_avg": param.dtype}

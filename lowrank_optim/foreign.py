@@ -13,7 +13,6 @@ from torch import Tensor
 
 from .checkpoint import LIVE
 from .functional import Noise, compute_dtype, stream_of
-from .geometry import is_wide
 from .optimizer import LowRank
 from .peers import (
     APOLLO,
@@ -146,14 +145,15 @@ def state_of(pair: Pair) -> State:
     name, param, site, theirs, plan = pair.name, pair.param, pair.site, pair.theirs, pair.plan
     home = theirs["exp_avg"].device
     site = None if site is None else replace(site, device=home)
-    state = init_state(torch.empty_like(param, device=home), site, pair.group, plan)
+    like = torch.empty(param.shape, dtype=param.dtype, device=home)
+    state = init_state(like, site, pair.group, plan)
     count = int(theirs["step"])
     for key in ("step", "age"):
         if key in state:
             state[key].fill_(count)
     moments = {slot: theirs[slot].to(compute_dtype(param.dtype)) for slot in plan.rule.slots}
     if site is not None:
-        wide = is_wide(tuple(param.shape), plan.side)
+        wide = site.layout.wide
         moments = {slot: value.mT if wide else value for slot, value in moments.items()}
         ratio = 1.0
         if is_random(pair.other):

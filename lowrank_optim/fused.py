@@ -11,8 +11,9 @@ from torch import Tensor
 from .dispatch import kernels, on_device
 from .functional import Noise, Stored, is_index
 from .geometry import oriented
+from .halves import Half
 from .plan import Group, Job, Plan
-from .rates import age_of, noise_of, rates_of, rounds
+from .rates import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .storage import stored
 from .subspace import site_of
 
@@ -26,12 +27,14 @@ READ_OFTEN = 1 << 18
 class Part(NamedTuple):
     """One matrix of one parameter: all that a launch is given of it, but for its factor.
 
-    That may have to be made, and so is asked for when its turn has come.
+    That may have to be made, and so is asked for when its turn has come. `copy` is what `param` is
+    a view of where that is no view of the parameter (channels last).
     """
 
     job: Job
     place: int | None
     param: Tensor
+    copy: Tensor | None
     grad: Tensor
     exp_avg: Stored
     exp_avg_sq: Stored
@@ -51,46 +54,45 @@ class Whole(NamedTuple):
     noise: Noise
 
 
-def step_projected(jobs: list[Job], group: Group, plan: Plan) -> None:
-    """Do one step of projected parameters whose subspaces are in place."""
-    copies = []
+def begin(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
+    """Do the first half of a step of projected parameters whose subspaces are in place."""
     parts: dict[Hashable, list[Part]] = {}
     for job in jobs:
-        matrix, view = oriented(job.param, plan.side)
-        if matrix.data_ptr() != job.param.data_ptr():
-            copies.append((job.param, matrix))
-        for part in parts_of(job, view, group, plan):
+        matrix, view = oriented(job.param, job.layout.wide)
+        copy = matrix if matrix.data_ptr() != job.param.data_ptr() else None
+        for part in parts_of(job, view, copy, group, plan):
             parts.setdefault(kind_of(part), []).append(part)
     for alike in parts.values():
         part = alike[0]
         size = held_bytes(part, plan)
         for together in chunks(alike, max(1, AT_ONCE // max(1, size))):
             with on_device(part.param.device):
-                launch(together, group, plan)
-    for param, matrix in copies:
-        param.copy_(matrix.view(param.shape))
+                yield launch(together, group, plan)
 
 
-def parts_of(job: Job, view: Tensor, group: Group, plan: Plan) -> Iterator[Part]:
+def parts_of(
+    job: Job, view: Tensor, copy: Tensor | None, group: Group, plan: Plan
+) -> Iterator[Part]:
     """Yield the matrices of a parameter, which is one matrix or a stack of them."""
     assert job.site is not None
-    _, grad = oriented(job.grad, plan.side)
+    _, grad = oriented(job.grad, job.layout.wide)
     moments = [stored(job.state, slot) for slot in plan.rule.slots]
     residual = {key: job.state[key] for key in plan.residual.keys}
     count, noise = age_of(job, group), noise_of(job, group)
     if view.ndim == 2:
-        yield Part(job, None, view, grad, moments[0], moments[1], count, noise, residual)
+        yield Part(job, None, view, copy, grad, moments[0], moments[1], count, noise, residual)
         return
     for place in range(view.shape[0]):
         yield Part(
             job,
             place,
             view[place],
+            None,
             grad[place],
             piece_of(moments[0], place),
             piece_of(moments[1], place),
             count,
-            noise._replace(stream=noise.stream + place * view.shape[1]),
+            noise._replace(stream=noise.stream + place * job.layout.rows),
             {key: value[place] for key, value in residual.items()},
         )
 
@@ -131,7 +133,7 @@ def factors_of(parts: list[Part], plan: Plan) -> list[Tensor]:
     """Return the factors of some matrices, alike in their strides."""
     made: dict[int, Tensor] = {}
     factors = []
-    for job, place, _, grad, *_ in parts:
+    for job, place, _, _, grad, *_ in parts:
         factor = made.get(job.position)
         if factor is None:
             factor = plan.projector.factor(job.state, site_of(job))
@@ -151,8 +153,8 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
         yield items[start : start + size]
 
 
-def launch(parts: list[Part], group: Group, plan: Plan) -> None:
-    """Do the two launches of some matrices, and the residual's few numbers between them."""
+def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
+    """Do the first launch of some matrices; the second, after the residual's few numbers, waits."""
     ops, want = kernels(), plan.residual.want
     grads, factors = [part.grad for part in parts], factors_of(parts, plan)
     noises, counts = [part.noise for part in parts], [part.age for part in parts]
@@ -170,22 +172,34 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> None:
     count = (
         counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
     )
-    state = {key: torch.stack([part.residual[key] for part in parts]) for key in plan.residual.keys}
-    uncorrected = plan.rule.uncorrected(count, group)
-    update = plan.residual.update(norms, state, factors[0].shape[-1], group, uncorrected)
-    for key, value in state.items():
-        torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
-    param = parts[0].param
-    ops.lift_write(
-        [part.param for part in parts],
-        grads,
-        factors,
-        low,
-        direction,
-        update,
-        *rates_of(group),
-        noises if rounds(param, group) else None,
-    )
+    rank = factors[0].shape[-1]
+
+    def finish(sums: Tensor | None) -> None:
+        state = {
+            key: torch.stack([part.residual[key] for part in parts]) for key in plan.residual.keys
+        }
+        uncorrected = plan.rule.uncorrected(count, group)
+        update = plan.residual.update(norms, sums, state, rank, group, uncorrected)
+        for key, value in state.items():
+            torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
+        param = parts[0].param
+        with on_device(param.device):
+            ops.lift_write(
+                [part.param for part in parts],
+                grads,
+                factors,
+                low,
+                direction,
+                update,
+                *rates_of(group),
+                noises if rounds(param, group) else None,
+            )
+        for part in parts:
+            if part.copy is not None:
+                part.job.param.copy_(part.copy.view(part.job.param.shape))
+
+    places = [(part.job, part.place or 0) for part in parts]
+    return Half(places, plan.residual.sums(norms, rank, group), finish)
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
@@ -195,9 +209,12 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
         exp_avg, exp_avg_sq = (stored(job.state, slot) for slot in plan.rule.slots)
-        param, forms = job.param, (form_of(exp_avg), form_of(exp_avg_sq))
-        kind = (param.shape, param.dtype, job.grad.dtype, param.device, forms, counted)
-        whole = Whole(param, job.grad, exp_avg, exp_avg_sq, count, noise)
+        param, grad, forms = job.param, job.grad, (form_of(exp_avg), form_of(exp_avg_sq))
+        if rounds(param, group) or forms != (torch.float32, torch.float32):
+            param, grad = in_rows(param), in_rows(grad)
+            exp_avg, exp_avg_sq = moment_in_rows(exp_avg), moment_in_rows(exp_avg_sq)
+        kind = (param.shape, param.dtype, grad.dtype, param.device, forms, counted)
+        whole = Whole(param, grad, exp_avg, exp_avg_sq, count, noise)
         parts.setdefault(kind, []).append(whole)
     for alike in parts.values():
         params, grads, firsts, seconds, counts, noises = map(list, zip(*alike, strict=True))

@@ -33,14 +33,16 @@ def is_wide(shape: Shape, side: str) -> bool:
     return side == "left"
 
 
-def oriented(tensor: Tensor, side: str) -> tuple[Tensor, Tensor]:
+def oriented(tensor: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
     """Return the tensor as a matrix or stack, and its view with the projected axis last.
+
+    `wide` says that the view is the transposed one, see `is_wide`.
 
     The first is a view of the tensor too, unless it is a convolution's weight whose strides do not
     allow that (channels last): then it is a copy.
     """
     matrix = tensor if tensor.ndim <= 3 else tensor.flatten(1)
-    return matrix, matrix.mT if is_wide(matrix.shape, side) else matrix
+    return matrix, matrix.mT if wide else matrix
 
 
 @lru_cache(maxsize=4096, typed=True)
@@ -57,7 +59,14 @@ def subspace_of(
     if matrix is None or rank is None:
         return None
     cols = matrix[-2] if is_wide(matrix, side) else matrix[-1]
+    if whole and rank >= 1:
+        return None
+    width = width_of(rank, cols, whole)
+    return (cols, width) if whole or width < cols else None
+
+
+def width_of(rank: int | float, cols: int, whole: bool) -> int:
+    """Return the rank in columns: all where matrices are taken `whole`."""
     if whole:
-        return None if rank >= 1 else (cols, cols)
-    width = max(1, round(rank * cols)) if isinstance(rank, float) else rank
-    return None if width >= cols else (cols, width)
+        return cols
+    return max(1, round(rank * cols)) if isinstance(rank, float) else rank

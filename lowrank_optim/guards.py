@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import any_of
 from .geometry import matrix_shape
 from .plan import Job, Plan
 
@@ -48,7 +49,9 @@ def is_rehearsal(work: Work) -> bool:
         return False
     if any(float(rate) != 0 for rate in rates):
         return False
-    return not any(bool(job.grad.count_nonzero()) for _, _, jobs in work for job in jobs)
+    all_jobs = [job for _, _, jobs in work for job in jobs]
+    moves = any(bool(job.grad.count_nonzero()) for job in all_jobs)
+    return not any_of(moves, [job.layout.everyone for job in all_jobs], all_jobs[0].grad.device)
 
 
 def flat_piece(param: Tensor, known: tuple[int, ...] | None = None) -> str | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .dispatch import reason_of
+from .distributed import here
 from .plan import State
 from .settings import SettingError, plan_of
-from .sites import sites_of
+from .sites import plain_layout, sites_of
 from .update import template
 
 if TYPE_CHECKING:
@@ -21,12 +22,9 @@ MIB = 2**20
 
 
 def tensor_bytes(state: State) -> int:
-    """Return the bytes of the tensors in one parameter's state."""
-    return sum(
-        value.numel() * value.element_size()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
+    """Return the bytes of the tensors in one parameter's state, as far as they lie here."""
+    tensors = [here(value) for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -67,11 +65,12 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
         for param, site in sites_of(group, plan, optimizer._shared):
             if not param.requires_grad:
                 continue
+            layout = plain_layout(param, group, plan) if site is None else site.layout
             row["tensors"] += 1
             row["parameters"] += param.numel()
             row["projected"] += param.numel() if site is not None else 0
-            row["state"] += tensor_bytes(template(param, site, group, plan))
-            row["adamw"] += adamw_bytes(param)
+            row["state"] += tensor_bytes(template(param, site, group, plan, layout))
+            row["adamw"] += adamw_bytes(here(param))
         found.append(row)
     return found
 
@@ -83,7 +82,7 @@ def steppers(optimizer: LowRank) -> list[str]:
         plan = plan_of(group)
         for param, site in sites_of(group, plan, optimizer._shared):
             if param.requires_grad:
-                found[reason_of(plan, group, param, site is not None)] += 1
+                found[reason_of(plan, group, here(param), site is not None)] += 1
     return [f"{count} tensors stepped by {how}" for how, count in found.most_common()]
 
 

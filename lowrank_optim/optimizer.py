@@ -64,6 +64,10 @@ class LowRank(LayerWise):
         stagger: spread the refreshes of projectors that learn from the gradient over the interval,
             after the first, so that no step has to do all of them; a matrix's first interval may
             be shorter for it. Not with `capturable`.
+        process_group: the processes on which ordinary tensors among the parameters, and their
+            gradients, are the same, as under DDP: `torch.distributed.group.WORLD`. A subspace is
+            then learnt by one of them and shared. Of sharded parameters (DTensors) the mesh is
+            known. It is not part of any state; a copy of the optimizer has none.
 
     Raises:
         ValueError: a setting out of its range or misspelt in a group, no rank in any group, or a
@@ -72,6 +76,7 @@ class LowRank(LayerWise):
             complex gradient.
     """
 
+    _process_group: Any
     _shared: Shared
     _shapes: dict[int, list[tuple[int, ...]]]
     _watch: Watch
@@ -101,6 +106,7 @@ class LowRank(LayerWise):
         seed: int = 0,
         impl: str = "auto",
         stagger: bool = True,
+        process_group: Any = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -129,6 +135,7 @@ class LowRank(LayerWise):
         }
         settings.check_values(defaults, "")
         self._forget()
+        self._process_group = process_group
         super().__init__(params, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             raise SettingError(
@@ -138,6 +145,7 @@ class LowRank(LayerWise):
 
     def _forget(self) -> None:
         """Set what is derived and never saved to empty."""
+        self._process_group = None
         self._shared = Shared()
         self._shapes = {}
         self._watch = Watch()

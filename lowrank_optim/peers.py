@@ -179,7 +179,7 @@ def check_pair(pair: Pair) -> None:
             "start this parameter anew"
         )
     side, shape = PROJ_TYPES[projector.proj_type], tuple(pair.param.shape)
-    if is_wide(shape, side) != is_wide(shape, pair.plan.side):
+    if is_wide(shape, side) != site.layout.wide:
         raise SettingError(
             f"{name} was projected with proj_type={projector.proj_type!r} in the checkpoint, and "
             f'has side={pair.plan.side!r} here: build the optimizer with side="{side}"'

@@ -7,16 +7,17 @@ is empty for a matrix and `(E,)` for a stack of E matrices, which are projected 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .distributed import Layout, Team
 from .functional import Norms, Want
 
-State = dict[str, Any]
+State = MutableMapping[str, Any]
 Group = Mapping[str, Any]
 Moments = dict[str, Tensor]
 
@@ -65,6 +66,7 @@ class Site:
         shared: tensors common to several parameters.
         kernels: whether kernels may be used, where there are any for the dtype.
         wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
+        layout: which rows of the parameter this process holds, and how they are seen.
     """
 
     rank: int
@@ -80,6 +82,12 @@ class Site:
     shared: Shared = field(default_factory=Shared)
     kernels: bool = False
     wanted: Tensor | None = None
+    layout: Layout = field(default_factory=lambda: Layout(()))
+
+    @property
+    def team(self) -> Team:
+        """The processes that hold other rows of the same matrices."""
+        return self.layout.team
 
 
 @dataclass(frozen=True)
@@ -104,10 +112,18 @@ class Update:
 
 
 class Job(NamedTuple):
-    """One parameter that has a gradient; `position` is its place in the optimizer.
+    """One parameter that has a gradient, as far as this process holds it.
 
-    `low` is given where the gradient was projected before, in a subspace that has moved already:
-    then `grad` is no more than the last part of it.
+    Attributes:
+        param: what is written.
+        grad: its gradient.
+        state: its state.
+        site: None where it is not projected.
+        position: place of the parameter in the optimizer, from 1.
+        layout: which part of the parameter this is.
+        leaf: the parameter itself, as the optimizer knows it.
+        low: given where the gradient was projected before, in a subspace that has moved already:
+            then `grad` is no more than the last part of it.
     """
 
     param: Tensor
@@ -115,6 +131,8 @@ class Job(NamedTuple):
     state: State
     site: Site | None
     position: int
+    layout: Layout
+    leaf: Tensor
     low: Tensor | None = None
 
 
@@ -131,14 +149,17 @@ class Projector(Protocol):
 
     `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
     names this projector owns in a parameter's state; `learns` says that the subspace comes from
-    the gradient; `whole` says that it takes a matrix whole or not at all instead of a part of
-    every row; `captures` says what of it a CUDA graph may hold: "refresh" all, "step" the steps
-    between refreshes, "" nothing, because a refresh makes tensors at other addresses.
+    the gradient, and `decomposes` that this takes a decomposition, whose bits may differ from
+    machine to machine: then all processes take that of one; `whole` says that it takes a matrix
+    whole or not at all instead of a part of every row; `captures` says what of it a CUDA graph may
+    hold: "refresh" all, "step" the steps between refreshes, "" nothing, because a refresh makes
+    tensors at other addresses.
     """
 
     keys: ClassVar[tuple[str, ...]]
     on_refresh: ClassVar[tuple[str, ...]]
     learns: ClassVar[bool]
+    decomposes: ClassVar[bool]
     whole: ClassVar[bool]
     captures: ClassVar[str]
 
@@ -152,7 +173,10 @@ class Projector(Protocol):
         """Move the subspaces of matrices of one shape, dtype and device, in place.
 
         A subspace that comes from the gradient stays as it is where that has a value that is not
-        finite or is all zero. Nothing here may wait for the device.
+        finite or is all zero. Where rows are shared out, what is learnt is summed over the `team`
+        of the sites, one for all matrices. Where the projector `decomposes`, it is enough that the
+        process which `team.owns` a matrix's place knows the result. Nothing here may wait for the
+        device.
         """
 
     def factor(self, state: State, site: Site) -> Tensor:
@@ -212,15 +236,19 @@ class Residual(Protocol):
     def init(self, batch: tuple[int, ...], site: Site) -> State:
         """Return its state for one parameter: tensors of shape `batch`."""
 
+    def sums(self, norms: Norms | None, rank: int, group: Group) -> Tensor | None:
+        """Return what the update needs summed over all rows of each matrix, `(..., k)`, or None."""
+
     def update(
         self,
         norms: Norms | None,
+        sums: Tensor | None,
         state: State,
         rank: int,
         group: Group,
         uncorrected: float | Tensor,
     ) -> Update:
-        """Return the factors of the update, from row norms; state in place."""
+        """Return the factors of the update, from row norms and `sums`; state in place."""
 
 
 class Storage(Protocol):
@@ -229,14 +257,14 @@ class Storage(Protocol):
     def dtype(self, like: Tensor) -> torch.dtype:
         """Return the dtype of a dense moment of a parameter, and of a basis."""
 
-    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, whole: bool) -> State:
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, size: int = 0) -> State:
         """Return the entries of a zero moment on the device of `like`.
 
         Args:
             slot: name of the moment.
             shape: of the moment.
-            like: the parameter.
-            whole: whether the moment is that of a whole parameter, which is not projected.
+            like: the parameter, or what is held of it.
+            size: elements of the parameter, if it is not projected: the moment is like it.
         """
 
 

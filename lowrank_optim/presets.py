@@ -1,13 +1,13 @@
 """The published methods as settings of one engine; no logic.
 
 Each takes the settings of `LowRank` that all methods share as keywords too: rank, side, seed,
-state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl, stagger. Memory is
-given for a matrix of m rows and n columns, m >= n, at rank r.
+state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl, stagger,
+process_group. Memory is given for a matrix of m rows and n columns, m >= n, at rank r.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Common(TypedDict, total=False):
     seed: int
     impl: str
     stagger: bool
+    process_group: Any
 
 
 class GaLoreAdamW(LowRank):

@@ -72,9 +72,13 @@ class Drop:
         """Return no state."""
         return {}
 
+    def sums(self, norms: Norms | None, rank: int, group: Group) -> None:
+        """Return None: every row is updated for itself."""
+
     def update(
         self,
         norms: Norms | None,
+        sums: Tensor | None,
         state: State,
         rank: int,
         group: Group,
@@ -128,9 +132,22 @@ class NormScaled:
         """Return `residual_norm`, one number a matrix."""
         return limiter_state(batch, site, self.limiter)
 
+    def sums(self, norms: Norms | None, rank: int, group: Group) -> Tensor | None:
+        """Return |S|^2, one number a matrix, before bias correction is taken out of it."""
+        if self.limiter is None:
+            return None
+        assert norms is not None
+        kept = self._kept(group)
+        whole_row = norms.grad.square()
+        dropped = whole_row - (2 * kept - kept**2) * norms.low.square()
+        noise = 16 * torch.finfo(dropped.dtype).eps * whole_row
+        dropped.masked_fill_(dropped < noise, 0)
+        return phi_of(norms).square_().mul_(dropped).sum(-2)
+
     def update(
         self,
         norms: Norms | None,
+        sums: Tensor | None,
         state: State,
         rank: int,
         group: Group,
@@ -138,16 +155,13 @@ class NormScaled:
     ) -> Update:
         """Return k as the factor of N, phi as that of G and -c phi as that of R, both limited."""
         assert norms is not None
-        kept = group["scale"] if self.form == "code" else 1.0
-        phi = norms.direction / (norms.low + TINY)
-        if self.limiter is not None:
-            whole_row = norms.grad.square()
-            dropped = whole_row - (2 * kept - kept**2) * norms.low.square()
-            noise = 16 * torch.finfo(phi.dtype).eps * whole_row
-            dropped.masked_fill_(dropped < noise, 0)
-            norm = phi.square().mul_(dropped).sum((-2, -1)).sqrt() * uncorrected
-            phi = phi * limit(norm, state, self.limiter)
-        return Update(direction=group["scale"], low=phi * -kept, grad=phi)
+        phi = phi_of(norms)
+        if sums is not None:
+            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, self.limiter)
+        return Update(direction=group["scale"], low=phi * -self._kept(group), grad=phi)
+
+    def _kept(self, group: Group) -> float:
+        return float(group["scale"]) if self.form == "code" else 1.0
 
 
 @dataclass(frozen=True)
@@ -192,9 +206,13 @@ class StateFree:
         """Return no state."""
         return {}
 
+    def sums(self, norms: Norms | None, rank: int, group: Group) -> None:
+        """Return None: every row is updated for itself."""
+
     def update(
         self,
         norms: Norms | None,
+        sums: Tensor | None,
         state: State,
         rank: int,
         group: Group,
@@ -251,9 +269,21 @@ class GradScaled:
         """Return `residual_norm`, one number a matrix."""
         return limiter_state(batch, site, self.limiter)
 
+    def sums(self, norms: Norms | None, rank: int, group: Group) -> Tensor | None:
+        """Return |phi * G|^2 for factors of rows, else |R|^2, |N|^2 and |G|^2 of each matrix."""
+        assert norms is not None
+        if self._by_matrix(rank):
+            parts = (norms.low, norms.direction, norms.grad)
+            return torch.cat([part.square().sum(-2) for part in parts], dim=-1)
+        if self.limiter is None:
+            return None
+        scale: float = group["scale"]
+        return (phi_of(norms) * norms.grad).square_().sum(-2) * scale
+
     def update(
         self,
         norms: Norms | None,
+        sums: Tensor | None,
         state: State,
         rank: int,
         group: Group,
@@ -261,18 +291,24 @@ class GradScaled:
     ) -> Update:
         """Return phi as the factor of G, and nothing else."""
         assert norms is not None
-        low, direction = norms.low, norms.direction
-        if self.per == "tensor" or (self.per == "auto" and rank == 1):
-            low, direction = whole(low), whole(direction)
-        phi = math.sqrt(group["scale"]) * direction / (low + TINY)
-        norm = (phi * norms.grad).square_().sum((-2, -1)).sqrt() * uncorrected
-        return Update(grad=phi * limit(norm, state, self.limiter))
+        root = math.sqrt(group["scale"])
+        if sums is not None and self._by_matrix(rank):
+            low, direction, grad = sums.sqrt().unbind(-1)
+            factor = root * direction / (low + TINY)
+            phi = factor[..., None, None].expand_as(norms.grad)
+            return Update(grad=phi * limit(factor * grad * uncorrected, state, self.limiter))
+        phi = root * phi_of(norms)
+        if sums is not None:
+            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, self.limiter)
+        return Update(grad=phi)
+
+    def _by_matrix(self, rank: int) -> bool:
+        return self.per == "tensor" or (self.per == "auto" and rank == 1)
 
 
-def whole(norms: Tensor) -> Tensor:
-    """Return the norm of each matrix at every row, from its row norms `(..., rows, 1)`."""
-    entire: Tensor = torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
-    return entire.expand_as(norms)
+def phi_of(norms: Norms) -> Tensor:
+    """Return |N_i| / (|R_i| + 1e-8) of each row."""
+    return norms.direction / (norms.low + TINY)
 
 
 RESIDUALS: dict[str, Residual] = {

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from . import settings
 from .dispatch import refusal
+from .distributed import any_of, here, is_distributed
 from .guards import Work, flat_error, flat_piece, without_autocast
-from .plan import Job, Plan, State
+from .plan import Job, Plan
 from .settings import SettingError, plan_of
-from .sites import Entry, name_of, sites_of
+from .sites import Entry, name_of, plain_layout, sites_of
 from .storage import shape_of
-from .subspace import Watch, set_steps
+from .subspace import Waiting, Watch, set_steps
 from .update import init_state, step_plain, step_projected
 
 if TYPE_CHECKING:
@@ -34,16 +35,18 @@ class Round:
         self.fresh = not optimizer.state
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
         self.done: set[Tensor] = set()
-        self.waiting: list[State] = []
+        self.waiting: list[Waiting] = []
         position, signatures = 0, optimizer._signatures
         for index, group in enumerate(optimizer.param_groups):
             if signatures.get(index) != settings.signature(group):
                 settings.check_values(group, f" in group {index}")
                 signatures[index] = settings.signature(group)
             plan, entries = plan_of(group), []
-            for place, (param, site) in enumerate(sites_of(group, plan, optimizer._shared)):
+            sites = sites_of(group, plan, optimizer._shared, optimizer._process_group)
+            for place, (param, site) in enumerate(sites):
                 position += 1
-                entries.append(Entry(param, site, index, place, position))
+                layout = plain_layout(param, group, plan) if site is None else site.layout
+                entries.append(Entry(param, site, layout, index, place, position))
             self.groups.append((group, plan, entries))
 
     @cached_property
@@ -74,10 +77,12 @@ class Round:
 
     def check(self, entry: Entry) -> None:
         """Raise RuntimeError for a gradient or a parameter that cannot be stepped."""
-        param, site, index, place, _ = entry
+        param, site, _, index, place, _ = entry
         group, plan, _ = self.groups[index]
         grad = param.grad
         assert grad is not None
+        if is_distributed(param) and not is_distributed(grad):
+            raise RuntimeError(f"{self.name(entry)} is a DTensor, but its gradient is none")
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{self.name(entry)} has a sparse gradient, which cannot be projected: use "
@@ -91,7 +96,7 @@ class Round:
             raise flat_error(self.name(entry), piece)
         state = self.optimizer.state.get(param)
         if site is not None:
-            site.kernels = refusal(plan, group, param, grad, state or {}, True) is None
+            site.kernels = refusal(plan, group, here(param), here(grad), state or {}, True) is None
         if state and site is not None:
             for key in (*plan.projector.keys, *plan.residual.keys):
                 if key not in state:
@@ -120,16 +125,14 @@ class Round:
     def is_skipped(self) -> bool:
         """Return whether a watched gradient is not finite, and count it."""
         watched = [entries for group, _, entries in self.groups if group["skip_nonfinite"]]
-        grads = [entry.param.grad for entries in watched for entry in entries]
-        extremes = [
-            torch.maximum(grad.amax(), -grad.amin())
-            for grad in grads
-            if grad is not None and grad.numel()
-        ]
-        if not extremes:
+        seen = [e for entries in watched for e in entries if e.param.grad is not None]
+        if not seen:
             return False
-        device = extremes[0].device
-        if torch.stack([extreme.isfinite().to(device) for extreme in extremes]).all():
+        grads = [grad for grad in (here(entry.param.grad) for entry in seen) if grad.numel()]
+        extremes = [torch.maximum(grad.amax(), -grad.amin()).isfinite() for grad in grads]
+        device = here(seen[0].param).device
+        bad = bool(extremes) and not torch.stack([fine.to(device) for fine in extremes]).all()
+        if not any_of(bad, [entry.layout.everyone for entry in seen], device):
             return False
         self.count_skipped()
         return True
@@ -167,15 +170,27 @@ class Round:
 
         Its site does not know yet how many updates there were, see `set_steps`.
         """
-        param, site, index, _, position = entry
+        param, site, layout, index, _, position = entry
         group, plan, _ = self.groups[index]
         states = self.optimizer.state
         state = states.get(param)
+        local = None
         if not state and (param.requires_grad or grad is not None):
-            state = states[param] = init_state(param, site, group, plan)
+            local = layout.local(param)
+            fresh = init_state(local, site, group, plan, param.numel())
+            state = states[param] = {}
+            layout.view(state, plan.rule.slots).update(fresh)
         if grad is None or state is None:
             return None
-        return Job(param, grad, state, site, position)
+        return Job(
+            layout.local(param) if local is None else local,
+            layout.gradient(grad),
+            layout.view(state, plan.rule.slots),
+            site,
+            position,
+            layout,
+            param,
+        )
 
     def single(self, entry: Entry, grad: Tensor) -> Job:
         """Return the job of one parameter with this gradient; its site knows its step."""
@@ -193,7 +208,9 @@ class Round:
                     self.waiting += step_projected(projected, group, plan)
                 if plain := [job for job in jobs if job.site is None]:
                     step_plain(plain, group, plan)
-                self.done.update(job.param for job in jobs)
+                for job in jobs:
+                    job.layout.write_back(job.leaf, job.param)
+                    self.done.add(job.leaf)
 
     def close(self) -> None:
         """End the step."""

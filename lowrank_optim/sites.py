@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from .distributed import Layout, layout_of
 from .functional import compute_dtype
-from .geometry import subspace_of
+from .geometry import subspace_of, width_of
 from .plan import Group, Plan, Shared, Site
+from .settings import SettingError
 
 
 class Entry(NamedTuple):
     """A parameter with its site, None where it is not projected, and its place in the optimizer.
 
-    `group` is the place of its group, `place` its own in the group, `position` the one among all
-    parameters, from 1.
+    `layout` says what this process holds of it, `group` is the place of its group, `place` its own
+    in the group, `position` the one among all parameters, from 1.
     """
 
     param: Tensor
     site: Site | None
+    layout: Layout
     group: int
     place: int
     position: int
 
 
-def sites_of(group: Group, plan: Plan, shared: Shared) -> list[tuple[Tensor, Site | None]]:
-    """Return the parameters of a group with their sites, None where not projected."""
+def sites_of(
+    group: Group, plan: Plan, shared: Shared, copies: Any = None
+) -> list[tuple[Tensor, Site | None]]:
+    """Return the parameters of a group with their sites, None where not projected.
+
+    `copies` is the process group on whose members ordinary tensors are the same, if there is one.
+    """
     params: list[Tensor] = group["params"]
     rank, side, seed, gap = (group[key] for key in ("rank", "side", "seed", "update_proj_gap"))
     whole = plan.projector.whole
@@ -37,12 +46,18 @@ def sites_of(group: Group, plan: Plan, shared: Shared) -> list[tuple[Tensor, Sit
     ]
     turn, turns = 0, max(1, sum(takes_turn))
     found: list[tuple[Tensor, Site | None]] = []
-    for param, space, takes in zip(params, spaces, takes_turn, strict=True):
+    for place, (param, space, takes) in enumerate(zip(params, spaces, takes_turn, strict=True)):
         site = None
         if space is not None:
+            try:
+                layout = layout_of(param, side, False, copies)
+            except ValueError as error:
+                raise SettingError(
+                    f"parameter {place} of shape {tuple(param.shape)} of its group: {error}"
+                ) from None
             site = Site(
-                rank=space[1],
-                cols=space[0],
+                rank=width_of(rank, layout.cols, whole),
+                cols=layout.cols,
                 dtype=compute_dtype(param.dtype),
                 device=param.device,
                 seed=seed,
@@ -51,10 +66,22 @@ def sites_of(group: Group, plan: Plan, shared: Shared) -> list[tuple[Tensor, Sit
                 turns=turns,
                 share=rank if isinstance(rank, float) else None,
                 shared=shared,
+                layout=layout,
             )
             turn += takes
         found.append((param, site))
     return found
+
+
+def plain_layout(param: Tensor, group: Group, plan: Plan) -> Layout:
+    """Return the layout of a parameter that is not projected.
+
+    Its step goes element by element, unless values of a row share a scale or are rounded with bits
+    that go by row: then rows are whole.
+    """
+    rounds = group["stochastic_rounding"] and param.dtype == torch.bfloat16
+    exact = rounds or group["state_dtype"] in ("8bit", "bfloat16")
+    return layout_of(param, None, exact)
 
 
 def name_of(group: Group, index: int, place: int) -> str:

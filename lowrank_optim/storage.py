@@ -39,9 +39,9 @@ class Dense:
         """Return the dtype that the state of a parameter gets."""
         return compute_dtype(like.dtype) if self.name is None else DTYPES[self.name]
 
-    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, whole: bool) -> State:
-        """Return one tensor; that of a whole parameter has its strides."""
-        if whole:
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, size: int = 0) -> State:
+        """Return one tensor; that of a parameter which is not projected has its strides."""
+        if size:
             return {slot: torch.zeros_like(like, dtype=self.dtype(like), requires_grad=False)}
         return {slot: torch.zeros(shape, dtype=self.dtype(like), device=like.device)}
 
@@ -51,8 +51,9 @@ class Blockwise8:
     """Moments of one byte a value, in blocks of at most 256 values of a row with a scale each.
 
     The codes are those of bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
-    of whole parameters below 4096 elements, and rows of one value, stay float32; a basis is
-    bfloat16.
+    of whole parameters that are vectors or have less than 4096 elements, and rows of one value,
+    stay float32; a basis is bfloat16. What is decided by size is decided by that of the whole
+    parameter, wherever its parts lie.
 
     Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
     """
@@ -61,18 +62,18 @@ class Blockwise8:
         """Return the dtype of a basis."""
         return torch.bfloat16
 
-    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, whole: bool) -> State:
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, size: int = 0) -> State:
         """Return `codes` of the moment's shape and `scale`, a number a block.
 
         A row is the last axis of a projected moment, and all axes but the first of a whole one.
         """
-        if whole and like.numel() < LEAST:
-            return Dense().zeros(slot, shape, like, whole)
+        if size and (size < LEAST or len(shape) < 2):
+            return Dense().zeros(slot, shape, like, size)
         rows, length = tuple(shape[:-1]), shape[-1]
-        if whole and len(shape) > 1:
+        if size:
             rows, length = tuple(shape[:1]), torch.Size(shape[1:]).numel()
         if length == 1:
-            return Dense().zeros(slot, shape, like, whole)
+            return Dense().zeros(slot, shape, like, size)
         blocks = -(-length // BLOCK)
         return {
             f"{slot}.codes": torch.zeros(shape, dtype=torch.uint8, device=like.device),

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import Noise, stream_of, usable
+from .distributed import Layout, agreed
+from .functional import Noise, usable
 from .geometry import oriented
 from .plan import Group, Job, Matrix, Plan, Site, State
+from .projectors import peaks_of
+from .rates import stream_and_height
 from .storage import load_moments, moments_of, shape_of, store_moments, stored
 
 TOGETHER = 1 << 22
 """Elements of bases that are moved together: what a refresh may use beside grows with them."""
+
+
+Waiting = tuple[State, Layout]
 
 
 def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
@@ -33,7 +39,7 @@ def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
     return site.step == 0 or (site.step - phase) % site.gap == 0
 
 
-def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[State]:
+def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Move the subspaces whose time has come, in place.
 
     A matrix that had no usable gradient then (a zero-initialised layer, an expert that no token has
@@ -41,7 +47,7 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[State]:
     on the device alone; `pending` says where that is still possible.
 
     Returns:
-        The states of which it is to be found out whether they still wait.
+        The states of which it is to be found out whether they still wait, with their layouts.
     """
     due: list[Job] = []
     late: list[Job] = []
@@ -64,7 +70,7 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[State]:
     for part in together(late, plan):
         try_again(part, plan)
     tried = (job for job in (*due, *late) if site_of(job).gap > 1)
-    return [job.state for job in tried if job.state.get("pending")]
+    return [(job.state, job.layout) for job in tried if job.state.get("pending")]
 
 
 def capturing() -> bool:
@@ -85,17 +91,21 @@ def is_tried_again(job: Job) -> bool:
 
 
 def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix]]]:
-    """Yield matrices of one shape, dtype and device, with their jobs, not too many at a time."""
+    """Yield matrices of one shape, dtype and device, with their jobs, not too many at a time.
+
+    Parameters that lie on processes in one way are together on all of them. Each process learns
+    the subspaces of some: the more there are, the more matrices are taken.
+    """
     alike: dict[Any, list[tuple[Job, Matrix]]] = {}
     for job in jobs:
-        _, grad = oriented(job.grad, plan.side)
-        matrix = Matrix(grad, job.state, site_of(job))
-        kind = (grad.shape, grad.dtype, grad.device, matrix.site.dtype)
-        alike.setdefault(kind, []).append((job, matrix))
+        site = site_of(job)
+        _, grad = oriented(job.grad, job.layout.wide)
+        kind = (job.layout, site.rank, grad.dtype, grad.device, site.dtype)
+        alike.setdefault(kind, []).append((job, Matrix(grad, job.state, site)))
     for matrices in alike.values():
         grad, _, site = matrices[0][1]
         size = site.cols * site.rank * grad.shape[:-2].numel()
-        count = max(1, TOGETHER // max(1, size))
+        count = max(1, TOGETHER // max(1, size)) * site.team.size
         for start in range(0, len(matrices), count):
             yield matrices[start : start + count]
 
@@ -105,21 +115,37 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     projector = plan.projector
     carries = plan.on_refresh in ("rotate", "align")
     before = [snapshot(m.state, projector.keys) if carries else {} for _, m in part]
-    projector.refresh([matrix for _, matrix in part])
-    for _, matrix in part:
-        note_set(matrix)
+    learn([matrix for _, matrix in part], plan, before)
     for (job, matrix), old in zip(part, before, strict=True):
         state, site = matrix.state, matrix.site
         if plan.on_refresh == "reset":
             reset(job, plan, site)
-        elif carries and site.step > 0:
-            if plan.on_refresh == "align":
-                projector.align(old, state)
-                continue
+        elif plan.on_refresh == "rotate" and site.step > 0:
             held = moments_of(state, plan.rule)
             moments = load_moments(held, plan.rule, site.dtype)
             projector.transport(plan.rule, moments, old, state, site, group)
             store_moments(held, moments, plan.rule, noise_before(job, group), carried=True)
+
+
+def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> None:
+    """Move subspaces, in place and in the same way on all processes.
+
+    Args:
+        matrices: of one shape, dtype, device and layout.
+        plan: of their group.
+        before: what there was, for `on_refresh="align"`.
+    """
+    projector = plan.projector
+    projector.refresh(matrices)
+    for place, ((_, state, site), old) in enumerate(zip(matrices, before, strict=True)):
+        if old and plan.on_refresh == "align" and site.step > 0 and site.team.owns(place):
+            projector.align(old, state)
+    if projector.decomposes:
+        for place, (_, state, site) in enumerate(matrices):
+            for key in projector.keys:
+                site.team.share_(state[key], place)
+    if projector.learns:
+        note_set(matrices)
 
 
 def reset(job: Job, plan: Plan, site: Site) -> None:
@@ -131,7 +157,7 @@ def reset(job: Job, plan: Plan, site: Site) -> None:
         shape = shape_of(state, slot)
         if shape[-1] != width:
             wanted = (*shape[:-1], width)
-            state.update(plan.storage.zeros(slot, wanted, job.param, False))
+            state.update(plan.storage.zeros(slot, wanted, job.param))
             continue
         moment = stored(state, slot)
         for piece in (moment,) if isinstance(moment, Tensor) else moment:
@@ -145,26 +171,27 @@ def try_again(part: list[tuple[Job, Matrix]], plan: Plan) -> None:
         matrix._replace(site=replace(matrix.site, wanted=unset[..., None, None]))
         for (_, matrix), unset in zip(part, before, strict=True)
     ]
-    plan.projector.refresh(wanted)
+    learn(wanted, plan, [{} for _ in wanted])
     for (_, matrix), unset in zip(part, before, strict=True):
-        note_set(matrix)
         found = (unset & ~matrix.state["unset"])[..., None, None]
         for moment in moments_of(matrix.state, plan.rule).values():
             for piece in (moment,) if isinstance(moment, Tensor) else moment:
                 piece.masked_fill_(found, 0)
 
 
-def note_set(matrix: Matrix) -> None:
+def note_set(matrices: list[Matrix]) -> None:
     """Note which subspaces a refresh has set: those that had a gradient to learn from."""
-    grad, state, site = matrix
-    if state.get("pending") and site.gap > 1:
-        state["unset"] &= ~usable(grad)[..., 0, 0]
+    waiting = [m for m in matrices if m.state.get("pending") and m.site.gap > 1]
+    if not waiting:
+        return
+    for matrix, found in zip(waiting, usable(peaks_of(waiting)), strict=True):
+        matrix.state["unset"] &= ~found[..., 0, 0]
 
 
 def noise_before(job: Job, group: Group) -> Noise:
     """Return the source of random bits for what happens between two steps of a parameter."""
     step = job.state["step"] if group["capturable"] else site_of(job).step
-    return Noise(group["seed"], step, stream_of(job.position))
+    return Noise(group["seed"], step, *stream_and_height(job))
 
 
 def snapshot(state: State, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -201,18 +228,19 @@ class Watch:
     do not depend on it: a matrix that has its subspace is never set again.
     """
 
-    def __init__(self, states: Sequence[State] = ()) -> None:
-        self._states = states
+    def __init__(self, waiting: Sequence[Waiting] = ()) -> None:
+        self._states = [state for state, _ in waiting]
         self._answer: Tensor | None = None
         self._ready: torch.cuda.Event | None = None
-        if not states:
+        if not waiting:
             return
-        home = states[0]["unset"].device
-        flags = torch.stack([state["unset"].any().to(home) for state in states])
+        home = self._states[0]["unset"].device
+        flags = torch.stack([state["unset"].any().to(home, torch.int32) for state in self._states])
+        flags = agreed(flags, [layout.stack_team for _, layout in waiting])
         if home.type != "cuda":
             self._answer = flags
         else:
-            self._answer = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
+            self._answer = torch.empty(flags.shape, dtype=torch.int32, pin_memory=True)
             self._answer.copy_(flags, non_blocking=True)
             self._ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._ready.record(torch.cuda.current_stream(home))
@@ -224,5 +252,5 @@ class Watch:
         if self._ready is not None:
             self._ready.synchronize()
         for state, waits in zip(self._states, self._answer.tolist(), strict=True):
-            state["pending"] = int(waits)
+            state["pending"] = waits
         self._answer = None

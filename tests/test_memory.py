@@ -66,7 +66,7 @@ def test_prediction_equals_measurement(case):
 
 
 def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
-    """Projected moments, large whole parameters; small ones stay float32, a basis is bfloat16."""
+    """Projected moments, large matrices; vectors and small ones stay float32, a basis is bfloat16."""
     rank, wide = 300, torch.nn.Parameter(torch.zeros(40, 400))
     plain, short = torch.nn.Parameter(torch.zeros(16, 300)), torch.nn.Parameter(torch.zeros(4095))
     flat = torch.nn.Parameter(torch.zeros(5000))
@@ -80,7 +80,7 @@ def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
     predicted = predicted_bytes(optimizer)
     optimizer.step()
     expected = 2 * 40 * (rank + 4 * 2) + 400 * rank * 2 + 1
-    expected += 2 * 16 * (300 + 4 * 2) + 2 * 4 * 4095 + 2 * (5000 + 4 * 20) + 4 * STEP
+    expected += 2 * 16 * (300 + 4 * 2) + 2 * 4 * (4095 + 5000) + 4 * STEP
     assert state_bytes(optimizer) == predicted == expected
 
 

@@ -38,11 +38,10 @@ def row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
         for part in row_chunks(cols, NEAR * (x.numel() // max(1, cols))):
             total.squeeze(-1).add_(x[..., part].to(dtype).square().sum(-1))
         return total.sqrt_()
-    parts = [
-        x[..., part, :].to(dtype).square().sum(-1, keepdim=True)
-        for part in row_chunks(rows, NEAR * (x.numel() // max(1, rows)))
-    ]
-    return torch.cat(parts, dim=-2).sqrt_()
+    norms = torch.empty(*x.shape[:-1], 1, dtype=dtype, device=x.device)
+    for part in row_chunks(rows, NEAR * (x.numel() // max(1, rows))):
+        norms[..., part, :] = x[..., part, :].to(dtype).square().sum(-1, keepdim=True)
+    return norms.sqrt_()
 
 
 def transposed(x: Tensor) -> bool:
@@ -52,12 +51,16 @@ def transposed(x: Tensor) -> bool:
 
 def peaks(x: Tensor) -> Tensor:
     """Return the largest absolute value of each matrix, `(..., 1, 1)`; nan where one is."""
+    if x.numel() == 0:
+        return x.new_zeros(*x.shape[:-2], 1, 1)
     return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
 
 
-def usable(grad: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """Return `(..., 1, 1)` booleans, without a host sync: finite, not all zero, and wanted?"""
-    peak = peaks(grad)
+def usable(peak: Tensor, wanted: Tensor | None = None) -> Tensor:
+    """Return booleans, without a host sync: are matrices finite, not all zero, and wanted?
+
+    `peak` is what `peaks` gives of them.
+    """
     good = peak.isfinite() & (peak > 0)
     return good if wanted is None else good & wanted
 
@@ -75,14 +78,19 @@ def product(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if grad.dtype != torch.float16:
         return (grad @ factor.to(grad.dtype)).to(dtype)
-    chunks = row_chunks(grad.shape[-2], grad.numel() // grad.shape[-2])
-    return torch.cat([grad[..., rows, :].to(dtype) @ factor.to(dtype) for rows in chunks], dim=-2)
+    rows = grad.shape[-2]
+    low = torch.empty(*grad.shape[:-1], factor.shape[-1], dtype=dtype, device=grad.device)
+    for part in row_chunks(rows, grad.numel() // max(1, rows)):
+        low[..., part, :] = grad[..., part, :].to(dtype) @ factor.to(dtype)
+    return low
 
 
 def product_t(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `grad^T @ factor`, as `product` does: `(..., rows, k)` to `(..., cols, k)`."""
     if grad.dtype != torch.float16:
         return (grad.mT @ factor.to(grad.dtype)).to(dtype)
-    chunks = row_chunks(grad.shape[-2], grad.numel() // grad.shape[-2])
-    parts = [grad[..., rows, :].mT.to(dtype) @ factor[..., rows, :].to(dtype) for rows in chunks]
-    return torch.stack(parts).sum(0)
+    (rows, cols), k = grad.shape[-2:], factor.shape[-1]
+    total = torch.zeros(*grad.shape[:-2], cols, k, dtype=dtype, device=grad.device)
+    for part in row_chunks(rows, grad.numel() // max(1, rows)):
+        total += grad[..., part, :].mT.to(dtype) @ factor[..., part, :].to(dtype)
+    return total

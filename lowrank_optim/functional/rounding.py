@@ -38,11 +38,13 @@ class Noise(NamedTuple):
         seed: of the optimizer.
         step: t, the number of updates, this one included; an int or a 0-d tensor.
         stream: `position << 32 | first row`, see `stream_of`.
+        height: rows of a whole matrix, where a stack has only some rows of each.
     """
 
     seed: int
     step: int | Tensor
     stream: int
+    height: int | None = None
 
 
 def stream_of(position: int, first_row: int = 0) -> int:
@@ -96,6 +98,25 @@ def random_bits(noise: Noise, kind: int, rows: slice, cols: int, device: torch.d
         halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], -1)
         bits[start - rows.start : stop - rows.start] = halves.flatten(1)[:, :cols]
     return bits
+
+
+def stack_bits(
+    noise: Noise, kind: int, count: int, rows: slice, length: int, cols: int, device: torch.device
+) -> Tensor:
+    """Return `random_bits` for the same rows of each matrix of a stack, `(count * rows, cols)`.
+
+    Args:
+        noise, kind, cols, device: as there.
+        count: matrices.
+        rows: which rows of each, of those that are here.
+        length: rows of each that are here.
+    """
+    height = length if noise.height is None else noise.height
+    parts = []
+    for first in range(0, count * height, height or 1):
+        lines = slice(first + rows.start, first + rows.stop)
+        parts.append(random_bits(noise, kind, lines, cols, device))
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:

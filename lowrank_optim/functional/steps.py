@@ -15,7 +15,7 @@ from torch import Tensor
 from .factors import down
 from .moments import adam
 from .products import compute_dtype, row_norms
-from .rounding import EXP_AVG, EXP_AVG_SQ, WEIGHT, Noise, random_bits, round_into_
+from .rounding import EXP_AVG, EXP_AVG_SQ, WEIGHT, Noise, round_into_, stack_bits
 from .stored import Stored, load, store
 
 
@@ -55,10 +55,12 @@ def bits_of(noise: Noise, kind: int, like: Tensor, whole: bool = False) -> Tenso
     Rows are numbered over all axes but the last, for a `whole` parameter over the first alone; a
     vector is one row.
     """
-    rows = 1
+    count, rows = 1, 1
     if like.ndim > 1:
-        rows = like.shape[0] if whole else like.shape[:-1].numel()
-    bits = random_bits(noise, kind, slice(0, rows), like.numel() // max(1, rows), like.device)
+        rows = like.shape[0] if whole else like.shape[-2]
+        count = 1 if whole else like.shape[:-2].numel()
+    cols = like.numel() // max(1, count * rows)
+    bits = stack_bits(noise, kind, count, slice(0, rows), rows, cols, like.device)
     return bits.view(like.shape)
 
 

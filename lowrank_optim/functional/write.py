@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .factors import drop_, lift_
 from .products import compute_dtype, row_chunks
-from .rounding import WEIGHT, Noise, random_bits, round_into_
+from .rounding import WEIGHT, Noise, round_into_, stack_bits
 
 
 class Coefficients(Protocol):
@@ -107,10 +107,6 @@ def times(factor: Tensor | float, step_size: float | Tensor, k: int) -> Tensor |
 
 def chunk_bits(noise: Noise, target: Tensor, rows: int, chunk: slice) -> Tensor:
     """Return random bits for some rows of a weight, or the same rows of each matrix of a stack."""
-    starts = range(chunk.start, chunk.start + rows * target.shape[:-2].numel(), rows)
-    height, cols = target.shape[-2:]
-    parts = [
-        random_bits(noise, WEIGHT, slice(start, start + height), cols, target.device)
-        for start in starts
-    ]
-    return torch.cat(parts).view(target.shape)
+    count, cols = target.shape[:-2].numel(), target.shape[-1]
+    bits = stack_bits(noise, WEIGHT, count, chunk, rows, cols, target.device)
+    return bits.view(target.shape)

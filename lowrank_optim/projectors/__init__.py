@@ -1,6 +1,7 @@
 """Projectors: how a gradient is mapped to a small one and back."""
 
 from ..plan import Projector
+from ._basis import peaks_of
 from .blocks import Blocks
 from .columns import Columns
 from .dct import DCT
@@ -17,4 +18,14 @@ PROJECTORS: dict[str, Projector] = {
     "blocks": Blocks(),
 }
 
-__all__ = ["DCT", "PROJECTORS", "SVD", "Blocks", "Columns", "Power", "Projector", "Random"]
+__all__ = [
+    "DCT",
+    "PROJECTORS",
+    "SVD",
+    "Blocks",
+    "Columns",
+    "Power",
+    "Projector",
+    "Random",
+    "peaks_of",
+]

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..functional import select_moment
-from ..plan import Group, Moments, Rule, Site, State
+from ..functional import peaks, select_moment
+from ..plan import Group, Matrix, Moments, Rule, Site, State
+
+
+def peaks_of(matrices: Sequence[Matrix]) -> Tensor:
+    """Return the largest absolute value of each matrix, `(len(matrices), ..., 1, 1)`.
+
+    In the dtype of the arithmetic; where one is not finite, this is not.
+    """
+    site = matrices[0].site
+    return site.team.max_(torch.stack([peaks(grad).to(site.dtype) for grad, _, _ in matrices]))
 
 
 class Basis:
@@ -20,6 +30,7 @@ class Basis:
     keys: ClassVar[tuple[str, ...]] = ("basis",)
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate", "align")
     learns: ClassVar[bool] = True
+    decomposes: ClassVar[bool] = False
     whole: ClassVar[bool] = False
     captures: ClassVar[str] = "step"
 

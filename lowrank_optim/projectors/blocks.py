@@ -40,6 +40,7 @@ class Blocks:
     keys: ClassVar[tuple[str, ...]] = ()
     on_refresh: ClassVar[tuple[str, ...]] = ("reset",)
     learns: ClassVar[bool] = False
+    decomposes: ClassVar[bool] = False
     whole: ClassVar[bool] = True
     captures: ClassVar[str] = ""
 

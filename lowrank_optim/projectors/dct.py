@@ -62,7 +62,7 @@ class DCT(IndexTransport, Basis):
         """Choose the columns of largest norm, by a fast transform of each row: no product."""
         stacks = [m.grad if m.grad.ndim == 3 else m.grad.unsqueeze(0) for m in matrices]
         grads = [grad for stack in stacks for grad in stack.unbind()]
-        scores = dct_scores(grads, self.norm, matrices[0].site)
+        scores = self._scores(grads, matrices[0].site)
         best = scores.topk(matrices[0].site.rank, dim=-1).indices.sort(dim=-1).values
         good = scores.isfinite().all(-1, keepdim=True) & (scores.amax(-1, keepdim=True) > 0)
         first = 0
@@ -73,3 +73,10 @@ class DCT(IndexTransport, Basis):
             if site.wanted is not None:
                 mask = mask & site.wanted.squeeze(-1)
             index.copy_(torch.where(mask, chosen, index))
+
+    def _scores(self, grads: Sequence[Tensor], site: Site) -> Tensor:
+        """Return the scores of the columns, `(len(grads), cols)`, over all rows."""
+        scores = dct_scores(grads, self.norm, site)
+        if self.norm == "l2" and site.team.parts:
+            return site.team.sum_(scores.square_()).sqrt_()
+        return site.team.sum_(scores)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..functional import generator, orthonormal_, peaks, product, product_t, upload
+from ..functional import generator, orthonormal_, peaks, product, product_t, upload, usable
 from ..plan import Matrix, Site
-from ._basis import Basis
+from ._basis import Basis, peaks_of
 
 BUDGET = 1 << 26
 """Bytes of temporaries up to which matrices are refreshed together."""
@@ -50,6 +51,7 @@ class Power(Basis):
     """
 
     iterations: int = 2
+    decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.iterations, int) or self.iterations < 1:
@@ -64,21 +66,21 @@ class Power(Basis):
     def _refresh(self, matrices: Sequence[Matrix]) -> None:
         grads = [matrix.grad for matrix in matrices]
         dtype, limits = matrices[0].site.dtype, torch.finfo(matrices[0].site.dtype)
-        peak = torch.stack([peaks(grad) for grad in grads]).to(dtype)
+        peak, team = peaks_of(matrices), matrices[0].site.team
         scale = peak.clamp(limits.tiny**0.8, limits.max**0.8)
         basis = start(matrices)
         orthonormal_(basis, passes=1)
         iterations = self.iterations + min(MOST_MORE, NARROW // matrices[0].site.rank)
         for number in range(iterations):
-            images = one_by_one(grads, basis, scale, dtype)
+            images = team.sum_(one_by_one(grads, basis, scale, dtype))
             images.div_(peaks(images).clamp_min_(limits.tiny))
             length = torch.linalg.vector_norm(images, dim=-2, keepdim=True)
             basis.mul_(KEPT).add_(images.div_(length.clamp_min_(limits.tiny)))
             del images
             orthonormal_(basis, passes=1 if number + 1 < iterations else 2)
-        good = peak.isfinite() & (peak > 0) & peaks(basis).isfinite()
-        for (_, state, site), new, usable in zip(matrices, basis, good, strict=True):
-            mask = usable if site.wanted is None else usable & site.wanted
+        good = usable(peak) & peaks(basis).isfinite()
+        for (_, state, site), new, fine in zip(matrices, basis, good, strict=True):
+            mask = fine if site.wanted is None else fine & site.wanted
             state["basis"].copy_(torch.where(mask, new.to(state["basis"].dtype), state["basis"]))
 
 

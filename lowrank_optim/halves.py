@@ -1,0 +1,96 @@
+"""A step in two halves, between which processes add up what depends on all rows of a matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .distributed import Team
+from .plan import Job, Plan
+
+HELD = 256 << 20
+"""Bytes of projected gradients and directions that wait for a sum over processes at once."""
+
+
+@dataclass
+class Half:
+    """What is left to do for some matrices after the first half of their step.
+
+    Attributes:
+        places: the job of each of the K matrices, and its place in the job's stack.
+        sums: `(K, k)` numbers to be summed over the rows of each whole matrix, or None.
+        finish: does the second half, given the sums.
+    """
+
+    places: list[tuple[Job, int]]
+    sums: Tensor | None
+    finish: Callable[[Tensor | None], None]
+
+    @property
+    def team(self) -> Team:
+        """The processes that hold the other rows."""
+        return self.places[0][0].layout.team
+
+
+def portions(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
+    """Yield jobs in lists, the same on all processes, of which no more than `HELD` bytes wait.
+
+    One list, unless processes have to sum something: then it takes one collective each.
+    """
+    want = plan.residual.want
+    some: list[Job] = []
+    held = 0
+    kinds = want.low + want.direction if want.norms else 0
+    for job in jobs:
+        assert job.site is not None
+        team = job.layout.team
+        size = 0
+        if team.size > 1:
+            rows = job.layout.rows * job.grad.shape[:-2].numel() // team.size
+            size = kinds * rows * job.site.rank * job.site.dtype.itemsize
+        if some and held + size > HELD:
+            yield some
+            some, held = [], 0
+        some.append(job)
+        held += size
+    if some:
+        yield some
+
+
+def run(halves: Iterable[Half]) -> None:
+    """Finish steps: at once where nothing is missing, else after one sum for all of a team."""
+    waiting: dict[Team, list[Half]] = {}
+    for half in halves:
+        if half.sums is None or half.team.size == 1:
+            half.finish(half.sums)
+        else:
+            waiting.setdefault(half.team, []).append(half)
+    for team in sorted(waiting, key=lambda team: min(map(first_place, waiting[team]))):
+        add_up(waiting[team], team)
+        for half in waiting[team]:
+            half.finish(half.sums)
+
+
+def first_place(half: Half) -> int:
+    """Return the place of the first parameter, which is the same on all processes."""
+    return min(job.position for job, _ in half.places)
+
+
+def add_up(halves: list[Half], team: Team) -> None:
+    """Sum over a team in one collective, in an order that is the same on all processes.
+
+    How matrices are put together here may differ: rows are shared out unevenly.
+    """
+    order = sorted(
+        (job.position, place, number, row)
+        for number, half in enumerate(halves)
+        for row, (job, place) in enumerate(half.places)
+    )
+    parts = [half.sums.unbind() if half.sums is not None else () for half in halves]
+    total = team.sum_(torch.stack([parts[number][row] for _, _, number, row in order]))
+    found = {(number, row): line for (_, _, number, row), line in zip(order, total, strict=True)}
+    for number, half in enumerate(halves):
+        half.sums = torch.stack([found[number, row] for row in range(len(half.places))])

@@ -64,7 +64,7 @@ def run(halves: Iterable[Half]) -> None:
     """Finish steps: at once where nothing is missing, else after one sum for all of a team."""
     waiting: dict[Team, list[Half]] = {}
     for half in halves:
-        if half.sums is None or half.team.size == 1:
+        if half.sums is None or not half.places or half.team.size == 1:
             half.finish(half.sums)
         else:
             waiting.setdefault(half.team, []).append(half)

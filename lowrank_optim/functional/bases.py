@@ -45,9 +45,11 @@ def gram(x: Tensor) -> Tensor:
     full-size copy is made. On a CPU the result for a matrix does not depend on its company.
     """
     rows, cols = x.shape[-2:]
-    if x.ndim > 2 and x.device.type == "cpu":
-        return torch.stack([gram(part) for part in x])
     total = torch.zeros(*x.shape[:-2], cols, cols, dtype=torch.float64, device=x.device)
+    if x.ndim > 2 and x.device.type == "cpu":
+        for square, part in zip(total, x, strict=True):
+            square.copy_(gram(part))
+        return total
     for part in row_chunks(rows, PARTS * (x.numel() // max(1, rows))):
         wide = x[..., part, :].to(torch.float64)
         total += wide.mT @ wide

@@ -112,11 +112,13 @@ def stack_bits(
         length: rows of each that are here.
     """
     height = length if noise.height is None else noise.height
-    parts = []
-    for first in range(0, count * height, height or 1):
-        lines = slice(first + rows.start, first + rows.stop)
-        parts.append(random_bits(noise, kind, lines, cols, device))
-    return torch.cat(parts) if len(parts) != 1 else parts[0]
+    if count == 1:
+        return random_bits(noise, kind, rows, cols, device)
+    bits = torch.empty(count, rows.stop - rows.start, cols, dtype=torch.int32, device=device)
+    for place in range(count):
+        lines = slice(place * height + rows.start, place * height + rows.stop)
+        bits[place] = random_bits(noise, kind, lines, cols, device)
+    return bits.flatten(0, 1)
 
 
 def stochastic_round(x: Tensor, bits: Tensor) -> Tensor:

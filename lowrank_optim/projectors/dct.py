@@ -62,6 +62,8 @@ class DCT(IndexTransport, Basis):
         """Choose the columns of largest norm, by a fast transform of each row: no product."""
         stacks = [m.grad if m.grad.ndim == 3 else m.grad.unsqueeze(0) for m in matrices]
         grads = [grad for stack in stacks for grad in stack.unbind()]
+        if not grads:
+            return
         scores = self._scores(grads, matrices[0].site)
         best = scores.topk(matrices[0].site.rank, dim=-1).indices.sort(dim=-1).values
         good = scores.isfinite().all(-1, keepdim=True) & (scores.amax(-1, keepdim=True) > 0)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ._version import __version__
+from .ddp import projected_all_reduce
 from .flat import flatten_state, unflatten_state
 from .foreign import import_state
 from .groups import param_groups
@@ -24,6 +25,6 @@ __all__ = [
     "DCT", "SGDM", "SVD", "Adam", "ApolloAdamW", "Blocks", "Columns", "DCTAdamW", "Drop",
     "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GradScaled", "Lion", "LowRank", "NormScaled",
     "Plan", "Power", "Random", "SettingError", "Site", "StateFree", "Update", "__version__",
-    "flatten_state", "import_state", "param_groups", "predicted_bytes", "state_bytes",
-    "unflatten_state",
+    "flatten_state", "import_state", "param_groups", "predicted_bytes", "projected_all_reduce",
+    "state_bytes", "unflatten_state",
 ]  # fmt: skip

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .functional import compute_dtype
+from .ddp import step_by_buckets
+from .distributed import is_distributed, several
 from .guards import without_autocast
+from .norms import Norm, norm_of, total_norm
 from .plan import Group, Job
 from .rounds import Round
 from .settings import SettingError, fail, is_real, plan_of
@@ -22,6 +24,8 @@ from .sites import Entry
 from .update import project
 
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
     from .optimizer import LowRank
 
 ACCUMULATE = ("full", "projected")
@@ -44,8 +48,16 @@ class InBackward:
         accumulation_steps: int | Callable[[], bool],
         accumulate: str,
         max_norm: float | None,
+        model: DistributedDataParallel | None = None,
     ) -> None:
         check_settings(optimizer, accumulation_steps, accumulate, max_norm)
+        if model is not None and (accumulation_steps != 1 or accumulate != "full"):
+            raise SettingError(
+                "with ddp=model, gradients are accumulated by DistributedDataParallel: run the "
+                "other backward passes inside model.no_sync(), and leave accumulation_steps and "
+                "accumulate away"
+            )
+        self.model = model
         self.accumulation_steps = accumulation_steps
         self.projects = accumulate == "projected"
         self.max_norm = max_norm
@@ -54,20 +66,26 @@ class InBackward:
         self._lock = threading.RLock()
         self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._passes: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
-        self._norms: list[Tensor] = []
-        self._watched: list[Tensor] = []
+        self._norms: list[Norm] = []
+        self._watched: list[Norm] = []
         self._measuring = False
         self._measured: Tensor | None = None
         self._skips = False
+        if model is not None:
+            step_by_buckets(model, self)
         self.attach(optimizer)
 
     def attach(self, optimizer: LowRank) -> None:
-        """Put a hook on every parameter that requires a gradient and has none yet."""
+        """Put a hook on every parameter that requires a gradient and has none yet.
+
+        Of several processes, none on ordinary tensors: what a hook would see is not averaged.
+        """
         params = [param for group in optimizer.param_groups for param in group["params"]]
         for param in set(self._handles) - set(params):
             self._handles.pop(param).remove()
         for param in params:
-            if param.requires_grad and param not in self._handles:
+            complete = is_distributed(param) or not (several() or self.model is not None)
+            if complete and param.requires_grad and param not in self._handles:
                 if (other := STEPPED.get(param)) is not None:
                     other.remove()
                 hook = torch.compiler.disable(self._arrived)  # type: ignore[no-untyped-call]
@@ -90,6 +108,11 @@ class InBackward:
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Let backward passes do no more than measure the norm of the gradients and free them."""
+        if self.model is not None:
+            raise RuntimeError(
+                "measure_grad_norm needs two backward passes of one forward pass, which "
+                "DistributedDataParallel does not allow: clip by the previous norm"
+            )
         if self.accumulation_steps != 1:
             raise RuntimeError(
                 "the norm of gradients that are accumulated is known when they are complete, and "
@@ -119,11 +142,24 @@ class InBackward:
                 return
             param.grad = None
 
+    def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:
+        """Step the parameters of a bucket, whose gradients have been averaged."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        with self._lock, torch.no_grad():
+            turn = optimizer._round = optimizer._round or Round(optimizer)
+            for param, grad in zip(params, grads, strict=True):
+                if param in turn.entries:
+                    param.grad = grad
+                    self._use(turn, turn.entry_of(param))
+                    param.grad = None
+
     def _measure(self, turn: Round, entry: Entry) -> None:
         """Note the norm of a gradient, and whether `skip_nonfinite` watches it."""
-        assert entry.param.grad is not None
         self._check(turn, entry)
-        self._norms.append(norm_of(entry.param.grad))
+        assert entry.param.grad is not None
+        self._norms.append(norm_of(entry.layout.gradient(entry.param.grad), entry.layout))
         if turn.groups[entry.group][0]["skip_nonfinite"]:
             self._watched.append(self._norms[-1])
 
@@ -175,15 +211,15 @@ class InBackward:
 
     def _ready(self, job: Job) -> Job:
         """Return a job with its projected gradient, if there is one, and clipped, in place."""
-        job = job._replace(low=self._sums.pop(job.param, None))
+        job = job._replace(low=self._sums.pop(job.leaf, None))
         grad = job.grad if job.low is None else job.low
-        norm = norm_of(grad)
+        norm = norm_of(grad, job.layout)
         self._norms.append(norm)
         if self.max_norm is not None:
             grad.mul_(self._coefficient(norm).to(grad.device))
         return job
 
-    def _coefficient(self, norm: Tensor) -> Tensor:
+    def _coefficient(self, norm: Norm) -> Tensor:
         """Return the factor of a gradient of this norm.
 
         min(1, max_norm / total), with the measured norm of all gradients, else with the larger one
@@ -194,10 +230,22 @@ class InBackward:
         total = self._measured
         if total is None:
             before = None if optimizer is None else optimizer.grad_norm
-            total = norm
+            total = total_norm([norm])
+            assert total is not None
             if before is not None:
-                total = torch.maximum(before.to(norm).nan_to_num(posinf=0.0), norm)
+                total = torch.maximum(before.to(total).nan_to_num(posinf=0.0), total)
         return (self.max_norm / (total + TINY)).clamp(max=1.0)
+
+    def check_attached(self, optimizer: LowRank) -> None:
+        """Raise RuntimeError if no gradient is complete when the backward pass gives it."""
+        self.attach(optimizer)
+        if several() and not self._handles and self.model is None:
+            raise RuntimeError(
+                "step_in_backward has nothing to step: with several processes, the gradients of "
+                "ordinary tensors are not averaged when the backward pass gives them. Pass "
+                "ddp=model for DistributedDataParallel, shard with fully_shard, or take ordinary "
+                "steps"
+            )
 
     def finish(self, turn: Round) -> None:
         """Step what has not been stepped, and note the norm of all gradients of the step."""
@@ -226,7 +274,7 @@ class InBackward:
         work = []
         for group, plan, entries in turn.groups:
             jobs = []
-            for entry in entries:
+            for entry in (entry for entry in entries if entry.param not in turn.done):
                 if entry.param.grad is not None and entry.param in self._sums:
                     self._collect(turn, entry)
                 if entry.param.grad is not None or entry.param in self._sums:
@@ -261,13 +309,6 @@ def check_settings(
     if accumulate == "projected":
         for index, group in enumerate(optimizer.param_groups):
             check_accumulable(index, group, optimizer)
-    distributed = torch.distributed
-    together = distributed.is_available() and distributed.is_initialized()
-    if together and distributed.get_world_size() > 1:
-        raise RuntimeError(
-            "step_in_backward works in one process: with several, gradients would be used before "
-            "they are averaged. Take ordinary steps"
-        )
 
 
 def check_accumulable(index: int, group: Group, optimizer: LowRank) -> None:
@@ -286,18 +327,3 @@ def job_of(turn: Round, entry: Entry) -> Job:
     """Return the job of a parameter; a gradient that is gone is zero."""
     param, grad = entry.param, entry.param.grad
     return turn.single(entry, param.new_zeros(()).expand_as(param) if grad is None else grad)
-
-
-def norm_of(grad: Tensor) -> Tensor:
-    """Return the Euclidean norm of a tensor, at least in float32."""
-    norm: Tensor = torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype))
-    return norm
-
-
-def total_norm(norms: list[Tensor]) -> Tensor | None:
-    """Return the norm of all from the norms of parts; None for none."""
-    if not norms:
-        return None
-    home = norms[0].device
-    whole: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(home) for norm in norms]))
-    return whole

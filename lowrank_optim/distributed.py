@@ -347,6 +347,11 @@ def is_distributed(value: Any) -> bool:
     return dist.is_available() and isinstance(value, DTensor)
 
 
+def several() -> bool:
+    """Return whether there are several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def mesh_of(param: Tensor) -> tuple[DeviceMesh | None, Placements]:
     """Return the mesh and the placements of a parameter; none of an ordinary tensor."""
     if not is_distributed(param):
@@ -369,7 +374,9 @@ def layout_of(param: Tensor, side: str | None, exact: bool, copies: Any = None) 
         ValueError: a sharded convolution whose first axis is to be projected, or a nesting of
             shards that cannot be written down.
     """
-    return _layout(tuple(param.shape), *mesh_of(param), side, exact, copies)
+    mesh, given = mesh_of(param)
+    world = None if mesh is None and copies is None else dist.group.WORLD
+    return _layout(tuple(param.shape), mesh, given, side, exact, copies, world)
 
 
 @lru_cache(maxsize=4096)
@@ -380,7 +387,9 @@ def _layout(
     side: str | None,
     exact: bool,
     copies: Any,
+    world: Any,
 ) -> Layout:
+    """Do what `layout_of` says; `world` tells meshes of an earlier set of processes apart."""
     matrix = matrix_shape(shape)
     if side is not None:
         assert matrix is not None

@@ -14,6 +14,8 @@ from .backward import InBackward
 from .rounds import Round
 
 if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
+
     from .optimizer import LowRank
 
 
@@ -92,6 +94,7 @@ class LayerWise(Optimizer):
         accumulation_steps: int | Callable[[], bool] = 1,
         accumulate: str = "full",
         max_norm: float | None = None,
+        ddp: DistributedDataParallel | None = None,
     ) -> InBackward:
         """Step each parameter in the backward pass once its gradient is complete, and free that.
 
@@ -100,7 +103,8 @@ class LayerWise(Optimizer):
         `state_dict()` and schedulers are the same as without; so are the results, bit for bit where
         nothing is clipped or accumulated in projected form (on a CPU; a GPU may round the products
         of several matrices, which `step()` refreshes together, otherwise than those of one).
-        Gradients then take the memory of the largest one alone. Call this when the model is on its
+        Gradients then take the memory of the largest one alone (with FSDP2: those of one
+        sharded module). Call this when the model is on its
         device, after wrapping it; parameters added later join in at the next `step()`, and one that
         two optimizers ask for is stepped by the last. Every backward pass that reaches a parameter
         steps it, also one for another model's loss (a discriminator, while its generator learns):
@@ -122,22 +126,27 @@ class LayerWise(Optimizer):
                 GaLore, DCT, and FRUGAL with state_free="none". `grad_norm` is then the norm of
                 what is kept.
             max_norm: largest norm of all gradients; None does not clip.
+            ddp: the wrapped model, if it is one: parameters are then stepped bucket by bucket, each
+                once it is averaged. The buckets hold all gradients and stay in memory, as they do
+                without. Accumulate with `ddp.no_sync()`.
 
         Returns:
             A handle whose `remove()` goes back to ordinary steps.
 
         Raises:
             ValueError: a setting that cannot be used.
-            RuntimeError: several processes; later, from the backward pass: a parameter gets one
-                more gradient than was said, a float16 gradient, or `skip_nonfinite=True` without
-                `measure_grad_norm()`. The parameter is not changed then. From `GradScaler.step`,
-                too late for the step under way: scaled gradients of float32 look like others.
+            RuntimeError: from `step`, nothing but ordinary tensors in several processes without
+                `ddp`: their gradients are not averaged yet. From the backward pass: a parameter
+                gets one more gradient than was said, a float16 gradient, or `skip_nonfinite=True`
+                without `measure_grad_norm()`. The parameter is not changed then. From
+                `GradScaler.step`, too late for the step under way: scaled gradients of float32 look
+                like others.
 
         Reference: the idea is that of Lv et al., "Full Parameter Fine-tuning for Large Language
             Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer
             updates; both without accumulation, and without clipping or with two passes only.
         """
-        handle = InBackward(cast("LowRank", self), accumulation_steps, accumulate, max_norm)
+        handle = InBackward(cast("LowRank", self), accumulation_steps, accumulate, max_norm, ddp)
         if self._in_backward is not None:
             self._in_backward.remove()
         self._in_backward = handle

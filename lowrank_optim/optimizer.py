@@ -233,6 +233,8 @@ class LowRank(LayerWise):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._in_backward is not None:
+            self._in_backward.check_attached(self)
         turn = self._round or Round(self)
         turn.check_all()
         if turn.is_skipped():

@@ -9,7 +9,6 @@ is docs/scaling.png. `--check` writes nothing and exits with 1 where the tables 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -236,13 +235,17 @@ def fsdp(model: Model) -> Traffic:
     return Traffic(0, 6 * model.parameters)
 
 
-def first_above(model: Model, share: float, small: bool) -> int:
-    """Return the least number of GPUs on which GaLore keeps more than AdamW on each."""
-    for gpus in itertools.count(1):
-        ours = state_bytes("galore", model, gpus, small, share)
-        if ours > state_bytes("adamw", model, gpus, small):
-            return gpus
-    raise AssertionError
+def first_above(name: str, model: Model, share: float, small: bool) -> int:
+    """Return the least number of GPUs on which a method, shared bases too, takes more than AdamW.
+
+    Of methods that keep something on every GPU, for the search to end.
+    """
+    shared, gpus = shared_bytes(name, model, share), 1
+    while shared + state_bytes(name, model, gpus, small, share) <= state_bytes(
+        "adamw", model, gpus, small
+    ):
+        gpus += 1
+    return gpus
 
 
 def digits(value: float) -> str:
@@ -291,15 +294,16 @@ def floor_table() -> str:
 
 
 def crossing_table() -> str:
-    """Lay out from how many GPUs on GaLore keeps more than AdamW on each."""
-    shares = (4, 8, 16, 32)
+    """Lay out from how many GPUs on a method takes more than AdamW on each."""
+    cases = [*(("galore", part) for part in (4, 8, 16, 32)), ("dct", 4), ("apollo", 4)]
     rows = []
     for model in MODELS:
         found = [
-            [first_above(model, 1 / part, small) for small in (False, True)] for part in shares
+            [str(first_above(name, model, 1 / part, small)) for small in (False, True)]
+            for name, part in cases
         ]
-        rows.append([model.name, *(f"{full} / {small}" for full, small in found)])
-    return table(["model", *(f"rank 1/{part}" for part in shares)], rows)
+        rows.append([model.name, *map(" / ".join, found)])
+    return table(["model", *(f"{STATES[name]}, 1/{part}" for name, part in cases)], rows)
 
 
 def state_table(model: Model) -> str:
@@ -339,8 +343,8 @@ def tables() -> str:
         "### On every GPU, however many there are, GiB\n",
         "State in float32 / in 8 bits.\n",
         floor_table(),
-        "### GPUs from which on GaLore keeps more than AdamW on each\n",
-        "By its rank as a share of the hidden size; float32 / 8 bits in both. Fira is the same.\n",
+        "### GPUs from which on a method takes more than AdamW on each\n",
+        "With bases that layers share, by rank as a share of the hidden size; float32 / 8 bits.\n",
         crossing_table(),
         "### Communication of a step\n",
         *map(step_table, MODELS),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .distributed import is_by_row, is_distributed
+from .distributed import is_distributed
 from .geometry import subspace_of
 from .plan import Group, Plan, Site, State
 from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
@@ -60,12 +60,12 @@ def load(
                 if saved_id not in kept["state"]:
                     continue
                 layout = plain_layout(param, group, plan) if site is None else site.layout
-                view = layout.view(optimizer.state[param], plan.rule.slots)
+                view = layout.view(optimizer.state[param], plan.each)
                 for key, value in kept["state"][saved_id].items():
                     if isinstance(value, Tensor):
                         counts = key in ("step", "age")
                         home = step_device(param, site, group, plan) if counts else param.device
-                        part = layout.part_of(value.detach(), is_by_row(key, plan.rule.slots))
+                        part = layout.part_of(value.detach(), plan.each.of(key))
                         value = part.to(home, copy=True)
                     view[key] = value
 

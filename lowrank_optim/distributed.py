@@ -105,6 +105,22 @@ class Team:
 ALONE = Team()
 
 
+class Each(NamedTuple):
+    """What the entries of a state are kept for: moments for rows, others for matrices.
+
+    `slots` are the names of the moments, `common` those of what a stack has once for all matrices.
+    """
+
+    slots: Sequence[str]
+    common: Sequence[str]
+
+    def of(self, key: str) -> str:
+        """Return what an entry is kept for: "row", "matrix" or "parameter"."""
+        if key.partition(".")[0] in self.slots:
+            return "row"
+        return "parameter" if key in self.common else "matrix"
+
+
 class Move(NamedTuple):
     """An exchange of columns for rows among the processes of one mesh dimension.
 
@@ -225,21 +241,22 @@ class Layout:
     def _row_axis(self) -> int:
         return 0 if self.axis is None else self.axis
 
-    def view(self, state: dict[str, Any], slots: Sequence[str]) -> MutableMapping[str, Any]:
+    def view(self, state: dict[str, Any], each: Each) -> MutableMapping[str, Any]:
         """Return the state of the parameter as a step sees it: what is held here."""
-        return state if self.mesh is None else HeldState(state, self, slots)
+        return state if self.mesh is None else HeldState(state, self, each)
 
-    def axes(self, by_row: bool, ndim: int) -> list[tuple[int, int] | None]:
+    def axes(self, per: str, ndim: int) -> list[tuple[int, int] | None]:
         """Return for each mesh dimension which axis of the parameter it cuts, and of an entry.
 
         Args:
-            by_row: whether the entry of the state is kept for each row, or for each matrix.
+            per: what the state has an entry for: "row", "matrix" or "parameter".
             ndim: axes of the entry.
         """
         found: list[tuple[int, int] | None] = []
         for placement in self.placements:
             axis = axis_of(placement)
-            if axis is None or (not by_row and (axis == self.axis or self.axis is None)):
+            of_rows = axis == self.axis or self.axis is None
+            if axis is None or per == "parameter" or (per == "matrix" and of_rows):
                 found.append(None)
             elif axis == self.axis:
                 found.append((axis, ndim - 2))
@@ -247,11 +264,14 @@ class Layout:
                 found.append((axis, axis))
         return found
 
-    def wrapped(self, value: Tensor, by_row: bool) -> Tensor:
-        """Return what is held of an entry of the state as a DTensor, where it is cut."""
+    def wrapped(self, value: Tensor, per: str) -> Tensor:
+        """Return what is held of an entry of the state as a DTensor; where all is held, as it is.
+
+        What is kept for each row is always one, as the parameter is.
+        """
         assert self.mesh is not None
-        axes = self.axes(by_row, value.ndim)
-        if not by_row and not any(axes):
+        axes = self.axes(per, value.ndim)
+        if per != "row" and not any(axes):
             return value
         shape, placements = list(value.shape), []
         for placement, pair in zip(self.placements, axes, strict=True):
@@ -263,14 +283,14 @@ class Layout:
             value, self.mesh, placements, run_check=False, shape=meta.shape, stride=meta.stride()
         )
 
-    def part_of(self, value: Tensor, by_row: bool) -> Tensor:
+    def part_of(self, value: Tensor, per: str) -> Tensor:
         """Return what is to be held of an entry of the state that is given whole, or sharded.
 
         A part of a whole entry shares its memory.
         """
         if self.mesh is None or value.ndim == 0:
             return value
-        axes = self.axes(by_row, value.ndim)
+        axes = self.axes(per, value.ndim)
         if isinstance(value, DTensor):
             placements = [
                 Replicate() if pair is None else at_axis(placement, pair[1])
@@ -305,15 +325,15 @@ def agreed(flags: Tensor, teams: Sequence[Team]) -> Tensor:
 class HeldState(MutableMapping[str, Any]):
     """The state of a parameter as a step sees it: of tensors that are cut, what is held here."""
 
-    def __init__(self, state: dict[str, Any], layout: Layout, slots: Sequence[str]) -> None:
-        self._state, self._layout, self._slots = state, layout, slots
+    def __init__(self, state: dict[str, Any], layout: Layout, each: Each) -> None:
+        self._state, self._layout, self._each = state, layout, each
 
     def __getitem__(self, key: str) -> Any:
         return here(self._state[key])
 
     def __setitem__(self, key: str, value: Any) -> None:
         if isinstance(value, Tensor) and value.ndim > 0:
-            value = self._layout.wrapped(value, is_by_row(key, self._slots))
+            value = self._layout.wrapped(value, self._each.of(key))
         self._state[key] = value
 
     def __delitem__(self, key: str) -> None:
@@ -324,11 +344,6 @@ class HeldState(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._state)
-
-
-def is_by_row(key: str, slots: Sequence[str]) -> bool:
-    """Return whether an entry of a state is a moment, kept for each row of a parameter."""
-    return key.partition(".")[0] in slots
 
 
 def here(value: Any) -> Any:

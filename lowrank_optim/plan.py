@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .distributed import Layout, Team
+from .distributed import Each, Layout, Team
 from .functional import Norms, Want
 
 State = MutableMapping[str, Any]
@@ -148,7 +148,8 @@ class Projector(Protocol):
     """Maps `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
 
     `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
-    names this projector owns in a parameter's state; `learns` says that the subspace comes from
+    names this projector owns in a parameter's state, `common` those of them that a stack has once
+    for all of its matrices; `learns` says that the subspace comes from
     the gradient, and `decomposes` that this takes a decomposition, whose bits may differ from
     machine to machine: then all processes take that of one; `whole` says that it takes a matrix
     whole or not at all instead of a part of every row; `captures` says what of it a CUDA graph may
@@ -157,6 +158,7 @@ class Projector(Protocol):
     """
 
     keys: ClassVar[tuple[str, ...]]
+    common: ClassVar[tuple[str, ...]]
     on_refresh: ClassVar[tuple[str, ...]]
     learns: ClassVar[bool]
     decomposes: ClassVar[bool]
@@ -278,6 +280,11 @@ class Plan:
     storage: Storage
     side: str
     on_refresh: str
+
+    @property
+    def each(self) -> Each:
+        """What the entries of a state are kept for."""
+        return Each(self.rule.slots, self.projector.common)
 
     def __post_init__(self) -> None:
         name = type(self.projector).__name__

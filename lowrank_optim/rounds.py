@@ -179,13 +179,13 @@ class Round:
             local = layout.local(param)
             fresh = init_state(local, site, group, plan, param.numel())
             state = states[param] = {}
-            layout.view(state, plan.rule.slots).update(fresh)
+            layout.view(state, plan.each).update(fresh)
         if grad is None or state is None:
             return None
         return Job(
             layout.local(param) if local is None else local,
             layout.gradient(grad),
-            layout.view(state, plan.rule.slots),
+            layout.view(state, plan.each),
             site,
             position,
             layout,

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from ranks import Ranks
+
 torch.set_num_threads(1)
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -28,3 +30,11 @@ def device(request):
     if request.param == "cpu" and HAS_GPU:
         pytest.skip("there is a GPU: kernels are compiled, not interpreted")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Processes that form a group for a call; see `ranks.Ranks.run`."""
+    pool = Ranks()
+    yield pool
+    pool.close()

@@ -66,7 +66,7 @@ def test_prediction_equals_measurement(case):
 
 
 def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
-    """Projected moments, large matrices; vectors and small ones stay float32, a basis is bfloat16."""
+    """Moments of large matrices; vectors and small ones stay float32, a basis is bfloat16."""
     rank, wide = 300, torch.nn.Parameter(torch.zeros(40, 400))
     plain, short = torch.nn.Parameter(torch.zeros(16, 300)), torch.nn.Parameter(torch.zeros(4095))
     flat = torch.nn.Parameter(torch.zeros(5000))

@@ -25,6 +25,7 @@ class Columns(IndexTransport, Basis):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("index",)
+    common: ClassVar[tuple[str, ...]] = ("index",)
     learns: ClassVar[bool] = False
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
 

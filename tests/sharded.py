@@ -74,16 +74,13 @@ def train_sharded(model: nn.Module, optimizer: torch.optim.Optimizer, steps: ran
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a tensor, put together from pieces by their own offsets."""
+    """Return all of a tensor; of strided shards, the pieces in the order in which they were cut."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     if any(isinstance(placement, _StridedShard) for placement in tensor.placements):
-        mesh, local = tensor.device_mesh, tensor.detach().to_local()
+        local = tensor.detach().to_local()
         for dim in (0, 1):
-            size = mesh.size(1 - dim) if dim == 0 else 1
-            rows = -(-tensor.shape[0] // size)
-            del rows
-            local = gathered(local, mesh.get_group(dim))
+            local = gathered(local, tensor.device_mesh.get_group(dim))
         return local
     return tensor.detach().full_tensor()
 
@@ -95,9 +92,19 @@ def gathered(local: Tensor, group: Any) -> Tensor:
     return torch.cat(pieces)
 
 
-def run_case(case: Case, layout: str, dtype: torch.dtype, steps: int, changes: dict[str, Any]):
-    """Return a sharded model and its optimizer after some steps."""
-    model = sharded(Model(dtype), mesh_of(layout), layout)
+def run_case(
+    case: Case,
+    layout: str,
+    dtype: torch.dtype,
+    steps: int,
+    changes: dict[str, Any],
+    without: tuple[str, ...] = (),
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a sharded model, without some parameters, and its optimizer after some steps."""
+    model = Model(dtype)
+    for name in without:
+        delattr(model, name)
+    sharded(model, mesh_of(layout), layout)
     optimizer = case.build(model.parameters(), **changes)
     train_sharded(model, optimizer, range(steps))
     return model, optimizer

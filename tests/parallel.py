@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[type[LowRank], dict[str, Any]]] = {
     "fira": (FiraAdamW, {}),
     "frugal": (FrugalAdamW, {}),
     "apollo": (ApolloAdamW, {}),
+    "frugal-none": (FrugalAdamW, {"state_free": "none"}),
     "galore-8bit": (GaLoreAdamW, {"state_dtype": "8bit"}),
     "dct-8bit": (DCTAdamW, {"state_dtype": "8bit", "update_proj_gap": 1}),
     "fira-8bit": (FiraAdamW, {"state_dtype": "8bit"}),
@@ -46,14 +47,14 @@ class Net(nn.Module):
     Rows that two and four processes do not share out evenly, and three experts for four.
     """
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32, width: int = 15) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(0)
         self.embed = nn.Embedding(WORDS, 10)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(10, 15), nn.LayerNorm(15), nn.Tanh(), nn.Linear(15, 10))
-            for _ in range(2)
+            nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 10)) for _ in range(2)
         )
+        self.norm = nn.LayerNorm(10)
         self.experts = nn.Parameter(torch.zeros(3, 10, 10))
         self.head = nn.Linear(10, WORDS)
         for param in self.parameters():
@@ -65,7 +66,7 @@ class Net(nn.Module):
         for block in self.blocks:
             hidden = hidden + block(hidden)
         hidden = hidden + torch.einsum("...i,eij->...j", hidden, self.experts)
-        return self.head(hidden)
+        return self.head(self.norm(hidden))
 
 
 def batch(step: int, rank: int = 0, size: int = 1) -> Tensor:

@@ -145,7 +145,7 @@ class InBackward:
     def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Step the parameters of a bucket, whose gradients have been averaged."""
         optimizer = self._optimizer()
-        if optimizer is None:
+        if optimizer is None or optimizer._in_backward is not self:
             return
         with self._lock, torch.no_grad():
             turn = optimizer._round = optimizer._round or Round(optimizer)

@@ -14,13 +14,14 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .ddp import step_by_buckets
-from .distributed import is_distributed, several
+from .distributed import is_distributed
 from .guards import without_autocast
 from .norms import Norm, norm_of, total_norm
 from .plan import Group, Job
 from .rounds import Round
 from .settings import SettingError, fail, is_real, plan_of
 from .sites import Entry
+from .team import several
 from .update import project
 
 if TYPE_CHECKING:

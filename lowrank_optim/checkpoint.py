@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 STATE_VERSION = 1
 """Version of the layout of a state; a number in every group of a checkpoint."""
 
-LIVE = (*STRUCTURE, "impl", "capturable", "foreach", "fused")
+LIVE = (*STRUCTURE, "impl", "capturable", "foreach", "fused", "shard_basis")
 """Settings that stay as they are here: what the state means, and how this machine steps it."""
 
 
@@ -55,17 +55,18 @@ def load(
             group.update({k: v for k, v in own.items() if k in LIVE or k not in saved})
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             plan = plan_of(group)
+            each = plan.each(group)
             sites = sites_of(group, plan, optimizer._shared)
             for saved_id, (param, site) in zip(saved["params"], sites, strict=True):
                 if saved_id not in kept["state"]:
                     continue
                 layout = plain_layout(param, group, plan) if site is None else site.layout
-                view = layout.view(optimizer.state[param], plan.each)
+                view = layout.view(optimizer.state[param], each)
                 for key, value in kept["state"][saved_id].items():
                     if isinstance(value, Tensor):
                         counts = key in ("step", "age")
                         home = step_device(param, site, group, plan) if counts else param.device
-                        part = layout.part_of(value.detach(), plan.each.of(key))
+                        part = layout.part_of(value.detach(), each.of(key))
                         value = part.to(home, copy=True)
                     view[key] = value
 

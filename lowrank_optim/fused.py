@@ -105,12 +105,13 @@ def piece_of(moment: Stored, place: int) -> Stored:
 
 
 def kind_of(part: Part) -> Hashable:
-    """Return what the matrices of one launch have in common."""
+    """Return what the matrices of one launch have in common, on all processes if they are cut."""
     tensors = (part.param, part.grad)
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
     layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
     forms = (form_of(part.exp_avg), form_of(part.exp_avg_sq))
-    return (layout, forms, site_of(part.job).rank, part.param.device, counted)
+    cut = None if part.job.layout.mesh is None else part.job.layout
+    return (cut, layout, forms, site_of(part.job).rank, part.param.device, counted)
 
 
 def form_of(moment: Stored) -> Hashable:
@@ -123,7 +124,9 @@ def held_bytes(part: Part, plan: Plan) -> int:
 
     A basis is counted as one that is gathered in float32 and narrowed.
     """
-    want, (rows, cols) = plan.residual.want, part.param.shape
+    want, (rows, cols), layout = plan.residual.want, part.param.shape, part.job.layout
+    if layout.mesh is not None:
+        rows = -(-layout.rows // layout.team.size)  # the same number on all processes
     width = 2 if part.grad.dtype == torch.bfloat16 else 4
     values = width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
     return site_of(part.job).rank * (rows * values + 6 * cols)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import any_of
 from .geometry import matrix_shape
 from .plan import Job, Plan
+from .team import any_of
 
 Work = list[tuple[dict[str, Any], Plan, list[Job]]]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .distributed import Team
 from .plan import Job, Plan
+from .team import Team
 
 HELD = 256 << 20
 """Bytes of projected gradients and directions that wait for a sum over processes at once."""

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import Layout, Team
+from .distributed import Layout
 from .functional import compute_dtype
+from .team import Team
 
 
 class Norm(NamedTuple):

@@ -64,6 +64,9 @@ class LowRank(LayerWise):
         stagger: spread the refreshes of projectors that learn from the gradient over the interval,
             after the first, so that no step has to do all of them; a matrix's first interval may
             be shorter for it. Not with `capturable`.
+        shard_basis: of sharded matrices (DTensors), keep a part of the basis on each process
+            instead of all of it, and put it together when it is used: `cols rank` values a matrix
+            and step are gathered. For svd and power; the others keep no basis.
         process_group: the processes on which ordinary tensors among the parameters, and their
             gradients, are the same, as under DDP: `torch.distributed.group.WORLD`. A subspace is
             then learnt by one of them and shared. Of sharded parameters (DTensors) the mesh is
@@ -106,6 +109,7 @@ class LowRank(LayerWise):
         seed: int = 0,
         impl: str = "auto",
         stagger: bool = True,
+        shard_basis: bool = False,
         process_group: Any = None,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -129,6 +133,7 @@ class LowRank(LayerWise):
             "seed": seed,
             "impl": impl,
             "stagger": stagger,
+            "shard_basis": shard_basis,
             "skipped_steps": 0,
             "grad_norm": None,
             "state_version": checkpoint.STATE_VERSION,

@@ -14,8 +14,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .distributed import Each, Layout, Team
+from .distributed import Each, Layout
 from .functional import Norms, Want
+from .team import Team
 
 State = MutableMapping[str, Any]
 Group = Mapping[str, Any]
@@ -149,16 +150,17 @@ class Projector(Protocol):
 
     `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
     names this projector owns in a parameter's state, `common` those of them that a stack has once
-    for all of its matrices; `learns` says that the subspace comes from
-    the gradient, and `decomposes` that this takes a decomposition, whose bits may differ from
-    machine to machine: then all processes take that of one; `whole` says that it takes a matrix
-    whole or not at all instead of a part of every row; `captures` says what of it a CUDA graph may
-    hold: "refresh" all, "step" the steps between refreshes, "" nothing, because a refresh makes
-    tensors at other addresses.
+    for all of its matrices, `bases` those that are `(..., cols, rank)`; `learns` says that the
+    subspace comes from the gradient, and `decomposes` that this takes a decomposition, whose bits
+    may differ from machine to machine: then all processes take that of one; `whole` says that it
+    takes a matrix whole or not at all instead of a part of every row; `captures` says what of it a
+    CUDA graph may hold: "refresh" all, "step" the steps between refreshes, "" nothing, because a
+    refresh makes tensors at other addresses.
     """
 
     keys: ClassVar[tuple[str, ...]]
     common: ClassVar[tuple[str, ...]]
+    bases: ClassVar[tuple[str, ...]]
     on_refresh: ClassVar[tuple[str, ...]]
     learns: ClassVar[bool]
     decomposes: ClassVar[bool]
@@ -281,10 +283,10 @@ class Plan:
     side: str
     on_refresh: str
 
-    @property
-    def each(self) -> Each:
-        """What the entries of a state are kept for."""
-        return Each(self.rule.slots, self.projector.common)
+    def each(self, group: Group) -> Each:
+        """Return what the entries of a state are kept for."""
+        cut = self.projector.bases if group["shard_basis"] else ()
+        return Each(self.rule.slots, self.projector.common, cut)
 
     def __post_init__(self) -> None:
         name = type(self.projector).__name__

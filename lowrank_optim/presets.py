@@ -2,7 +2,7 @@
 
 Each takes the settings of `LowRank` that all methods share as keywords too: rank, side, seed,
 state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl, stagger,
-process_group. Memory is given for a matrix of m rows and n columns, m >= n, at rank r.
+shard_basis, process_group. Memory is given for a matrix of m rows and n columns, m >= n, at rank r.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Common(TypedDict, total=False):
     seed: int
     impl: str
     stagger: bool
+    shard_basis: bool
     process_group: Any
 
 

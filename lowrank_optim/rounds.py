@@ -11,13 +11,14 @@ from torch import Tensor
 
 from . import settings
 from .dispatch import refusal
-from .distributed import any_of, here, is_distributed
+from .distributed import here, is_distributed
 from .guards import Work, flat_error, flat_piece, without_autocast
 from .plan import Job, Plan
 from .settings import SettingError, plan_of
 from .sites import Entry, name_of, plain_layout, sites_of
 from .storage import shape_of
 from .subspace import Waiting, Watch, set_steps
+from .team import any_of
 from .update import init_state, step_plain, step_projected
 
 if TYPE_CHECKING:
@@ -179,13 +180,13 @@ class Round:
             local = layout.local(param)
             fresh = init_state(local, site, group, plan, param.numel())
             state = states[param] = {}
-            layout.view(state, plan.each).update(fresh)
+            layout.view(state, plan.each(group)).update(fresh)
         if grad is None or state is None:
             return None
         return Job(
             layout.local(param) if local is None else local,
             layout.gradient(grad),
-            layout.view(state, plan.each),
+            layout.view(state, plan.each(group)),
             site,
             position,
             layout,

@@ -179,6 +179,7 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "seed": integer(0),
     "impl": one_of("auto", "eager", "triton"),
     "stagger": flag,
+    "shard_basis": flag,
     "skipped_steps": integer(0),
 }
 

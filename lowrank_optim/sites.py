@@ -55,8 +55,11 @@ def sites_of(
                 raise SettingError(
                     f"parameter {place} of shape {tuple(param.shape)} of its group: {error}"
                 ) from None
+            width = width_of(rank, layout.cols, whole)
+            if plan.projector.bases:
+                width = min(width, layout.rows)  # more directions a gradient does not have
             site = Site(
-                rank=width_of(rank, layout.cols, whole),
+                rank=width,
                 cols=layout.cols,
                 dtype=compute_dtype(param.dtype),
                 device=param.device,

@@ -9,16 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .distributed import Layout, agreed
+from .distributed import Layout
 from .functional import Noise, usable
 from .geometry import oriented
 from .plan import Group, Job, Matrix, Plan, Site, State
 from .projectors import peaks_of
 from .rates import stream_and_height
 from .storage import load_moments, moments_of, shape_of, store_moments, stored
+from .team import agreed
 
 TOGETHER = 1 << 22
 """Elements of bases that are moved together: what a refresh may use beside grows with them."""
+
+ABREAST = 8
+"""So many times as much is moved together by processes of which each learns some."""
 
 
 Waiting = tuple[State, Layout]
@@ -105,7 +109,7 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
     for matrices in alike.values():
         grad, _, site = matrices[0][1]
         size = site.cols * site.rank * grad.shape[:-2].numel()
-        count = max(1, TOGETHER // max(1, size)) * site.team.size
+        count = max(1, TOGETHER // max(1, size)) * min(site.team.size, ABREAST)
         for start in range(0, len(matrices), count):
             yield matrices[start : start + count]
 
@@ -115,20 +119,20 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     projector = plan.projector
     carries = plan.on_refresh in ("rotate", "align")
     before = [snapshot(m.state, projector.keys) if carries else {} for _, m in part]
-    learn([matrix for _, matrix in part], plan, before)
-    for (job, matrix), old in zip(part, before, strict=True):
+    moved = learn([matrix for _, matrix in part], plan, before)
+    for (job, matrix), old, new in zip(part, before, moved, strict=True):
         state, site = matrix.state, matrix.site
         if plan.on_refresh == "reset":
             reset(job, plan, site)
         elif plan.on_refresh == "rotate" and site.step > 0:
             held = moments_of(state, plan.rule)
             moments = load_moments(held, plan.rule, site.dtype)
-            projector.transport(plan.rule, moments, old, state, site, group)
+            projector.transport(plan.rule, moments, old, new, site, group)
             store_moments(held, moments, plan.rule, noise_before(job, group), carried=True)
 
 
-def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> None:
-    """Move subspaces, in place and in the same way on all processes.
+def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> list[State]:
+    """Move subspaces, in place and in the same way on all processes; return them whole.
 
     Args:
         matrices: of one shape, dtype, device and layout.
@@ -136,16 +140,20 @@ def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> N
         before: what there was, for `on_refresh="align"`.
     """
     projector = plan.projector
-    projector.refresh(matrices)
-    for place, ((_, state, site), old) in enumerate(zip(matrices, before, strict=True)):
+    whole: list[State] = [{key: m.state[key] for key in projector.keys} for m in matrices]
+    projector.refresh([m._replace(state=own) for m, own in zip(matrices, whole, strict=True)])
+    for place, (matrix, own, old) in enumerate(zip(matrices, whole, before, strict=True)):
+        site = matrix.site
         if old and plan.on_refresh == "align" and site.step > 0 and site.team.owns(place):
-            projector.align(old, state)
-    if projector.decomposes:
-        for place, (_, state, site) in enumerate(matrices):
-            for key in projector.keys:
-                site.team.share_(state[key], place)
+            projector.align(old, own)
+    for place, (matrix, own) in enumerate(zip(matrices, whole, strict=True)):
+        for key in projector.keys:
+            if projector.decomposes:
+                matrix.site.team.share_(own[key], place)
+            matrix.state[key] = own[key]
     if projector.learns:
         note_set(matrices)
+    return whole
 
 
 def reset(job: Job, plan: Plan, site: Site) -> None:

@@ -87,7 +87,11 @@ def template(
         like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=meta)
     else:
         like = torch.empty(held.held, dtype=param.dtype, device=meta)
-    return init_state(like, site, group, plan, param.numel())
+    state = init_state(like, site, group, plan, param.numel())
+    if site is not None and held is not None and held.mesh is not None:
+        for key in plan.each(group).cut:
+            state[key] = held.columns_of(state[key])
+    return state
 
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
@@ -130,6 +134,7 @@ def divided(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[
         by_kernels = (
             job.low is None
             and job.param.numel() > 0
+            and job.layout.reaches_all
             and (dispatch.refusal(plan, group, job.param, job.grad, job.state, projected) is None)
         )
         (with_kernels if by_kernels else others).append(job)

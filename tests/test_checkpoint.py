@@ -24,6 +24,7 @@ GROUP_KEYS = {
     "params", "lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale",
     "projector", "rule", "residual", "side", "on_refresh", "state_dtype", "stochastic_rounding",
     "skip_nonfinite", "maximize", "capturable", "seed", "impl", "skipped_steps", "stagger",
+    "shard_basis",
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -271,3 +271,62 @@ def test_shapes_are_odd_enough():
     rows = {name: SHAPES[name][0] for name in PROJECTED}
     assert any(rows[name] % 2 for name in PROJECTED)
     assert any(rows[name] < 4 for name in PROJECTED)
+
+
+def cut_bases(layout, dtype):
+    """Train with bases that are cut, and return how far the weights are from those of one process.
+
+    With them come the bytes of a basis here, and of a whole one.
+    """
+    names = ("galore-align", "galore-power-rotate", "fira", "galore-8bit", "dct", "frugal-svd-sgd")
+    cases = [case for case in CASES if case.name in names]
+    found = {}
+    for case in cases:
+        changes = {"side": "right", "shard_basis": True}
+        ours, optimizer = run_case(case, layout, dtype, STEPS, changes)
+        assert state_bytes(optimizer) == predicted_bytes(optimizer)
+        theirs = Model(dtype)
+        train(theirs, case.build(theirs.parameters(), side="right"), range(STEPS))
+        pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+        far = max(float((whole(a) - b).abs().max()) for a, b in pairs if b.numel())
+        found[case.name] = far, all(same_everywhere(whole(p)) for p in ours.parameters())
+        basis = optimizer.state[ours.square].get("basis")
+        if basis is not None:
+            assert basis.shape == (9, RANK)
+            assert basis.to_local().shape[0] < 9
+    return found
+
+
+@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4", "hybrid", "nested", "rows-columns"])
+def test_a_basis_may_be_cut_and_put_together_for_use(ranks, layout):
+    assert_close(ranks.run(size_of(layout), cut_bases, layout, torch.float64), 1e-12)
+
+
+def by_kernels(layout, changes):
+    """Train by kernels on parts, and by plain torch on whole matrices; return the distance."""
+    case = Case("", FiraAdamW, {"projector": "power", "side": "right", **changes})
+    shapes = {"wide": (5, 11), "even": (6, 11), "stack": (3, 8, 5), "short": (4, 9)}
+    values = {
+        name: torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        for name, shape in shapes.items()
+    }
+    mesh = mesh_of(layout)
+    ours, theirs = nn.Module(), nn.Module()
+    for name, value in values.items():
+        part = cut(value, mesh, placements_for(value, layout))
+        ours.register_parameter(name, nn.Parameter(part))
+        theirs.register_parameter(name, nn.Parameter(value.clone()))
+    train_sharded(ours, case.build(ours.parameters(), impl="triton"), range(GAP + 1))
+    reference = {key: value for key, value in changes.items() if key != "shard_basis"}
+    case = Case("", FiraAdamW, {"projector": "power", "side": "right", **reference})
+    train(theirs, case.build(theirs.parameters()), range(GAP + 1))
+    pairs = zip(ours.parameters(), theirs.parameters(), strict=True)
+    return max(float((whole(left) - right).abs().max()) for left, right in pairs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"shard_basis": True}, {"state_dtype": "8bit"}], ids=str)
+@pytest.mark.parametrize("layout", ["fsdp-2", "columns"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not interpret kernels")
+def test_kernels_step_parts_of_matrices(ranks, layout, changes):
+    """Matrices whose parts are alike on one rank and not on the other are launched alike."""
+    assert max(ranks.run(2, by_kernels, layout, changes)) < 1e-5

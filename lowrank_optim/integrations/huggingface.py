@@ -6,8 +6,10 @@ from collections.abc import Container
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from ..distributed import is_distributed, several
 from ..groups import param_groups
 from ..optimizer import LowRank
 from ..settings import SettingError
@@ -15,7 +17,11 @@ from . import require
 
 require("transformers", "accelerate", extra="transformers")
 
-from accelerate.state import GradientState  # noqa: E402 - the line above says what is missing
+from accelerate.state import (  # noqa: E402 - the line above says what is missing
+    AcceleratorState,
+    GradientState,
+)
+from accelerate.utils import DistributedType  # noqa: E402
 from transformers import (  # noqa: E402
     Trainer,
     TrainerCallback,
@@ -40,7 +46,8 @@ def trainer_optimizer(
 
     Matrices are projected as `param_groups` sorts them. Learning rate, betas, eps and weight decay
     are those of `args`, read when Trainer builds the optimizer, and the parameters that are decayed
-    are those that Trainer decays. Frozen parameters are left out, tied ones stand once.
+    are those that Trainer decays. Frozen parameters are left out, tied ones stand once. Several
+    processes share subspaces: `process_group` is all of them, unless it is given.
 
         optimizer = trainer_optimizer(GaLoreAdamW, args, rank=128, update_proj_gap=200)
         Trainer(model, args, train_dataset=texts, optimizer_cls_and_kwargs=optimizer)
@@ -56,7 +63,8 @@ def trainer_optimizer(
         step_in_backward: step each parameter in the backward pass and free its gradient, see
             `LowRank.step_in_backward`. Accumulation is Trainer's, and `max_grad_norm` clips by the
             norm of the step before; Trainer itself finds no gradient to clip and logs a norm of 0,
-            but with the callback `LogGradNorm()`.
+            but with the callback `LogGradNorm()`. Several processes need FSDP2 for it; the first
+            step is then an ordinary one.
         accumulate: what it keeps of gradients that are accumulated: "full" or "projected".
         **settings: further settings of `cls`, such as `update_proj_gap`; `lr`, `betas`, `eps` and
             `weight_decay` take precedence over `args`.
@@ -69,7 +77,7 @@ def trainer_optimizer(
         TypeError: `cls` is no optimizer of this package, or has no such setting.
         ValueError: a setting out of its range, `optim_args` or `optim_target_modules` in `args`,
             or `fp16` with `step_in_backward`. When Trainer builds the optimizer: nothing would be
-            projected.
+            projected, or `step_in_backward` in several processes without FSDP2.
     """
     if not hasattr(trainer, "is_optimizer_factory"):
         raise ImportError(
@@ -117,9 +125,18 @@ class Factory:
         **settings: Any,
     ) -> LowRank:
         """Return the optimizer: projected groups first, each kind with decay before without."""
+        if in_backward is not None and several() and not _is_sharded(model):
+            raise SettingError(
+                "step_in_backward=True in several processes needs FSDP2: DistributedDataParallel, "
+                "which Trainer wraps around the model later, has not averaged gradients yet when "
+                "the backward pass gives them. Take fsdp=True in TrainingArguments, or ordinary "
+                "steps"
+            )
         # The method is Trainer's own rule, and reads nothing of a trainer.
         decayed = Trainer.get_decay_parameter_names(cast(Trainer, None), model)
         fields = _fields(args, settings)
+        if several():
+            fields.setdefault("process_group", dist.group.WORLD)
         groups = param_groups(
             model,
             rank,
@@ -149,6 +166,13 @@ class LogGradNorm(TrainerCallback):
         for logs in (kwargs.get("logs"), *state.log_history[-1:]):
             if norm is not None and logs and "grad_norm" in logs:
                 logs["grad_norm"] = float(norm)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP has sharded a model, or will once its optimizer is made."""
+    if any(is_distributed(param) for param in model.parameters()):
+        return True
+    return bool(AcceleratorState().distributed_type == DistributedType.FSDP)
 
 
 def _fields(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:

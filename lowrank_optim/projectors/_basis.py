@@ -29,6 +29,7 @@ class Basis:
 
     keys: ClassVar[tuple[str, ...]] = ("basis",)
     common: ClassVar[tuple[str, ...]] = ()
+    bases: ClassVar[tuple[str, ...]] = ()
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate", "align")
     learns: ClassVar[bool] = True
     decomposes: ClassVar[bool] = False

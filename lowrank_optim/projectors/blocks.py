@@ -39,6 +39,7 @@ class Blocks:
     order: str = "random"
     keys: ClassVar[tuple[str, ...]] = ()
     common: ClassVar[tuple[str, ...]] = ()
+    bases: ClassVar[tuple[str, ...]] = ()
     on_refresh: ClassVar[tuple[str, ...]] = ("reset",)
     learns: ClassVar[bool] = False
     decomposes: ClassVar[bool] = False

@@ -51,6 +51,7 @@ class Power(Basis):
     """
 
     iterations: int = 2
+    bases: ClassVar[tuple[str, ...]] = ("basis",)
     decomposes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

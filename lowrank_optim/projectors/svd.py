@@ -32,6 +32,7 @@ class SVD(Basis):
         Projection", arXiv 2403.03507.
     """
 
+    bases: ClassVar[tuple[str, ...]] = ("basis",)
     decomposes: ClassVar[bool] = True
 
     @torch.no_grad()

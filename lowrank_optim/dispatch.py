@@ -82,7 +82,8 @@ def reason_against(
 
 def dct_scores(grads: Sequence[Tensor], norm: str, site: Site) -> Tensor:
     """Return the scores of the columns of the cosine basis, see `functional.dct_scores`."""
-    if not site.kernels or not kernels().supports(site.cols, grads[0].dtype):
+    empty = grads[0].numel() == 0
+    if empty or not site.kernels or not kernels().supports(site.cols, grads[0].dtype):
         return functional.dct_scores(grads, norm)
     with on_device(grads[0].device):
         scores: Tensor = kernels().dct_scores(grads, norm)

@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[type[LowRank], dict[str, Any]]] = {
     "galore-power-rotate": (GaLoreAdamW, {"projector": "power", "on_refresh": "rotate"}),
     "dct": (DCTAdamW, {"update_proj_gap": 1}),
     "fira": (FiraAdamW, {}),
+    "fira-cut": (FiraAdamW, {"shard_basis": True}),
     "frugal": (FrugalAdamW, {}),
     "apollo": (ApolloAdamW, {}),
     "frugal-none": (FrugalAdamW, {"state_free": "none"}),

@@ -10,8 +10,12 @@ from parallel import GAP, METHODS, Net, difference, optimizer_of, train, trained
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
+
+from lowrank_optim import GaLoreAdamW
 
 COUNTS = (1, 2, 4)
 STOP, END = GAP + 1, 2 * GAP + 2
@@ -70,3 +74,51 @@ def test_saved_on_some_processes_goes_on_on_any_number(ranks, tmp_path, method, 
             assert difference(found, reference) < 1e-12, (loaded_on, form)
             if loaded_on == saved_on:
                 assert difference(found, uninterrupted) == 0, (loaded_on, form)
+
+
+def from_one_process(method, path):
+    """Load what one process has saved with torch.save, each rank its part of it, and go on."""
+    model = wrapped(Net(DTYPE), "fsdp")
+    optimizer = optimizer_of(model, method, lr=0.3)
+    saved = torch.load(path, weights_only=True)
+    set_model_state_dict(
+        model, saved["m"], options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    optimizer.load_state_dict(saved["o"])
+    train(model, optimizer, range(STOP, END))
+    return weights(model)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_state_of_one_process_is_loaded_part_by_part(ranks, tmp_path, method):
+    model = Net(DTYPE)
+    optimizer = optimizer_of(model, method)
+    train(model, optimizer, range(STOP))
+    path = tmp_path / "plain.pt"
+    torch.save({"m": model.state_dict(), "o": optimizer.state_dict()}, path)
+    train(model, optimizer, range(STOP, END))
+    for found in ranks.run(2, from_one_process, method, path):
+        assert difference(found, weights(model)) < 1e-12
+
+
+def wrong_way():
+    """Give a sharded state to ordinary parameters, and a state of another layout."""
+    model = wrapped(Net(), "fsdp")
+    optimizer = optimizer_of(model, "galore")
+    train(model, optimizer, range(1))
+    plain = optimizer_of(Net(), "galore")
+    with pytest.raises(ValueError, match=r"is sharded in the checkpoint and the parameter is not"):
+        plain.load_state_dict(optimizer.state_dict())
+    assert not plain.state
+    columns = torch.nn.Linear(30, 8, bias=False)
+    narrow = GaLoreAdamW(columns.parameters(), rank=3)
+    columns.weight.grad = torch.ones_like(columns.weight)
+    narrow.step()
+    rows = fully_shard(torch.nn.Linear(30, 8, bias=False))
+    auto = GaLoreAdamW(rows.parameters(), rank=3)
+    with pytest.raises(ValueError, match=r'side="auto" goes by the sharding: take "right"'):
+        auto.load_state_dict(narrow.state_dict())
+
+
+def test_a_state_that_does_not_fit_is_refused_with_the_way_out(ranks):
+    ranks.run(2, wrong_way)

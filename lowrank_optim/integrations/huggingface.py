@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed import is_distributed, several
+from ..distributed import is_distributed
 from ..groups import param_groups
 from ..optimizer import LowRank
 from ..settings import SettingError
+from ..team import several
 from . import require
 
 require("transformers", "accelerate", extra="transformers")

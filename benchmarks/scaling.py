@@ -1,9 +1,8 @@
-"""What sharded training costs: bytes of state and of communication, from formulas alone.
+"""What sharded training costs: the tables and the figure of docs/scaling.md, from formulas alone.
 
-Parameters are cut along their rows over all GPUs, as FSDP2's `fully_shard` cuts them, and the
-columns are projected (`side="right"`). Nothing here is measured. docs/scaling.md explains the
-formulas and what they assume; its tables, between two comments, are written by this script, and so
-is docs/scaling.png. `--check` writes nothing and exits with 1 where the tables are not these.
+The formulas are in `scaling_costs.py`; nothing is measured. The tables, between two comments of the
+document, are written by this script, and so is docs/scaling.png. `--check` writes nothing and exits
+with 1 where the tables are not these.
 """
 
 from __future__ import annotations
@@ -12,7 +11,23 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from scaling_costs import (
+    GAP,
+    METHODS,
+    MODELS,
+    STATES,
+    Model,
+    Traffic,
+    first_above,
+    fsdp,
+    gathered,
+    rank_of,
+    shared_bytes,
+    state_bytes,
+    step_traffic,
+)
 
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "scaling.md"
@@ -20,232 +35,10 @@ FIGURE = ROOT / "docs" / "scaling.png"
 BEGIN, END = "<!-- begin: benchmarks/scaling.py -->\n", "<!-- end -->"
 MIB, GIB = 2**20, 2**30
 GPUS = (8, 64, 256, 1024)
-SHARE = 1 / 4
-"""Rank by hidden size."""
-GAP = 200
-"""Steps between two refreshes of svd and power: the package's default."""
-BLOCK = 256
-"""Values that share an 8-bit scale."""
 LINK = 50e9
 """Bytes a second and direction of a nominal 400 Gb/s port, one for each GPU."""
 MEMORY, LEAST = 80e9, 5e-6
 """For the figure: bytes of a GPU, and GiB where its logarithmic axis starts."""
-
-
-class Shape(NamedTuple):
-    """Equal parameters: rows, which are sharded, columns (1 of a vector), and how many."""
-
-    rows: int
-    cols: int
-    count: int = 1
-    projected: bool = True
-
-
-class Model(NamedTuple):
-    """A LLaMA whose output layer is not its embedding."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocab: int
-
-    @property
-    def shapes(self) -> list[Shape]:
-        """All parameters; embedding, output layer and norms are not projected."""
-        kv = self.hidden // self.heads * self.kv_heads
-        return [
-            Shape(self.hidden, self.hidden, 2 * self.layers),
-            Shape(kv, self.hidden, 2 * self.layers),
-            Shape(self.intermediate, self.hidden, 2 * self.layers),
-            Shape(self.hidden, self.intermediate, self.layers),
-            Shape(self.vocab, self.hidden, 2, projected=False),
-            Shape(self.hidden, 1, 2 * self.layers + 1, projected=False),
-        ]
-
-    @property
-    def parameters(self) -> int:
-        """Their number."""
-        return sum(shape.rows * shape.cols * shape.count for shape in self.shapes)
-
-
-MODELS = (
-    Model("7B", 4096, 11008, 32, 32, 32, 32000),
-    Model("70B", 8192, 28672, 80, 64, 8, 128256),
-    Model("405B", 16384, 53248, 126, 128, 8, 128256),
-)
-
-
-class Method(NamedTuple):
-    """What a method keeps for a matrix beside moments.
-
-    Attributes:
-        label: its name in tables.
-        basis: "dense", "index" or nothing.
-        learns: how the basis is found: "svd", "power", "dct", or without the gradient.
-        sums: numbers that are added up over the GPUs in each step, and kept.
-        counts: bytes of step numbers and flags.
-    """
-
-    label: str
-    basis: str = ""
-    learns: str = ""
-    sums: int = 0
-    counts: int = 4
-
-
-METHODS = {
-    "adamw": Method("AdamW"),
-    "galore": Method("GaLore, svd", "dense", "svd", counts=5),
-    "galore-power": Method("GaLore, power", "dense", "power", counts=5),
-    "dct": Method("DCT", "index", "dct", counts=5),
-    "fira": Method("Fira, power", "dense", "power", sums=1, counts=5),
-    "frugal": Method("FRUGAL", "index", counts=8),
-    "apollo": Method("APOLLO", sums=1),
-    "dion": Method("Dion", counts=0),
-}
-
-
-STATES = {
-    name: "GaLore, Fira" if name == "galore" else method.label
-    for name, method in METHODS.items()
-    if method.learns != "power"
-}
-"""Rows of tables of states, with their names: GaLore keeps the same with svd and with power."""
-
-
-class Traffic(NamedTuple):
-    """Bytes a GPU hands to all-reduces, and to collectives that cross a link once (all others)."""
-
-    reduced: float = 0.0
-    once: float = 0.0
-
-    @property
-    def payload(self) -> float:
-        """All bytes handed over."""
-        return self.reduced + self.once
-
-    @property
-    def link(self) -> float:
-        """Bytes over the link of a GPU, each way, in a ring of many GPUs: N / (N - 1) times."""
-        return 2 * self.reduced + self.once
-
-    def plus(self, other: Traffic, factor: float) -> Traffic:
-        """Return this and a multiple of another."""
-        return Traffic(self.reduced + factor * other.reduced, self.once + factor * other.once)
-
-
-def rank_of(name: str, model: Model, shape: Shape, share: float = SHARE) -> int:
-    """Return the rank: the same for all matrices, but in Dion a share of the shorter axis."""
-    axis = min(shape.rows, shape.cols) if name == "dion" else model.hidden
-    return math.ceil(share * axis)
-
-
-def moment_bytes(rows: int, length: int, small: bool) -> int:
-    """Return two moments: float32, or a byte a value and four a block; vectors are float32."""
-    if not small or length == 1:
-        return 8 * rows * length
-    return 2 * rows * (length + 4 * -(-length // BLOCK))
-
-
-def sharded_bytes(name: str, shape: Shape, rank: int, gpus: int, small: bool) -> int:
-    """Return what the GPU with the most rows keeps for its rows of one parameter.
-
-    Dion keeps momentum and rows of Q, in float32 or bfloat16; AdamW's variance is float32 in both.
-    """
-    rows = -(-shape.rows // gpus)
-    if name == "dion":
-        size = 2 if small else 4
-        return rows * (size * (shape.cols + rank) if shape.projected else shape.cols * (size + 4))
-    length = rank if shape.projected and name != "adamw" else shape.cols
-    return moment_bytes(rows, length, small)
-
-
-def replicated_bytes(name: str, shape: Shape, rank: int, small: bool) -> int:
-    """Return what every GPU keeps for one parameter: basis or indices, numbers, counts."""
-    method = METHODS[name]
-    if not shape.projected:
-        return METHODS["adamw"].counts if method.counts else 0
-    basis = {"dense": shape.cols * rank * (2 if small else 4), "index": 8 * rank, "": 0}
-    return basis[method.basis] + 4 * method.sums + method.counts
-
-
-def shared_bytes(name: str, model: Model, share: float = SHARE) -> int:
-    """Return bases that layers share, made when needed: one for each width, on every GPU."""
-    widths = {shape.cols for shape in model.shapes if shape.projected}
-    each = {"dct": lambda n: 4 * n * n, "apollo": lambda n: 4 * n * math.ceil(share * model.hidden)}
-    return sum(each[name](width) for width in widths) if name in each else 0
-
-
-def state_bytes(name: str, model: Model, gpus: int, small: bool, share: float = SHARE) -> int:
-    """Return the state on one GPU; with `gpus=0`, only what each of any number of GPUs keeps."""
-    total = 0
-    for shape in model.shapes:
-        rank = rank_of(name, model, shape, share)
-        each = replicated_bytes(name, shape, rank, small)
-        total += shape.count * (
-            each + (sharded_bytes(name, shape, rank, gpus, small) if gpus else 0)
-        )
-    return total
-
-
-def refresh_traffic(name: str, cols: int, rank: int, small: bool = False) -> Traffic:
-    """Return what the refresh of one matrix takes.
-
-    svd reduces G^T G in float64 to one GPU, power sums up an image of the basis in each iteration;
-    both send the basis to all, and sum up a number. DCT sums up the score of each column.
-    """
-    basis = cols * rank * (2 if small else 4)
-    if METHODS[name].learns == "svd":
-        return Traffic(4, 8 * cols * cols + basis)
-    if METHODS[name].learns == "power":
-        return Traffic((2 + min(8, 32 // rank)) * 4 * cols * rank + 4, basis)
-    return Traffic(4 * cols) if METHODS[name].learns == "dct" else Traffic()
-
-
-def update_traffic(name: str, cols: int, rank: int, small: bool = False) -> Traffic:
-    """Return what one matrix takes in every step beside refreshes."""
-    if name == "dion":
-        return Traffic(cols * rank * (2 if small else 4) + 4 * rank)
-    return Traffic(4 * METHODS[name].sums)
-
-
-def step_traffic(name: str, model: Model, all_at_once: bool = False) -> Traffic:
-    """Return what a step takes on the average, or one in which all matrices are refreshed."""
-    total = Traffic()
-    gap = 1 if all_at_once or METHODS[name].learns == "dct" else GAP
-    for shape in model.shapes:
-        if shape.projected:
-            rank = rank_of(name, model, shape)
-            total = total.plus(update_traffic(name, shape.cols, rank), shape.count)
-            total = total.plus(refresh_traffic(name, shape.cols, rank), shape.count / gap)
-    return total
-
-
-def gathered(model: Model) -> Traffic:
-    """Return what it takes to gather the bf16 gradient of each matrix in every step."""
-    matrices = (shape for shape in model.shapes if shape.projected)
-    return Traffic(0, sum(2 * shape.rows * shape.cols * shape.count for shape in matrices))
-
-
-def fsdp(model: Model) -> Traffic:
-    """Return FSDP2's own: parameters gathered twice and gradients reduced once, all in bf16."""
-    return Traffic(0, 6 * model.parameters)
-
-
-def first_above(name: str, model: Model, share: float, small: bool) -> int:
-    """Return the least number of GPUs on which a method, shared bases too, takes more than AdamW.
-
-    Of methods that keep something on every GPU, for the search to end.
-    """
-    shared, gpus = shared_bytes(name, model, share), 1
-    while shared + state_bytes(name, model, gpus, small, share) <= state_bytes(
-        "adamw", model, gpus, small
-    ):
-        gpus += 1
-    return gpus
 
 
 def digits(value: float) -> str:
@@ -269,28 +62,31 @@ def both(name: str, model: Model, gpus: int) -> str:
 
 def model_table() -> str:
     """Lay out what the models are."""
-    heads = ["model", "parameters", "projected", "matrices", "rank", "Dion's rank of K, V"]
+    heads = ["model", "parameters", "projected", "matrices"]
+    heads += ["rank", "of K, V in GaLore, Fira", "of K, V in Dion"]
     rows = []
     for model in MODELS:
         matrices = [shape for shape in model.shapes if shape.projected]
         inside = sum(shape.rows * shape.cols * shape.count for shape in matrices)
         share = f"{100 * inside / model.parameters:.1f} %"
         count = sum(shape.count for shape in matrices)
-        ranks = [f"{rank_of(name, model, matrices[1]):,}" for name in ("galore", "dion")]
+        ranks = [f"{rank_of(name, model, matrices[1]):,}" for name in ("dct", "galore", "dion")]
         rows.append([model.name, f"{model.parameters:,}", share, str(count), *ranks])
     return table(heads, rows)
 
 
 def floor_table() -> str:
     """Lay out what every GPU holds, however many there are."""
-    names = ("state of GaLore, Fira", "state of DCT, FRUGAL", "state of APOLLO", "shared by DCT")
+    columns = {name: STATES[name] for name in ("galore", "galore-cut")}
+    columns |= {"dct": "DCT, FRUGAL", "apollo": "APOLLO"}
     rows = []
     for model in MODELS:
         widest = max(shape.cols for shape in model.shapes)
-        kept = [both(name, model, 0) for name in ("galore", "dct", "apollo")]
+        kept = [both(name, model, 0) for name in columns]
         shared = [digits(shared_bytes(name, model) / GIB) for name in ("dct", "apollo")]
         rows.append([model.name, *kept, *shared, digits(8 * widest**2 / GIB)])
-    return table(["model", *names, "shared by APOLLO", "G^T G of svd"], rows)
+    names = [f"state of {label}" for label in columns.values()]
+    return table(["model", *names, "shared by DCT", "shared by APOLLO", "G^T G of svd"], rows)
 
 
 def crossing_table() -> str:
@@ -366,7 +162,8 @@ def figure(path: Path) -> None:
 
     from lowrank_optim.demo.report import COLOURS
 
-    colours = COLOURS | {"galore-power": COLOURS["galore"], "dion": "#56B4E9"}
+    colours = COLOURS | dict.fromkeys(("galore-power", "galore-cut"), COLOURS["galore"])
+    colours["dion"] = "#56B4E9"
     drawing = Figure(figsize=(11, 7.6), layout="constrained")
     FigureCanvasAgg(drawing)
     above, below = drawing.subplots(2, 3, height_ratios=(3, 2), sharey="row")
@@ -376,7 +173,7 @@ def figure(path: Path) -> None:
     below[0].invert_yaxis()
     above[0].set_ylabel("GiB on each GPU, float32")
     drawing.legend(
-        *above[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False
+        *above[0].get_legend_handles_labels(), loc="outside upper center", ncols=7, frameon=False
     )
     drawing.supxlabel(
         "Computed, not measured. Rows sharded over all GPUs; rank: a quarter of the hidden size; "
@@ -392,7 +189,7 @@ def draw_state(axes: Any, model: Model, colours: dict[str, str]) -> None:
     for name, label in STATES.items():
         sizes = [state_bytes(name, model, gpus, False) for gpus in GPUS]
         sizes = [(size + shared_bytes(name, model)) / GIB for size in sizes]
-        axes.loglog(GPUS, sizes, "o-", ms=4, lw=1.8, color=colours[name], label=label)
+        axes.loglog(GPUS, sizes, lw=1.8, label=label, color=colours[name], **marks(name, 4))
     axes.axhline(MEMORY / GIB, color="#999999", lw=0.8, ls=":")
     axes.text(GPUS[-1], 1.07 * MEMORY / GIB, "80 GB", ha="right", fontsize=8, color="#777777")
     axes.set_xticks(GPUS, GPUS)
@@ -406,10 +203,11 @@ def draw_steps(axes: Any, model: Model, colours: dict[str, str]) -> None:
     """Draw a dot for what each method sends over a link in a step, on the average."""
     found = steps_of(model)
     filled = [*(colours[name] for name in METHODS), "#777777", "#bbbbbb"]
-    for place, (colour, (_, mean, _)) in enumerate(zip(filled, found, strict=True)):
+    names = [*METHODS, "", ""]
+    for place, (name, colour, (_, mean, _)) in enumerate(zip(names, filled, found, strict=True)):
         size = mean.link / GIB
         at = max(size, LEAST)
-        axes.plot(at, place, "o", ms=6, color=colour, visible=size > 0)
+        axes.plot(at, place, color=colour, visible=size > 0, **marks(name, 6))
         axes.annotate(digits(size), (at, place), (7 if size else 0, 0), va="center", fontsize=8,
                       textcoords="offset points")  # fmt: skip
     axes.set_yticks(range(len(found)), [label for label, _, _ in found])
@@ -418,6 +216,12 @@ def draw_steps(axes: Any, model: Model, colours: dict[str, str]) -> None:
     axes.set_xticks([1e-3, 1, 1e3], ["0.001", "1", "1000 GiB"])
     axes.set_title(f"{model.name}: over a link in a step", loc="left", fontsize=10)
     finish(axes)
+
+
+def marks(name: str, size: float) -> dict[str, Any]:
+    """Return how dots and lines look: hollow and dashed where bases are cut."""
+    look = {"marker": "o", "ms": size}
+    return look | ({"ls": (0, (3, 1.5)), "mfc": "white"} if name == "galore-cut" else {})
 
 
 def finish(axes: Any) -> None:

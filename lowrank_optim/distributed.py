@@ -7,6 +7,7 @@ on all of them. Neither does anything where a parameter is an ordinary tensor.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,6 +25,7 @@ from .placements import (
     at_axis,
     axis_of,
     cuts,
+    kinds,
     moves_to,
     placements_of,
     span,
@@ -31,11 +33,9 @@ from .placements import (
 )
 from .team import ALONE, Team, chunk, exchange, gathered
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Shard
-
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 class Each(NamedTuple):
@@ -192,7 +192,7 @@ class Layout:
             if axis is None or per == "parameter" or (per == "matrix" and of_rows):
                 found.append(None)
             elif per == "column" and of_rows:
-                found.append(Cut(ndim - 2, self.cols, Shard(ndim - 2)))
+                found.append(Cut(ndim - 2, self.cols, kinds().Shard(ndim - 2)))
             else:
                 place = ndim - 2 if axis == self.axis else axis
                 found.append(Cut(place, self.shape[axis], at_axis(placement, place)))
@@ -211,6 +211,8 @@ class Layout:
         for cut in filter(None, found):
             shape[cut.axis] = cut.length
         meta = torch.empty(shape, dtype=value.dtype, device="meta")
+        from torch.distributed.tensor import DTensor
+
         return DTensor.from_local(
             value,
             self.mesh,
@@ -229,8 +231,9 @@ class Layout:
             return value
         found = self.cuts_of(per, value.ndim)
         placements = placements_of(found)
-        if isinstance(value, DTensor):
-            return local_of(value.redistribute(value.device_mesh, placements))
+        if is_distributed(value):
+            sharded = cast("DTensor", value)
+            return local_of(sharded.redistribute(sharded.device_mesh, placements))
         for cut in {cut.axis: cut for cut in filter(None, found)}.values():
             value = value.narrow(cut.axis, *span(self.mesh, placements, cut.axis, cut.length))
         return value
@@ -304,8 +307,10 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def is_distributed(value: Any) -> bool:
-    """Return whether a value is a DTensor."""
-    return dist.is_available() and isinstance(value, DTensor)
+    """Return whether a value is a DTensor, of which there is none before torch has the class."""
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)
+    return kind is not None and isinstance(value, kind)
 
 
 def mesh_of(param: Tensor) -> tuple[DeviceMesh | None, Placements]:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch.distributed as dist
 
 from .geometry import Shape
 from .team import ALONE, Team, chunk
-
-if dist.is_available():
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.placement_types import _StridedShard
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Placements = tuple[Any, ...]
+
+
+@cache
+def kinds() -> ModuleType:
+    """Return torch's module of placements, imported at the first DTensor: it takes its time."""
+    return importlib.import_module("torch.distributed.tensor.placement_types")
+
+
+def is_strided(placement: Any) -> bool:
+    """Return whether a placement stands for a cut made after those of the dimensions behind it."""
+    return isinstance(placement, kinds()._StridedShard)
 
 
 class Cut(NamedTuple):
@@ -54,7 +62,9 @@ def moves_to(
             split = span(mesh, placements, axis, shape[axis])[1]
             inside = [other for other in order if other > dim]
             factor = math.prod(mesh.size(other) for other in inside)
-            placements[dim] = _StridedShard(axis, split_factor=factor) if inside else Shard(axis)
+            placements[dim] = (
+                kinds()._StridedShard(axis, split_factor=factor) if inside else kinds().Shard(axis)
+            )
             joined = span(mesh, placements, source, shape[source])[1]
             order.append(dim)
             moves.append(Move(dim, source, joined, split))
@@ -73,7 +83,7 @@ def team_of(mesh: DeviceMesh | None, dims: Sequence[int]) -> Team:
 
 def placements_of(cut_by: Sequence[Cut | None]) -> list[Any]:
     """Return the placements of an entry of a state."""
-    return [Replicate() if cut is None else cut.placement for cut in cut_by]
+    return [kinds().Replicate() if cut is None else cut.placement for cut in cut_by]
 
 
 def axis_of(placement: Any) -> int | None:
@@ -85,9 +95,9 @@ def at_axis(placement: Any, axis: int) -> Any:
     """Return a placement that cuts another axis in the same way."""
     if placement.dim == axis:
         return placement
-    if isinstance(placement, _StridedShard):
-        return _StridedShard(axis, split_factor=placement.split_factor)
-    return Shard(axis)
+    if is_strided(placement):
+        return kinds()._StridedShard(axis, split_factor=placement.split_factor)
+    return kinds().Shard(axis)
 
 
 def cuts(placements: Sequence[Any], axis: int) -> list[int]:
@@ -97,7 +107,7 @@ def cuts(placements: Sequence[Any], axis: int) -> list[int]:
     tensor parallelism has cut).
     """
     found = [dim for dim, placement in enumerate(placements) if axis_of(placement) == axis]
-    strided = [dim for dim in found if isinstance(placements[dim], _StridedShard)]
+    strided = [dim for dim in found if is_strided(placements[dim])]
     return [dim for dim in found if dim not in strided] + strided[::-1]
 
 

@@ -102,3 +102,15 @@ def test_parts_must_be_hashable():
 
     with pytest.raises(ValueError, match="hashable, as a frozen dataclass is"):
         LowRank([torch.nn.Parameter(torch.zeros(6, 5))], rank=2, projector=Unhashable())
+
+
+@pytest.mark.parametrize("projector", ["svd", "power", "dct", "columns"])
+def test_a_learnt_subspace_has_no_more_directions_than_the_matrix_has_rows(projector):
+    """What is beyond would be rounding noise, which Adam makes as long as any step."""
+    param = torch.nn.Parameter(torch.zeros(4, 30))
+    optimizer = LowRank([param], rank=10, side="right", projector=projector, lr=0.1)
+    for step in range(3):
+        param.grad = torch.randn(4, 30, generator=torch.Generator().manual_seed(step))
+        optimizer.step()
+    width = 4 if projector in ("svd", "power") else 10
+    assert optimizer.state[param]["exp_avg"].shape == (4, width)

@@ -67,7 +67,7 @@ def test_prediction_equals_measurement(case):
 
 def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
     """Moments of large matrices; vectors and small ones stay float32, a basis is bfloat16."""
-    rank, wide = 300, torch.nn.Parameter(torch.zeros(40, 400))
+    rank, wide = 300, torch.nn.Parameter(torch.zeros(320, 400))
     plain, short = torch.nn.Parameter(torch.zeros(16, 300)), torch.nn.Parameter(torch.zeros(4095))
     flat = torch.nn.Parameter(torch.zeros(5000))
     groups = [
@@ -79,7 +79,7 @@ def test_eight_bits_are_a_byte_a_value_and_a_scale_a_block():
         param.grad = torch.randn_like(param)
     predicted = predicted_bytes(optimizer)
     optimizer.step()
-    expected = 2 * 40 * (rank + 4 * 2) + 400 * rank * 2 + 1
+    expected = 2 * 320 * (rank + 4 * 2) + 400 * rank * 2 + 1
     expected += 2 * 16 * (300 + 4 * 2) + 2 * 4 * (4095 + 5000) + 4 * STEP
     assert state_bytes(optimizer) == predicted == expected
 

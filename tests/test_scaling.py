@@ -6,10 +6,14 @@ import importlib
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import wire
+from sharded import cut, mesh_of
 from torch import nn
+from torch.distributed.tensor import Shard
 
 from lowrank_optim import (
     ApolloAdamW,
@@ -27,6 +31,7 @@ RANK = 8
 OURS = {
     "galore": (GaLoreAdamW, {}),
     "galore-power": (GaLoreAdamW, {"projector": "power"}),
+    "galore-cut": (GaLoreAdamW, {"projector": "power", "shard_basis": True}),
     "dct": (DCTAdamW, {}),
     "fira": (FiraAdamW, {"projector": "power"}),
     "frugal": (FrugalAdamW, {}),
@@ -39,17 +44,31 @@ def scaling(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     yield importlib.import_module("scaling")
     sys.modules.pop("scaling")
+    sys.modules.pop("scaling_costs")
 
 
-def optimizer_of(scaling, name, state_dtype=None):
-    """An optimizer after a step, and the shapes of its parameters: matrices, and what is plain."""
-    shapes = [(scaling.Shape(48, 32, 2), True), (scaling.Shape(24, 40), True)]
-    shapes += [(scaling.Shape(160, 33, 1, projected=False), False)]
-    shapes += [(scaling.Shape(37, 1, 3, projected=False), False)]
+@pytest.fixture
+def costs(scaling):
+    return importlib.import_module("scaling_costs")
+
+
+@pytest.fixture
+def tiny(costs):
+    """A model of rank `RANK` at a share of `RANK / 32`."""
+    return costs.Model("tiny", 32, 40, 1, 4, 2, 50)
+
+
+def optimizer_of(costs, name, state_dtype=None):
+    """An optimizer after a step, and the shapes of its parameters: matrices, and what is plain.
+
+    One matrix has fewer rows than the rank.
+    """
+    shapes = [costs.Shape(48, 32, 2), costs.Shape(24, 40), costs.Shape(6, 40)]
+    shapes += [costs.Shape(160, 33, projected=False), costs.Shape(37, 1, 3, projected=False)]
     groups = {True: [], False: []}
-    for shape, projected in shapes:
+    for shape in shapes:
         size = (shape.rows, shape.cols) if shape.cols > 1 else (shape.rows,)
-        groups[projected] += [nn.Parameter(torch.randn(size)) for _ in range(shape.count)]
+        groups[shape.projected] += [nn.Parameter(torch.randn(size)) for _ in range(shape.count)]
     factory, settings = OURS[name]
     optimizer = factory(
         [
@@ -62,63 +81,110 @@ def optimizer_of(scaling, name, state_dtype=None):
     for param in groups[True] + groups[False]:
         param.grad = torch.randn_like(param)
     optimizer.step()
-    return optimizer, [shape for shape, _ in shapes]
+    return optimizer, shapes
+
+
+def kept(costs, name, shape, rank, gpus, small=False):
+    """Bytes that the formulas give for one parameter, on the GPU that has the most."""
+    sharded = costs.sharded_bytes(name, shape, rank, gpus, small)
+    return sharded + costs.replicated_bytes(name, shape, rank, small)
 
 
 @pytest.mark.parametrize("small", [False, True], ids=["float32", "8bit"])
 @pytest.mark.parametrize("name", OURS)
-def test_state_on_one_process_is_that_of_the_package(scaling, name, small):
-    optimizer, shapes = optimizer_of(scaling, name, "8bit" if small else None)
+def test_state_on_one_process_is_that_of_the_package(costs, tiny, name, small):
+    optimizer, shapes = optimizer_of(costs, name, "8bit" if small else None)
+    ranks = [costs.rank_of(name, tiny, shape, RANK / 32) for shape in shapes]
     expected = sum(
-        shape.count
-        * (
-            scaling.sharded_bytes(name, shape, RANK, 1, small)
-            + scaling.replicated_bytes(name, shape, RANK, small)
-        )
-        for shape in shapes
+        shape.count * kept(costs, name, shape, rank, 1, small)
+        for shape, rank in zip(shapes, ranks, strict=True)
     )
     assert predicted_bytes(optimizer) == state_bytes(optimizer) == expected
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_shared_bases_are_those_of_the_package(scaling, name):
-    optimizer, _ = optimizer_of(scaling, name)
-    model = scaling.Model("tiny", 32, 40, 1, 4, 2, 50)
-    assert shared_bytes(optimizer) == scaling.shared_bytes(name, model, share=RANK / 32)
+def test_shared_bases_are_those_of_the_package(costs, tiny, name):
+    optimizer, _ = optimizer_of(costs, name)
+    assert shared_bytes(optimizer) == costs.shared_bytes(name, tiny, share=RANK / 32)
 
 
-def test_adamw_is_that_of_torch(scaling):
+def step_cut(rows, cols):
+    """Return the bytes of a state whose basis is cut, and what two steps gather: the first learns.
+
+    What is gathered counts as what a process gets.
+    """
+    mesh = mesh_of("fsdp-2")
+    param = nn.Parameter(cut(torch.full((rows, cols), 0.1), mesh, [Shard(0)]))
+    optimizer = GaLoreAdamW([param], rank=RANK, projector="power", shard_basis=True, side="right")
+    found = []
+    for step in range(2):
+        grad = torch.randn(rows, cols, generator=torch.Generator().manual_seed(step))
+        param.grad = cut(grad, mesh, [Shard(0)])
+        with patch.dict(wire.NAMES, {"_allgather_base_": "all_gather"}):
+            found.append(wire.counted(optimizer.step).total("all_gather"))
+    assert predicted_bytes(optimizer) == state_bytes(optimizer)
+    return state_bytes(optimizer), found
+
+
+def test_bases_that_are_cut_are_those_of_the_package(costs, ranks):
+    """What the first of two processes keeps; with 33 columns it gathers as many as for 34."""
+    name, shape = "galore-cut", costs.Shape(48, 33)
+    (first, gathers), (second, others) = ranks.run(2, step_cut, shape.rows, shape.cols)
+    assert first == kept(costs, name, shape, RANK, 2)
+    assert second == first - costs.basis_bytes(1, RANK, False)
+    each = costs.update_traffic(name, 34, RANK).once
+    whole, parts = (costs.refresh_traffic(kind, 34, RANK).once for kind in ("galore-power", name))
+    assert gathers == others == [parts - whole + each, each]
+
+
+@pytest.mark.parametrize("small", [False, True], ids=["float32", "8bit"])
+def test_cut_bases_never_take_more_than_adamw(costs, small):
+    """As the document says: about as large a share on any number of GPUs, and no floor."""
+    for model in costs.MODELS:
+        for gpus in [*range(1, 66), *(2**power + 1 for power in range(7, 19))]:
+            taken = costs.state_bytes("galore-cut", model, gpus, small)
+            assert taken < 0.42 * costs.state_bytes("adamw", model, gpus, small)
+
+
+def test_adamw_is_that_of_torch(costs):
     param = nn.Parameter(torch.randn(48, 32))
     optimizer = torch.optim.AdamW([param])
     param.grad = torch.randn_like(param)
     optimizer.step()
-    shape = scaling.Shape(48, 32)
-    kept = scaling.sharded_bytes("adamw", shape, RANK, 1, False)
-    assert state_bytes(optimizer) == kept + scaling.replicated_bytes("adamw", shape, RANK, False)
+    assert state_bytes(optimizer) == kept(costs, "adamw", costs.Shape(48, 32), RANK, 1)
 
 
-def test_models_have_their_published_numbers_of_parameters(scaling):
+def test_models_have_their_published_numbers_of_parameters(costs):
     """Those of 7B and 70B are published to the last one, that of 405B is rounded."""
-    counts = {model.name: model.parameters for model in scaling.MODELS}
+    counts = {model.name: model.parameters for model in costs.MODELS}
     assert counts == {"7B": 6_738_415_616, "70B": 70_553_706_496, "405B": 405_853_388_800}
 
 
-def test_shards_take_no_less_than_the_whole(scaling):
+def test_shards_take_no_less_than_the_whole(costs):
     """The GPU with the most rows has at least its part, and fewer rows than GPUs cost one row."""
-    for name in scaling.METHODS:
-        whole = scaling.sharded_bytes(name, scaling.Shape(48, 32), RANK, 1, False)
+    shape = costs.Shape(48, 32)
+    for name, method in costs.METHODS.items():
         for gpus in (3, 5, 48, 100):
-            part = scaling.sharded_bytes(name, scaling.Shape(48, 32), RANK, gpus, False)
+            whole, part = (costs.sharded_bytes(name, shape, RANK, n, False) for n in (1, gpus))
+            if method.basis == "cut":
+                whole -= costs.basis_bytes(32, RANK, False)
+                part -= costs.basis_bytes(-(-32 // gpus), RANK, False)
             assert part == -(-48 // gpus) * whole // 48
 
 
-def test_refresh_is_spread_over_the_gap(scaling):
-    model = scaling.MODELS[0]
-    for name, method in scaling.METHODS.items():
-        mean = scaling.step_traffic(name, model).payload
-        most = scaling.step_traffic(name, model, all_at_once=True).payload
+def test_refresh_is_spread_over_the_gap(costs):
+    model = costs.MODELS[0]
+    for name, method in costs.METHODS.items():
+        mean = costs.step_traffic(name, model).payload
+        most = costs.step_traffic(name, model, all_at_once=True).payload
         if method.learns in ("svd", "power"):
-            assert most / scaling.GAP <= mean < 1.01 * most / scaling.GAP
+            each = sum(
+                shape.count
+                * costs.update_traffic(name, shape.cols, costs.rank_of(name, model, shape)).payload
+                for shape in model.shapes
+                if shape.projected
+            )
+            assert mean - each == pytest.approx((most - each) / costs.GAP)
         else:
             assert mean == most
 

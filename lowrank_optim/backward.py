@@ -327,4 +327,6 @@ def check_accumulable(index: int, group: Group, optimizer: LowRank) -> None:
 def job_of(turn: Round, entry: Entry) -> Job:
     """Return the job of a parameter; a gradient that is gone is zero."""
     param, grad = entry.param, entry.param.grad
+    if grad is None and is_distributed(param):
+        grad = torch.zeros_like(param)
     return turn.single(entry, param.new_zeros(()).expand_as(param) if grad is None else grad)

@@ -104,6 +104,11 @@ class Layout:
         return self._matrix[-2] if self.wide else self._matrix[-1]
 
     @property
+    def matrices(self) -> int:
+        """Number of matrices: of a stack, that of the whole."""
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
     def _matrix(self) -> Shape:
         matrix = matrix_shape(self.shape)
         assert matrix is not None

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .plan import Job, Plan
+from .plan import Group, Job, Plan
 from .team import Team
 
 HELD = 256 << 20
-"""Bytes of projected gradients and directions that wait for a sum over processes at once."""
+"""Bytes of projected gradients, directions and bases put together that wait for a sum at once."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Half:
         return self.places[0][0].layout.team
 
 
-def portions(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
+def portions(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
     """Yield jobs in lists, the same on all processes, of which no more than `HELD` bytes wait.
 
     One list, unless processes have to sum something: then it takes one collective each.
@@ -43,14 +43,15 @@ def portions(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
     want = plan.residual.want
     some: list[Job] = []
     held = 0
-    kinds = want.low + want.direction if want.norms else 0
+    kinds = want.low + want.direction
+    cuts = bool(plan.each(group).cut)
     for job in jobs:
-        assert job.site is not None
-        team = job.layout.team
+        site = job.site
+        assert site is not None
         size = 0
-        if team.size > 1:
-            rows = job.layout.rows * job.grad.shape[:-2].numel() // team.size
-            size = kinds * rows * job.site.rank * job.site.dtype.itemsize
+        if want.norms and site.team.size > 1:
+            lines = kinds * job.layout.rows // site.team.size + cuts * site.cols
+            size = lines * job.layout.matrices * site.rank * site.dtype.itemsize
         if some and held + size > HELD:
             yield some
             some, held = [], 0

@@ -104,7 +104,8 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
     for job in jobs:
         site = site_of(job)
         _, grad = oriented(job.grad, job.layout.wide)
-        kind = (job.layout, site.rank, grad.dtype, grad.device, site.dtype)
+        lies = (grad.shape, site.team) if job.layout.mesh is None else job.layout
+        kind = (lies, site.rank, grad.dtype, grad.device, site.dtype)
         alike.setdefault(kind, []).append((job, Matrix(grad, job.state, site)))
     for matrices in alike.values():
         grad, _, site = matrices[0][1]

@@ -98,7 +98,7 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Do one step of projected parameters, in place; return which may lack a subspace."""
     waiting = move_subspaces([job for job in jobs if job.low is None], group, plan)
     count(jobs)
-    for some in portions(jobs, plan):
+    for some in portions(jobs, group, plan):
         with_kernels, others = divided(some, group, plan)
         eager = (begin_eagerly(job, group, plan) for job in others)
         run(chain(eager, fused.begin(with_kernels, group, plan)))

@@ -23,7 +23,7 @@ from sharded import (
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, predicted_bytes, state_bytes
+from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, halves, predicted_bytes, state_bytes
 
 STEPS = 3 * GAP + 1
 """Each matrix moves its subspace three times."""
@@ -330,3 +330,22 @@ def by_kernels(layout, changes):
 def test_kernels_step_parts_of_matrices(ranks, layout, changes):
     """Matrices whose parts are alike on one rank and not on the other are launched alike."""
     assert max(ranks.run(2, by_kernels, layout, changes)) < 1e-5
+
+
+def several_sums(bytes_held):
+    """Train with room for one matrix at a time between the halves of a step."""
+    halves.HELD, kept = bytes_held, halves.HELD
+    case = Case("", FiraAdamW, {"side": "right", "shard_basis": True, "stagger": False})
+    try:
+        model, _ = run_case(case, "fsdp-2", torch.float64, STEPS, {})
+    finally:
+        halves.HELD = kept
+    return [whole(param) for param in model.parameters()]
+
+
+def test_a_step_may_sum_several_times_to_hold_less(ranks):
+    """The numbers are those of one sum for all, to the bit."""
+    for ours, theirs in zip(
+        ranks.run(2, several_sums, 1), ranks.run(2, several_sums, halves.HELD), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -254,12 +254,12 @@ class Layout:
         return found
 
     def columns_of(self, basis: Tensor) -> Tensor:
-        """Return the part of a basis `(..., cols, rank)` that is kept here."""
+        """Return a copy of the part of a basis `(..., cols, rank)` that is kept here."""
         for dim, length in self._column_lengths:
             assert self.mesh is not None
             place = chunk(length, self.mesh.size(dim), self.mesh.get_local_rank(dim))
             basis = basis.narrow(-2, *place)
-        return basis.contiguous()
+        return basis.clone(memory_format=torch.contiguous_format)
 
     def put_together(self, part: Tensor) -> Tensor:
         """Return a whole basis from the parts that the processes with other rows keep."""

@@ -157,7 +157,8 @@ def gathered(part: Tensor, group: Any, axis: int, length: int) -> Tensor:
     sent = part.new_zeros(shape)
     sent.narrow(axis, 0, part.shape[axis]).copy_(part)
     received = part.new_empty(count * shape[0], *shape[1:])
-    dist.all_gather_into_tensor(received, sent, group)
+    # Torch 2.13 has a new name for it and warns of the old one.
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(received, sent, group)
     pieces = [
         piece.narrow(axis, 0, chunk(length, count, place)[1])
         for place, piece in enumerate(received.view(count, *shape).unbind())

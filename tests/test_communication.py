@@ -29,12 +29,13 @@ METHODS = {
     "apollo": (ApolloAdamW, {}, {}, NUMBER),
     "apollo-mini": (ApolloAdamW, {"rank": 1}, {}, 3 * NUMBER),
 }
+CUT = {"galore-cut": (GaLoreAdamW, {"projector": "power", "shard_basis": True}, POWER, 0)}
 """A method, what a refresh of one matrix sends, and what each step sends for one."""
 
 
 def steps(method, layout):
     """Return what each of some steps hands to collectives."""
-    cls, settings, _, _ = METHODS[method]
+    cls, settings, _, _ = {**METHODS, **CUT}[method]
     mesh = mesh_of(layout)
     params = [
         nn.Parameter(cut(torch.full((ROWS, COLS), 0.1), mesh, [Shard(0)])) for _ in range(MATRICES)
@@ -93,3 +94,15 @@ def test_columns_for_rows_are_three_exchanges_of_what_is_held(ranks):
         for calls in found:
             assert [name for name, _ in calls] == ["all_to_all"] * 3
             assert sum(size for _, size in calls) == 3 * held
+
+
+@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4"])
+def test_cut_bases_are_gathered_when_they_are_used(ranks, layout):
+    """Once a step, and once more where they move; chunks of uneven bases are padded."""
+    count = int(layout[-1])
+    basis = -(-COLS // count) * count * RANK * 4
+    for calls in ranks.run(count, steps, "galore-cut", layout):
+        for step, made in enumerate(calls):
+            gathered = [size for name, size in made if name == "all_gather"]
+            assert gathered == [basis] * MATRICES * (1 if step % GAP else 2)
+            assert step % GAP == 0 or len(made) == len(gathered)

@@ -294,6 +294,8 @@ def cut_bases(layout, dtype):
         if basis is not None:
             assert basis.shape == (9, RANK)
             assert basis.to_local().shape[0] < 9
+            size = basis.to_local().numel() * basis.to_local().element_size()
+            assert basis.to_local().untyped_storage().nbytes() == size
     return found
 
 

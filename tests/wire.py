@@ -13,6 +13,7 @@ NAMES = {
     "reduce_": "reduce",
     "broadcast_": "broadcast",
     "alltoall_base_": "all_to_all",
+    "_allgather_base_": "all_gather",
 }
 """The collectives that the package uses, by the names of their operators."""
 
@@ -20,7 +21,7 @@ NAMES = {
 class Wire(TorchDispatchMode):
     """Notes each collective with the bytes of the tensor that a process hands to it.
 
-    An operator of another name would be a KeyError, a gathered gradient among them.
+    Of an all-gather, those that it gets. An operator of another name would be a KeyError.
     """
 
     def __init__(self) -> None:

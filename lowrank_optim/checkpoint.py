@@ -61,14 +61,12 @@ def load(
                 if saved_id not in kept["state"]:
                     continue
                 layout = plain_layout(param, group, plan) if site is None else site.layout
-                view = layout.view(optimizer.state[param], each)
                 for key, value in kept["state"][saved_id].items():
                     if isinstance(value, Tensor):
                         counts = key in ("step", "age")
                         home = step_device(param, site, group, plan) if counts else param.device
-                        part = layout.part_of(value.detach(), each.of(key))
-                        value = part.to(home, copy=True)
-                    view[key] = value
+                        value = layout.kept(value.detach(), each.of(key), home)
+                    optimizer.state[param][key] = value
 
     before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)

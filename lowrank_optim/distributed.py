@@ -227,13 +227,14 @@ class Layout:
             stride=meta.stride(),
         )
 
-    def part_of(self, value: Tensor, per: str) -> Tensor:
-        """Return what is to be held of an entry of the state that is given whole, or sharded.
-
-        A part of a whole entry shares its memory.
-        """
+    def kept(self, value: Tensor, per: str, device: torch.device) -> Tensor:
+        """Return a copy of an entry that is given whole, or sharded, as the state keeps it."""
         if self.mesh is None or value.ndim == 0:
-            return value
+            return value.to(device, copy=True)
+        return self.wrapped(self._part_of(value, per).to(device, copy=True), per)
+
+    def _part_of(self, value: Tensor, per: str) -> Tensor:
+        """Return what is held here of an entry; of a whole one, a view."""
         found = self.cuts_of(per, value.ndim)
         placements = placements_of(found)
         if is_distributed(value):

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 --max-restarts 2 tests/killed_worker.py FOLDER
 
-Every method trains a model of its own, a step of each after another, and all are saved together.
+Each method trains a model of its own, a step of each after another, and all are saved together.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parallel import METHODS, Net, batch, loss_of, optimizer_of, wrapped
+from parallel import Net, batch, loss_of, optimizer_of, wrapped
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_state_dict,
 )
 
+METHODS = ("galore-power-rotate", "dct", "fira-8bit", "frugal", "apollo")
 STEPS, EVERY = 12, 2
 KILLS = {0: (1, 7, "dct"), 1: (0, 10, "saving")}
 """By the number of restarts: the rank that is killed, the step, and what it is about to do."""

@@ -15,6 +15,7 @@ from cases import Model
 from galore_torch import GaLoreAdamW
 from hf_models import llama
 from hf_runs import arguments, texts
+from test_torchrun import RECIPES
 from torch import nn
 
 import lowrank_optim
@@ -22,7 +23,8 @@ from lowrank_optim import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"^```python ?(\w*)\n(.*?)^```", TEXT, re.M | re.S)
+ALL = re.findall(r"^```python ?(\w*)\n(.*?)^```", TEXT, re.M | re.S)
+SNIPPETS = [(kind, snippet) for kind, snippet in ALL if kind != "torchrun"]
 """What a snippet needs beside the usual, and the snippet."""
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S))
 
@@ -149,6 +151,14 @@ def test_snippet_runs_and_its_optimizer_trains(kind, snippet, context, tmp_path,
         assert last < first
     else:
         assert max(state["step"] for state in ours.state.values()) >= 3
+
+
+def test_what_needs_several_processes_is_run_by_torchrun():
+    assert [snippet for kind, snippet in ALL if kind == "torchrun"] == RECIPES
+    assert len(RECIPES) == TEXT.count("```python torchrun")
+    joined = "".join(RECIPES)
+    for name in ("dcp.save", "fsdp_version=2", "DistributedDataParallel", "step_in_backward"):
+        assert name in joined, name
 
 
 def test_there_are_snippets_for_every_package_we_speak_of():

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-METHODS = ("galore-power-rotate", "dct", "fira-8bit", "frugal", "apollo")
+METHODS = ("galore-power-rotate", "dct", "fira-8bit", "fira-cut", "frugal", "apollo")
 STEPS, EVERY = 12, 2
 KILLS = {0: (1, 7, "dct"), 1: (0, 10, "saving")}
 """By the number of restarts: the rank that is killed, the step, and what it is about to do."""

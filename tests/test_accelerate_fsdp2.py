@@ -15,7 +15,7 @@ from parallel import GAP, Net, batch, difference, loss_of, optimizer_of, weights
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-METHODS = ("galore-power-rotate", "dct", "fira-8bit", "frugal", "apollo")
+METHODS = ("galore-power-rotate", "dct", "fira-8bit", "fira-cut", "frugal", "apollo")
 FORMS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 COUNTS = (1, 2, 4)
 MICRO = 2

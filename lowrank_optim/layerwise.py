@@ -117,7 +117,8 @@ class LayerWise(Optimizer):
 
         Args:
             accumulation_steps: backward passes a step; or a function that says whether the one
-                under way is the last of its step, as `lambda: accelerator.sync_gradients`.
+                under way is the last of its step, as `lambda: accelerator.sync_gradients`. Passes
+                in which FSDP2 does not synchronise gradients do not count.
             accumulate: what is kept until the last pass. "full" keeps gradients whole in `.grad`:
                 the memory of ordinary accumulation, and its results. "projected" keeps the
                 projected gradient in the dtype of the arithmetic, `rows * rank` values a matrix

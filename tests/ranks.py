@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 MOST = 4
-WAIT = 120
+WAIT = 300
 """Seconds that a collective, or a whole call, may take before the test fails."""
 
 

@@ -160,3 +160,28 @@ def test_tensor_parallelism_alone_and_with_fsdp2(ranks, method, count, sharded, 
     train(model, optimizer_of(model, method), range(STEPS))
     for found in ranks.run(count, tensor_parallel, method, sharded, in_backward):
         assert difference(found, weights_of(model)) < 1e-12
+
+
+def synchronised_once(method, in_backward):
+    """Train with two backward passes a step, of which FSDP2 reduces the gradients in the last."""
+    model = wrapped(Net(WIDE), "fsdp")
+    optimizer = optimizer_of(model, method)
+    if in_backward:
+        optimizer.step_in_backward()
+    for step in range(STEPS):
+        for part in (0, 1):
+            model.set_requires_gradient_sync(part == 1)
+            words = batch(2 * step + part, dist.get_rank(), dist.get_world_size())
+            (loss_of(model, words) / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights_of(model)
+
+
+def test_passes_without_synchronisation_do_not_count(ranks):
+    for ours, theirs in zip(
+        ranks.run(2, synchronised_once, "fira", True),
+        ranks.run(2, synchronised_once, "fira", False),
+        strict=True,
+    ):
+        assert difference(ours, theirs) == 0

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .ddp import step_by_buckets
-from .distributed import is_distributed
+from .distributed import is_distributed, reuse_later
 from .guards import without_autocast
 from .norms import Norm, norm_of, total_norm
 from .plan import Group, Job
@@ -141,6 +141,7 @@ class InBackward:
                 self._measure(turn, entry)
             elif not self._skips and not self._use(turn, entry):
                 return
+            reuse_later(param.grad)
             param.grad = None
 
     def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:

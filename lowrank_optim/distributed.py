@@ -319,6 +319,16 @@ def is_distributed(value: Any) -> bool:
     return kind is not None and isinstance(value, kind)
 
 
+def reuse_later(grad: Tensor) -> None:
+    """Keep the memory of a gradient until the current stream is done with it, also if it is freed.
+
+    FSDP2 makes gradients on one stream and, with copies, calls hooks on another.
+    """
+    local = here(grad)
+    if local.is_cuda:
+        local.record_stream(torch.cuda.current_stream(local.device))
+
+
 def mesh_of(param: Tensor) -> tuple[DeviceMesh | None, Placements]:
     """Return the mesh and the placements of a parameter; none of an ordinary tensor."""
     if not is_distributed(param):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import reason_of
-from .distributed import here
+from .distributed import here, is_distributed
 from .plan import State
 from .settings import SettingError, plan_of
 from .sites import plain_layout, sites_of
@@ -113,6 +113,8 @@ def summary(optimizer: LowRank) -> str:
             f"{row['parameters']:>14,} {share:>9.1%} {row['state'] / MIB:>10.2f} "
             f"{row['adamw'] / MIB:>10.2f} {saved:>6.0%}"
         )
+    if any(is_distributed(param) for group in optimizer.param_groups for param in group["params"]):
+        lines.append("parameters are counted whole, states as they lie on this process")
     lines += steppers(optimizer)
     if shared := shared_bytes(optimizer):
         lines.append(f"and {shared / MIB:.2f} MiB of bases shared by layers, made when needed")

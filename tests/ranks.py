@@ -15,15 +15,20 @@ import torch
 import torch.distributed as dist
 
 MOST = 4
+CALLS = 30
+"""Calls after which processes are new: torch leaves threads of each group behind."""
 WAIT = 300
 """Seconds that a collective, or a whole call, may take before the test fails."""
 
 
 def serve(rank: int, calls: Connection) -> None:
-    """Do what is asked until there is nothing more."""
+    """Do what is asked, each time in the environment of the start."""
     torch.set_num_threads(1)
-    while (call := calls.recv()) is not None:
-        function, args, count, store = call
+    environment = dict(os.environ)
+    while True:
+        function, args, count, store = calls.recv()
+        os.environ.clear()
+        os.environ.update(environment)
         try:
             dist.init_process_group(
                 "gloo",
@@ -47,11 +52,14 @@ class Ranks:
     def __init__(self) -> None:
         self._ends: list[Connection] = []
         self._processes: list[Any] = []
+        self._calls = 0
 
     def start(self) -> None:
-        """Start the processes, unless they are there."""
-        if self._ends:
+        """Start the processes, unless they are there and not too old."""
+        self._calls += 1
+        if self._ends and self._calls % CALLS:
             return
+        self.close()
         context = multiprocessing.get_context("spawn")
         for rank in range(MOST):
             ours, theirs = context.Pipe()

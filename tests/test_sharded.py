@@ -69,6 +69,7 @@ def assert_close(answers, tolerance):
         assert not far
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_numbers_of_one_process(ranks, layout):
     cases = [case for case in CASES if layout in MAIN or case.name in FEW]
@@ -76,6 +77,7 @@ def test_every_layout_gives_the_numbers_of_one_process(ranks, layout):
     assert_close(ranks.run(size_of(layout), differences, *args), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4"])
 def test_in_float32_too_with_states_in_8_bits(ranks, layout):
     cases = [case for case in CASES if case.name in (*PRESETS, *FEW)]
@@ -131,6 +133,7 @@ def state_here(case):
     """Check what a state is made of, and return its bytes here: of sharded parts, and of others."""
     _, optimizer = run_case(case, "fsdp-4", torch.float32, GAP, {"side": "right"})
     assert state_bytes(optimizer) == predicted_bytes(optimizer)
+    assert "states as they lie on this process" in optimizer.summary()
     parts = others = 0
     for param, state in optimizer.state.items():
         for key, value in state.items():
@@ -151,6 +154,7 @@ def states_here(cases):
     return [state_here(case) for case in cases]
 
 
+@pytest.mark.slow
 def test_state_is_shared_out_and_the_rest_is_the_same_everywhere(ranks):
     """Parts add up to what one process has: bytes on a rank are total / ranks but for odd rows."""
     cases = [case for case in [*CASES, *EIGHT] if "side" not in case.settings]
@@ -299,6 +303,7 @@ def cut_bases(layout, dtype):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4", "hybrid", "nested", "rows-columns"])
 def test_a_basis_may_be_cut_and_put_together_for_use(ranks, layout):
     assert_close(ranks.run(size_of(layout), cut_bases, layout, torch.float64), 1e-12)

@@ -96,11 +96,13 @@ def several() -> bool:
 
 def any_of(flag: bool, teams: Sequence[Team], device: torch.device) -> bool:
     """Return whether a flag is set on any process of some teams; without teams it is ours."""
-    found = torch.full((1,), int(flag), dtype=torch.int32, device=device)
     with_others = [team for team in dict.fromkeys(teams) if team.groups]
+    if not with_others:
+        return flag
+    found = torch.full((1,), int(flag), dtype=torch.int32, device=device)
     for team in with_others:
         team.max_(found)
-    return bool(found) if with_others else flag
+    return bool(found)
 
 
 def agreed(flags: Tensor, teams: Sequence[Team]) -> Tensor:

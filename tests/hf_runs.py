@@ -78,6 +78,11 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def logged(run, key):
+    """Return the values of a key in the log, step by step."""
+    return [entry[key] for entry in run.state.log_history if key in entry]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     killable(Path(sys.argv[1]), Kill(int(sys.argv[2]))).train()

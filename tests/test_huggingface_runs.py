@@ -14,11 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from cases import CASES, GAP, assert_same, weights
-from fsdp2_on_cpu import joined_to_accelerate
 from hf_models import frozen_llama, gpt2, llama, mixtral
-from hf_runs import SETTINGS, arguments, fields_by_name, killable, trainer
+from hf_runs import SETTINGS, arguments, fields_by_name, killable, logged, trainer
 from torch import nn
 from transformers import TrainerCallback, default_data_collator, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
@@ -61,11 +59,6 @@ class Seen(TrainerCallback):
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.skipped.append(optimizer.step_was_skipped)
         self.weights.append(weights(model))
-
-
-def logged(run, key):
-    """Return the values of a key in the log, step by step."""
-    return [entry[key] for entry in run.state.log_history if key in entry]
 
 
 def scaled(run, device="cpu"):
@@ -398,51 +391,3 @@ def test_a_killed_run_resumes_as_if_it_had_not_been_killed(tmp_path):
     assert losses(rest) == losses(whole), f"killed in step {step}"
     assert_same(weights(rest.model), weights(whole.model))
     assert same(rest.optimizer.state_dict(), whole.optimizer.state_dict())
-
-
-def in_several(folder, fsdp, layerwise, **settings):
-    """Train in this process, one of several; return losses, norms and what there is at the end."""
-    changes = {"use_cpu": False, "fsdp": True, "fsdp_config": {"version": 2}} if fsdp else {}
-    with joined_to_accelerate(fsdp):
-        torch.manual_seed(0)
-        args = arguments(folder, max_grad_norm=0.0, ddp_find_unused_parameters=False, **changes)
-        optimizer = trainer_optimizer(
-            FiraAdamW, args, step_in_backward=layerwise, side="right", **SETTINGS, **settings
-        )
-        run = trainer(llama(), args, optimizer, *([LogGradNorm()] if layerwise else []))
-        run.train()
-        ours = run.optimizer.optimizer
-        hooks = len(ours._in_backward._handles) if layerwise else 0
-        shares = ours._process_group is dist.group.WORLD
-        kind = type(run.model_wrapped).__name__
-        return logged(run, "loss"), logged(run, "grad_norm"), kind, shares, hooks
-
-
-def test_processes_share_subspaces_unless_they_are_told_not_to(ranks, tmp_path):
-    for settings, shares in (({}, True), ({"process_group": None}, False)):
-        for _, _, kind, found, _ in ranks.run(2, alone_or_not, tmp_path, settings):
-            assert kind == "DistributedDataParallel"
-            assert found == shares
-
-
-def alone_or_not(folder, settings):
-    return in_several(folder, False, False, **settings)
-
-
-def test_fsdp2_of_trainer_is_ddp_to_rounding_and_layer_wise_too(ranks, tmp_path):
-    (ddp, *_), _ = ranks.run(2, in_several, tmp_path, False, False)
-    for layerwise in (False, True):
-        for losses_, norms, kind, _, hooks in ranks.run(2, in_several, tmp_path, True, layerwise):
-            assert kind == "FSDPLlamaForCausalLM"
-            assert losses_ == pytest.approx(ddp, rel=1e-4)
-            assert (hooks > 10) == layerwise
-            assert min(norms) > 0.1
-
-
-def refused_with_ddp(folder):
-    with pytest.raises(ValueError, match=r"step_in_backward=True in several .* FSDP2.*fsdp=True"):
-        in_several(folder, False, True)
-
-
-def test_layer_wise_updates_with_ddp_are_refused(ranks, tmp_path):
-    ranks.run(2, refused_with_ddp, tmp_path)

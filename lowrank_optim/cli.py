@@ -1,4 +1,4 @@
-"""The command line: `lowrank-optim demo`. Heavy imports wait until a command runs."""
+"""The command line: `lowrank-optim COMMAND`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lowrank-optim {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
+    add_cite(commands)
     return parser
 
 
@@ -119,6 +120,27 @@ def run_demo(args: argparse.Namespace) -> int:
     for path in report.write(found, args.out):
         console.print(f"wrote {path}", soft_wrap=True, highlight=False)
     console.print(f"took {time.perf_counter() - started:.0f} s", highlight=False)
+    return 0
+
+
+def add_cite(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `cite`."""
+    about = "print the papers of methods, and this package, as BibTeX"
+    parser = commands.add_parser("cite", help=about, description=about[0].upper() + about[1:] + ".")
+    parser.add_argument("names", nargs="*", metavar="METHOD", help="without one: which there are")
+    parser.add_argument("--list", action="store_true", help="print which there are")
+    parser.set_defaults(run=run_cite)
+
+
+def run_cite(args: argparse.Namespace) -> int:
+    """Print the entries, or what can be cited."""
+    from .citations import bibtex, listing
+
+    try:
+        found = bibtex(args.names) if args.names and not args.list else listing()
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    sys.stdout.write(found)
     return 0
 
 

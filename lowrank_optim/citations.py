@@ -1,0 +1,223 @@
+"""What to cite: the papers behind the methods, and this package, as BibTeX.
+
+CITATION.cff and the README show what stands here; `tests/test_citations.py` compares them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ._version import __released__, __version__
+
+ICLR = "International Conference on Learning Representations"
+ICML = "International Conference on Machine Learning"
+ACCENTS = {"\N{COMBINING ACUTE ACCENT}": r"\'", "\N{COMBINING CARON}": r"\v "}
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One paper: authors as "Family, Given", all of them; its venue, or none for a preprint."""
+
+    key: str
+    title: str
+    authors: tuple[str, ...]
+    year: int
+    arxiv: str
+    venue: str = ""
+
+    @property
+    def url(self) -> str:
+        """Return its address."""
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    def bibtex(self) -> str:
+        """Return its BibTeX entry, in ASCII."""
+        fields = {"title": f"{{{self.title}}}", "author": " and ".join(self.authors)}
+        if self.venue:
+            fields["booktitle"] = self.venue
+        fields |= {"year": str(self.year), "eprint": self.arxiv, "archiveprefix": "arXiv"}
+        return _entry("inproceedings" if self.venue else "misc", self.key, fields)
+
+
+PAPERS = (
+    Paper(
+        "zhao2024galore",
+        "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+        (
+            "Zhao, Jiawei",
+            "Zhang, Zhenyu",
+            "Chen, Beidi",
+            "Wang, Zhangyang",
+            "Anandkumar, Anima",
+            "Tian, Yuandong",
+        ),
+        2024,
+        "2403.03507",
+        ICML,
+    ),
+    Paper(
+        "modoranu2025fft",
+        "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large "
+        "Language Models",
+        (
+            "Modoranu, Ionut-Vlad",
+            "Safaryan, Mher",
+            "Schultheis, Erik",
+            "Ryabinin, Max",
+            "Chumachenko, Artem",
+            "Alistarh, Dan",
+        ),
+        2025,
+        "2505.17967",
+    ),
+    Paper(
+        "chen2025fira",
+        "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
+        (
+            "Chen, Xi",
+            "Feng, Kaituo",
+            "Li, Changsheng",
+            "Lai, Xunhao",
+            "Yue, Xiangyu",
+            "Yuan, Ye",
+            "Wang, Guoren",
+        ),
+        2025,
+        "2410.01623",
+        "Advances in Neural Information Processing Systems",
+    ),
+    Paper(
+        "zmushko2025frugal",
+        "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training",
+        ("Zmushko, Philip", "Beznosikov, Aleksandr", "Takáč, Martin", "Horváth, Samuel"),
+        2025,
+        "2411.07837",
+        ICML,
+    ),
+    Paper(
+        "zhu2025apollo",
+        "APOLLO: SGD-like Memory, AdamW-level Performance",
+        (
+            "Zhu, Hanqing",
+            "Zhang, Zhenyu",
+            "Cong, Wenyan",
+            "Liu, Xi",
+            "Park, Sem",
+            "Chandra, Vikas",
+            "Long, Bo",
+            "Pan, David Z.",
+            "Wang, Zhangyang",
+            "Lee, Jinwon",
+        ),
+        2025,
+        "2412.05270",
+        "Conference on Machine Learning and Systems",
+    ),
+    Paper(
+        "loshchilov2019adamw",
+        "Decoupled Weight Decay Regularization",
+        ("Loshchilov, Ilya", "Hutter, Frank"),
+        2019,
+        "1711.05101",
+        ICLR,
+    ),
+    Paper(
+        "kingma2015adam",
+        "Adam: A Method for Stochastic Optimization",
+        ("Kingma, Diederik P.", "Ba, Jimmy"),
+        2015,
+        "1412.6980",
+        ICLR,
+    ),
+    Paper(
+        "dettmers2022eightbit",
+        "8-bit Optimizers via Block-wise Quantization",
+        ("Dettmers, Tim", "Lewis, Mike", "Shleifer, Sam", "Zettlemoyer, Luke"),
+        2022,
+        "2110.02861",
+        ICLR,
+    ),
+)
+PACKAGE = "lowrank-optim"
+TITLE = "lowrank-optim: memory-efficient low-rank optimizers for PyTorch"
+AUTHORS = "The lowrank-optim authors"
+METHODS = {
+    "galore": ("GaLoreAdamW", ("zhao2024galore",)),
+    "dct": ("DCTAdamW", ("modoranu2025fft",)),
+    "fira": ("FiraAdamW", ("chen2025fira",)),
+    "frugal": ("FrugalAdamW", ("zmushko2025frugal",)),
+    "apollo": ("ApolloAdamW", ("zhu2025apollo",)),
+    "adamw": ("what is not projected, and the rule of all methods",
+              ("loshchilov2019adamw", "kingma2015adam")),
+    "8bit": ('state_dtype="8bit"', ("dettmers2022eightbit",)),
+    PACKAGE: ("this package", ()),
+}  # fmt: skip
+"""Each name that can be cited: what it is, and the keys of its papers."""
+
+
+def papers(name: str) -> list[Paper]:
+    """Return the papers of a method.
+
+    Raises:
+        ValueError: no such name; the message has those that are near.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(METHODS)}"
+        raise ValueError(f"nothing to cite for '{name}': {hint}")
+    return [paper for paper in PAPERS if paper.key in METHODS[name][1]]
+
+
+def bibtex(names: Iterable[str]) -> str:
+    """Return the entries of these methods, each paper once, and of this package, as one text.
+
+    Args:
+        names: keys of METHODS, in any case; a class such as "GaLoreAdamW" stands for its method.
+
+    Raises:
+        ValueError: no such name.
+    """
+    entries = {paper.key: paper.bibtex() for name in names for paper in papers(_method(name))}
+    return "\n".join([*entries.values(), package_bibtex()])
+
+
+def package_bibtex() -> str:
+    """Return the BibTeX entry of this version of the package."""
+    fields = {"title": f"{{{TITLE}}}", "author": f"{{{AUTHORS}}}"}
+    fields |= {"year": __released__[:4], "note": f"Version {__version__}"}
+    return _entry("misc", "lowrank_optim", fields)
+
+
+def listing() -> str:
+    """Return a line for each name: what it is, and its papers in short."""
+    lines = []
+    for name, (what, keys) in METHODS.items():
+        short = [f"{p.authors[0].partition(',')[0]} {p.year}" for p in PAPERS if p.key in keys]
+        lines.append(f"{name:<13}  {what}" + (f" ({', '.join(short)})" if short else ""))
+    return "\n".join(lines) + "\n"
+
+
+def _method(name: str) -> str:
+    """Return the name of a method, which may be given by its class."""
+    classes = {what.lower(): method for method, (what, _) in METHODS.items()}
+    return classes.get(name.lower(), name.lower())
+
+
+def _entry(kind: str, key: str, fields: dict[str, str]) -> str:
+    width = max(map(len, fields))
+    lines = [f"  {field:<{width}} = {{{_ascii(value)}}}," for field, value in fields.items()]
+    return "\n".join([f"@{kind}{{{key},", *lines, "}\n"])
+
+
+def _ascii(text: str) -> str:
+    r"""Return the text with accents as BibTeX writes them: a with an acute accent is {\'a}."""
+    found = ""
+    for letter in unicodedata.normalize("NFD", text):
+        if unicodedata.combining(letter):
+            found = f"{found[:-1]}{{{ACCENTS[letter]}{found[-1]}}}"
+        else:
+            found += letter
+    return found

@@ -1,0 +1,123 @@
+"""The GaLore protocol, honestly: every method's rates are tuned by the same search, AdamW's first.
+
+  python benchmarks/pretrain.py tune final --task 3m       two cores, hours
+  python benchmarks/pretrain.py tune final --task 60m --device cuda --budget 560   again until done
+
+tune:  compass search over both rates and the second beta, on texts that are used for nothing else.
+final: several seeds at the best rates, in float32; `--weights bfloat16` and `--state 8bit` for those.
+Rows go to results/pretrain.csv, curves beside it, the texts' hashes to results/pretrain_text.json.
+What is in the ledger is not run again; a run that the budget cut goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretraining import data
+from pretraining.ledger import Ledger
+from pretraining.methods import METHODS, Spec
+from pretraining.runner import Runs, each, work_off
+from pretraining.tasks import TASKS
+from pretraining.tune import POINTS, base, tuned, tuning
+from rich.console import Console
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "pretrain.csv"
+WORK = ROOT / ".pretrain"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do the phases in order; exit status 1 if the budget ended before they were done."""
+    args = parse(argv)
+    ledger = Ledger(args.results)
+    note_text(args.task, args.work, args.results.with_name(f"{args.results.stem}_text.json"))
+    finished = True
+    for phase in args.phases:
+        plans = PHASES[phase](ledger, args)
+        finished &= work_off(
+            plans, ledger, args.work, device=args.device, jobs=args.jobs, budget=args.budget
+        )
+    for method in args.methods:
+        show(ledger, base(args.task, method, args.steps))
+    return 0 if finished else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("phases", nargs="+", choices=PHASES)
+    parser.add_argument("--task", default="3m", choices=TASKS)
+    parser.add_argument("--methods", type=names, default=list(METHODS), help="comma-separated")
+    parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
+    parser.add_argument("--points", type=int, default=POINTS, help="runs of a search")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--state", default="float32", choices=["float32", "bfloat16", "8bit"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of each phase")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK, help="tokens and unfinished runs")
+    return parser.parse_args(argv)
+
+
+def names(text: str) -> list[str]:
+    """Read names of methods."""
+    found = text.split(",")
+    for name in found:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METHODS)}")
+    return found
+
+
+def tune(ledger: Ledger, args: argparse.Namespace) -> Iterator[Runs]:
+    """Yield a search for each method."""
+    for method in args.methods:
+        yield tuning(ledger, base(args.task, method, args.steps), args.points)
+
+
+def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
+    """Return a run for each seed and method, at the rates that were found in float32."""
+    wanted: list[Spec] = []
+    for seed in args.seeds:
+        for method in args.methods:
+            spec, _, _ = tuned(ledger, base(args.task, method, args.steps))
+            state = args.state if METHODS[method].optimizer != "AdamW" else "float32"
+            wanted.append(
+                spec._replace(split="final", seed=seed, weights=args.weights, state=state)
+            )
+    return each(dict.fromkeys(wanted))
+
+
+PHASES = {"tune": tune, "final": final}
+
+
+def note_text(task: str, work: Path, path: Path) -> None:
+    """Write what a task's text is to the results, by task."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    found = data.load(TASKS[task].vocab, TASKS[task].text << 20, work).manifest
+    if known.get(task) != found:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**known, task: found}, indent=1, sort_keys=True) + "\n")
+
+
+def show(ledger: Ledger, like: Spec) -> None:
+    """Say what the search of a method came to."""
+    console = Console(highlight=False, soft_wrap=True)
+    try:
+        spec, loss, runs = tuned(ledger, like)
+    except LookupError as error:
+        console.print(str(error))
+        return
+    console.print(
+        f"{spec.method}: lr {spec.lr:g}, rest_lr {spec.rest_lr:g}, beta2 {spec.beta2:g}: "
+        f"{loss:.4f}, the best of {runs}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

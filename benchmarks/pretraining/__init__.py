@@ -1,0 +1,1 @@
+"""Pre-training runs that can be compared: text, tasks, methods, runs, and the ledger they go to."""

@@ -4,7 +4,8 @@
   python benchmarks/pretrain.py tune final --task 60m --device cuda --budget 560   again until done
 
 tune:  compass search over both rates and the second beta, on texts that are used for nothing else.
-final: several seeds at the best rates, in float32; `--weights bfloat16` and `--state 8bit` for those.
+final: several seeds at the best rates, which are those found in float32, whatever `--weights` and
+`--state` are.
 Rows go to results/pretrain.csv, curves beside it, the texts' hashes to results/pretrain_text.json.
 What is in the ledger is not run again; a run that the budget cut goes on where it stopped.
 """
@@ -54,6 +55,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", type=names, default=list(METHODS), help="comma-separated")
     parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
     parser.add_argument("--points", type=int, default=POINTS, help="runs of a search")
+    parser.add_argument(
+        "--near",
+        metavar="TASK[:STEPS]",
+        help="begin the search at the rates found for another task or length, with small steps",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--state", default="float32", choices=["float32", "bfloat16", "8bit"])
@@ -77,7 +83,11 @@ def names(text: str) -> list[str]:
 def tune(ledger: Ledger, args: argparse.Namespace) -> Iterator[Runs]:
     """Yield a search for each method."""
     for method in args.methods:
-        yield tuning(ledger, base(args.task, method, args.steps), args.points)
+        near = None
+        if args.near is not None:
+            task, _, steps = args.near.partition(":")
+            near, _, _ = tuned(ledger, base(task, method, int(steps) if steps else None))
+        yield tuning(ledger, base(args.task, method, args.steps), args.points, near)
 
 
 def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:

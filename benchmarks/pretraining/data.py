@@ -39,7 +39,7 @@ END = "<|end|>"
 
 @dataclass(frozen=True)
 class Data:
-    """Tokens of each split, packed end to end with a mark between texts, and where they are from."""
+    """Tokens of each split, packed end to end with a mark between texts, and their source."""
 
     splits: dict[str, Tensor]
     manifest: dict[str, Any]

@@ -13,6 +13,7 @@ def search(
     start: Place,
     points: int,
     allowed: Callable[[Place], bool] = lambda place: True,
+    strides: tuple[int, ...] = (2, 1),
 ) -> Generator[Place, float, None]:
     """Yield places to measure and take their losses, until `done` holds `points` of them.
 
@@ -20,22 +21,25 @@ def search(
         done: what was measured before; what is sent is added, in place.
         start: where to begin.
         allowed: whether there is such a place.
+        strides: steps of the grid, one after the other; 2 is a factor of 3.
     """
-    for place in wanted(done, start):
+    for place in wanted(done, start, strides):
         if len(done) >= points:
             return
         if place not in done and allowed(place):
             done[place] = yield place
 
 
-def wanted(done: dict[Place, float], start: Place) -> Iterator[Place]:
+def wanted(
+    done: dict[Place, float], start: Place, strides: tuple[int, ...] = (2, 1)
+) -> Iterator[Place]:
     """Yield the places of a compass search, in view of what was measured so far.
 
-    Both neighbours on each axis, then on from the best; the stride goes from 2 to 1 when nothing is
+    Both neighbours on each axis, then on from the best; the next stride comes when nothing is
     better; what is left goes to the diagonals of the first two axes.
     """
     yield start
-    for stride in (2, 1):
+    for stride in strides:
         before: Place | None = None
         while before != (before := best(done)):
             for axis in range(len(start)):

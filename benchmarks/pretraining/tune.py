@@ -24,10 +24,20 @@ def base(task: str, method: str, steps: int | None = None, **more: object) -> Sp
     return spec._replace(**more)  # type: ignore[arg-type]
 
 
-def tuning(ledger: Ledger, first: Spec, points: int = POINTS) -> Runs:
-    """Search the two rates and the second beta from a run on, in view of what the ledger holds."""
-    done = measured(ledger, first)
-    searching = search(done, place_of(first), points, lambda at: at[2] in range(len(BETAS2)))
+def tuning(ledger: Ledger, first: Spec, points: int = POINTS, near: Spec | None = None) -> Runs:
+    """Search the two rates and the second beta, in view of what the ledger holds.
+
+    Args:
+        first: a run of the search, the one to start from.
+        near: a run with good rates of another task or length: the search then begins at those, and
+            with small steps.
+    """
+    done, strides = measured(ledger, first), (2, 1)
+    if near is not None:
+        first, strides = at(first, place_of(near)), (1,)
+    searching = search(
+        done, place_of(first), points, lambda at: at[2] in range(len(BETAS2)), strides
+    )
     try:
         place = next(searching)
         while True:

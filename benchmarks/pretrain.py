@@ -36,12 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     ledger = Ledger(args.results)
     note_text(args.task, args.work, args.results.with_name(f"{args.results.stem}_text.json"))
-    finished = True
     for phase in args.phases:
         plans = PHASES[phase](ledger, args)
-        finished &= work_off(
+        finished = work_off(
             plans, ledger, args.work, device=args.device, jobs=args.jobs, budget=args.budget
         )
+        if not finished:
+            break
     for method in args.methods:
         show(ledger, base(args.task, method, args.steps))
     return 0 if finished else 1

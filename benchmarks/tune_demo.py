@@ -11,15 +11,15 @@ results/tune_demo.csv; runs already there are not repeated.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import datetime
-import math
-import subprocess
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pretraining.ledger import commit
+from pretraining.search import Place, best, index, search, value
 from rich.console import Console
 
 from lowrank_optim.demo.corpus import Corpus, load_corpus
@@ -38,7 +38,6 @@ STARTS = {
     "frugal": (1e-3, 1e-2),
     "apollo": (3e-3, 1e-2),
 }
-Place = tuple[int, int]
 
 
 def main() -> None:
@@ -54,52 +53,19 @@ def main() -> None:
     corpus = load_corpus(tuning=True)
     settings = Settings(steps=args.steps, seed=SEED, curve_points=1, windows=512)
     for recipe in choose(args.methods.split(",")):
-
-        def measure(place: Place, name: str = recipe.name) -> float:
-            rates = (value(place[0]), value(place[1]))
-            loss = run(name, rates, corpus, settings, args.results)
-            console.print(f"{name} lr={rates[0]:g} rest_lr={rates[1]:g}: {loss:.4f}")
-            return loss
-
         done = known(read(args.results), recipe.name, args.steps)
         start = (index(STARTS[recipe.name][0]), index(STARTS[recipe.name][1]))
-        search(measure, done, start, args.points)
+        searching, loss = search(done, start, args.points), None
+        with contextlib.suppress(StopIteration):
+            while True:
+                place = next(searching) if loss is None else searching.send(loss)
+                rates = (value(place[0]), value(place[1]))
+                loss = run(recipe.name, rates, corpus, settings, args.results)
+                console.print(f"{recipe.name} lr={rates[0]:g} rest_lr={rates[1]:g}: {loss:.4f}")
     for name in RECIPES:
         done = known(read(args.results), name, args.steps)
         if done:
             console.print(verdict(name, done))
-
-
-def search(
-    measure: Callable[[Place], float], done: dict[Place, float], start: Place, points: int
-) -> None:
-    """Add measured places to `done`, in place, until it holds `points` of them."""
-    for place in wanted(done, start):
-        if len(done) >= points:
-            return
-        if place not in done:
-            done[place] = measure(place)
-
-
-def wanted(done: dict[Place, float], start: Place) -> Iterator[Place]:
-    """Yield the places of a compass search, in view of what was measured so far."""
-    yield start
-    for stride in (2, 1):
-        before: Place | None = None
-        while before != (before := best(done)):
-            for axis in (0, 1):
-                at = best(done)
-                for step in (stride, -stride):
-                    yield (at[0] + step, at[1]) if axis == 0 else (at[0], at[1] + step)
-    at = best(done)
-    for stride in (1, 2):
-        for steps in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
-            yield at[0] + stride * steps[0], at[1] + stride * steps[1]
-
-
-def best(done: dict[Place, float]) -> Place:
-    """Return the place with the least loss; a diverged run is never it."""
-    return min(done, key=lambda place: done[place] if math.isfinite(done[place]) else math.inf)
 
 
 def verdict(name: str, done: dict[Place, float]) -> str:
@@ -113,16 +79,6 @@ def verdict(name: str, done: dict[Place, float]) -> str:
     edge = f", on the edge of {' and '.join(edges)}" if edges else ""
     rates = f"lr {value(at[0]):g}, rest_lr {value(at[1]):g}"
     return f"{name}: {rates}: {done[at]:.4f} ({len(done)} runs{edge})"
-
-
-def value(place: int) -> float:
-    """The rate at a place of the grid: 1, 1.7, 3, 5.5 times a power of ten; 0 is 1."""
-    return float(f"{(1, 1.7, 3, 5.5)[place % 4]}e{place // 4}")
-
-
-def index(rate: float) -> int:
-    """The place of the grid that is nearest to a rate."""
-    return round(4 * math.log10(rate))
 
 
 def run(
@@ -168,18 +124,6 @@ def known(rows: list[dict[str, str]], name: str, steps: int) -> dict[Place, floa
         for row in rows
         if (row["method"], row["steps"], row["seed"]) == (name, str(steps), str(SEED))
     }
-
-
-def commit() -> str:
-    """Short name of the checkout's commit, with + when files differ from it; none without one."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-
-    head = git("rev-parse", "--short", "HEAD")
-    return head + "+" if head and git("status", "--porcelain") else head or "none"
 
 
 if __name__ == "__main__":

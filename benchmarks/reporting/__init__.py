@@ -1,0 +1,1 @@
+"""What the results come to: groups of runs, tables and figures."""

@@ -1,0 +1,196 @@
+"""The tables, as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+from pretraining.ledger import Ledger
+from pretraining.methods import METHODS
+from pretraining.tasks import TASKS
+from pretraining.tune import base, measured, tuned
+
+from .groups import Runs, all_at_best, at_best, conditions, finals
+
+MIB = 2**20
+NOTHING = "Not measured yet."
+
+
+def table(heads: list[str], lines: list[list[str]]) -> str:
+    """Lay out a table: the first column to the left, the others to the right."""
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
+
+
+def spread(losses: list[float]) -> str:
+    """Show a mean and the range."""
+    if len(losses) == 1:
+        return f"{losses[0]:.3f}"
+    return f"{statistics.fmean(losses):.3f} ({min(losses):.3f} - {max(losses):.3f})"
+
+
+def signed(values: list[float]) -> str:
+    """Show a mean difference and the range."""
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:+.3f}"
+    return f"{statistics.fmean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f})"
+
+
+def quality(task: str, steps: int | None = None) -> Callable[[Ledger], str]:
+    """Return the table of all methods on a task, each at its best rates."""
+    length = steps or TASKS[task].steps
+
+    def made(ledger: Ledger) -> str:
+        found = all_at_best(ledger, task, length)
+        if not found:
+            return NOTHING
+        reference = found.get("adamw")
+        lines = []
+        for name, runs in found.items():
+            spec, searched = runs.spec, len(measured(ledger, base(task, name, length)))
+            cells = [
+                METHODS[name].label,
+                spread(list(runs.losses.values())),
+                "-" if reference in (None, runs) else f"{runs.mean / reference.mean - 1:+.1%}",
+                f"{runs.state / MIB:.2f}",
+                "-" if reference in (None, runs) else f"{runs.state / reference.state:.0%}",
+                f"{spec.lr:g}",
+                f"{spec.rest_lr:g}",
+                f"{spec.beta2:g}",
+                str(searched),
+            ]
+            lines.append(cells)
+        heads = [
+            "method", "loss, nats a token", "to AdamW", "state MiB", "of AdamW's",
+            "lr", "rest lr", "beta2", "runs searched",
+        ]  # fmt: skip
+        return f"{table(heads, lines)}\n\n{conditions(list(found.values()))}"
+
+    return made
+
+
+def small_states(task: str, steps: int | None = None) -> Callable[[Ledger], str]:
+    """Return the table of what bf16 weights and 8-bit states cost, at the rates of float32."""
+    length = steps or TASKS[task].steps
+    kinds = {
+        "bf16 weights": {"weights": "bfloat16"},
+        "8-bit states": {"state": "8bit"},
+        "both": {"weights": "bfloat16", "state": "8bit"},
+    }
+
+    def made(ledger: Ledger) -> str:
+        lines, used = [], []
+        for name, exact in all_at_best(ledger, task, length).items():
+            others = {
+                kind: at_best(ledger, task, name, length, **more) for kind, more in kinds.items()
+            }
+            if not any(others.values()):
+                continue
+            used += [exact, *filter(None, others.values())]
+            lines.append([
+                METHODS[name].label,
+                f"{exact.mean:.3f}",
+                *(relative(runs, exact) for runs in others.values()),
+            ])  # fmt: skip
+        if not lines:
+            return NOTHING
+        return f"{table(['method', 'float32', *kinds], lines)}\n\n{conditions(used)}"
+
+    return made
+
+
+def relative(runs: Runs | None, exact: Runs) -> str:
+    """Show a mean over seeds, seed by seed, as a share of the loss."""
+    if runs is None:
+        return "-"
+    above = runs.above(exact)
+    return f"{statistics.fmean(above) / exact.mean:+.2%}" if above else "-"
+
+
+def recipe(ledger: Ledger) -> str:
+    """Show the house recipe and AdamW, by model and length of the run."""
+    lines, used = [], []
+    for task in TASKS:
+        lengths = {int(row["steps"]) for row in ledger.rows() if row["task"] == task != "smoke"}
+        for steps in sorted(lengths):
+            adamw = at_best(ledger, task, "adamw", steps)
+            ours = at_best(ledger, task, "lowrank", steps)
+            if adamw is None or ours is None:
+                continue
+            used += [adamw, ours]
+            lines.append([
+                task, str(steps),
+                spread(list(adamw.losses.values())), spread(list(ours.losses.values())),
+                signed(ours.above(adamw)), f"{ours.state / adamw.state:.0%}",
+                f"{adamw.spec.lr:g}", f"{ours.spec.lr:g}",
+            ])  # fmt: skip
+    if not lines:
+        return NOTHING
+    heads = ["task", "steps", "AdamW", "LowRankAdamW", "difference, seed by seed", "of its state",
+             "AdamW's lr", "lr"]  # fmt: skip
+    return f"{table(heads, lines)}\n\n{conditions(used)}"
+
+
+def parts(task: str, steps: int) -> Callable[[Ledger], str]:
+    """Return the table of the recipe with one thing changed."""
+    from house_recipe import CHANGES
+
+    def made(ledger: Ledger) -> str:
+        exact = at_best(ledger, task, "lowrank", steps)
+        if exact is None:
+            return NOTHING
+        lines, used = [], [exact]
+        for name, more in CHANGES.items():
+            found = best_final(ledger, exact, more)
+            if found is not None:
+                used.append(found)
+                above = signed(found.above(exact))
+                share = f"{found.state / exact.state:.0%}"
+                lines.append([name, f"{found.mean:.3f}", above, share, f"{found.spec.lr:g}"])
+        first = ["as it is", f"{exact.mean:.3f}", "-", "100%", f"{exact.spec.lr:g}"]
+        heads = ["change", "loss", "difference, seed by seed", "state", "lr"]
+        return f"{table(heads, [first, *lines])}\n\n{conditions(used)}"
+
+    return made
+
+
+def best_final(ledger: Ledger, exact: Runs, more: dict[str, object]) -> Runs | None:
+    """Return the final runs of a change at the rate which was best in tuning, or the only one."""
+    spec = exact.spec._replace(**more)  # type: ignore[arg-type]
+    rates = {row["lr"] for row in ledger.rows()}
+    found = [finals(ledger, spec._replace(lr=float(rate))) for rate in rates]
+    some = [runs for runs in found if runs is not None]
+    return max(some, key=lambda runs: len(runs.rows)) if some else None
+
+
+def rates(tasks: tuple[str, ...]) -> Callable[[Ledger], str]:
+    """Return the table of what the searches found, in terms of AdamW's rate."""
+
+    def made(ledger: Ledger) -> str:
+        lines = []
+        for name, method in METHODS.items():
+            cells = []
+            for task in tasks:
+                try:
+                    adamw, _, _ = tuned(ledger, base(task, "adamw"))
+                    spec, _, _ = tuned(ledger, base(task, name))
+                except LookupError:
+                    cells.append("-")
+                    continue
+                cells.append(f"{spec.lr:g}, {spec.lr / adamw.lr:.2g} times; {spec.rest_lr:g}")
+            lines.append([method.label, *cells])
+        return table(["method", *(f"{task}: lr; rest lr" for task in tasks)], lines)
+
+    return made
+
+
+TABLES: dict[str, Callable[[Ledger], str]] = {
+    "quality-3m": quality("3m"),
+    "quality-60m": quality("60m"),
+    "small-states-3m": small_states("3m"),
+    "recipe": recipe,
+    "parts": parts("bytes-128", 400),
+    "rates": rates(("bytes-128", "bytes-192", "3m")),
+}

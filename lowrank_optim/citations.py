@@ -19,7 +19,7 @@ ACCENTS = {"\N{COMBINING ACUTE ACCENT}": r"\'", "\N{COMBINING CARON}": r"\v "}
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper: authors as "Family, Given", all of them; its venue, or none for a preprint."""
+    """One paper: authors as "Family, Given", all of them; where it appeared, if it did."""
 
     key: str
     title: str
@@ -27,6 +27,7 @@ class Paper:
     year: int
     arxiv: str
     venue: str = ""
+    journal: bool = False
 
     @property
     def url(self) -> str:
@@ -36,10 +37,12 @@ class Paper:
     def bibtex(self) -> str:
         """Return its BibTeX entry, in ASCII."""
         fields = {"title": f"{{{self.title}}}", "author": " and ".join(self.authors)}
+        kind = "misc"
         if self.venue:
-            fields["booktitle"] = self.venue
+            kind = "article" if self.journal else "inproceedings"
+            fields["journal" if self.journal else "booktitle"] = self.venue
         fields |= {"year": str(self.year), "eprint": self.arxiv, "archiveprefix": "arXiv"}
-        return _entry("inproceedings" if self.venue else "misc", self.key, fields)
+        return _entry(kind, self.key, fields)
 
 
 PAPERS = (
@@ -140,11 +143,25 @@ PAPERS = (
         "2110.02861",
         ICLR,
     ),
+    Paper(
+        "halko2011structure",
+        "Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate "
+        "Matrix Decompositions",
+        ("Halko, Nathan", "Martinsson, Per-Gunnar", "Tropp, Joel A."),
+        2011,
+        "0909.4061",
+        "SIAM Review",
+        journal=True,
+    ),
 )
 PACKAGE = "lowrank-optim"
 TITLE = "lowrank-optim: memory-efficient low-rank optimizers for PyTorch"
 AUTHORS = "The lowrank-optim authors"
 METHODS = {
+    "lowrank": (
+        "LowRankAdamW",
+        ("zhao2024galore", "zmushko2025frugal", "halko2011structure"),
+    ),
     "galore": ("GaLoreAdamW", ("zhao2024galore",)),
     "dct": ("DCTAdamW", ("modoranu2025fft",)),
     "fira": ("FiraAdamW", ("chen2025fira",)),
@@ -153,6 +170,7 @@ METHODS = {
     "adamw": ("what is not projected, and the rule of all methods",
               ("loshchilov2019adamw", "kingma2015adam")),
     "8bit": ('state_dtype="8bit"', ("dettmers2022eightbit",)),
+    "power": ('projector="power"', ("halko2011structure",)),
     PACKAGE: ("this package", ()),
 }  # fmt: skip
 """Each name that can be cited: what it is, and the keys of its papers."""

@@ -91,7 +91,8 @@ def test_without_a_name_it_says_which_there_are(given, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [("galor", "did you mean galore?"), ("zzz", "there are lowrank, galore, dct")]
+    ("given", "said"),
+    [("galor", "did you mean galore?"), ("zzz", "there are lowrank, galore, dct")],
 )
 def test_an_unknown_name_is_one_line_and_prints_no_entry(given, said, capsys):
     status, out, err = cite(capsys, "fira", given)

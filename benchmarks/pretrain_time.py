@@ -1,9 +1,10 @@
 """What a training step costs in wall time: all methods in turn, in one process.
 
 Runs of pretrain.py share a machine, so their times say little. Here every method does a step in
-turn, over and over, so that what else the machine does falls on all of them alike. A step is forward,
-backward and update; its cost is the median of steps without a refresh, to which the refresh's own
-extra cost is added once in as many steps as lie between two. Rows go to results/pretrain_time.csv.
+turn, over and over, so that what else the machine does falls on all of them alike. A step is
+forward, backward and update; its cost is the median of steps without a refresh, to which the
+refresh's own extra cost is added once in as many steps as lie between two. Rows go to
+results/pretrain_time.csv.
 """
 
 from __future__ import annotations

@@ -10,7 +10,14 @@ from .groups import param_groups
 from .memory import predicted_bytes, state_bytes
 from .optimizer import LowRank
 from .plan import Plan, Site, Update
-from .presets import ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW
+from .presets import (
+    ApolloAdamW,
+    DCTAdamW,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    LowRankAdamW,
+)
 from .projectors import DCT, SVD, Blocks, Columns, Power, Random
 from .residuals import Drop, GradScaled, NormScaled, StateFree
 from .rules import SGDM, Adam, Lion
@@ -23,8 +30,8 @@ if (_root / "pyproject.toml").is_file():
 
 __all__ = [
     "DCT", "SGDM", "SVD", "Adam", "ApolloAdamW", "Blocks", "Columns", "DCTAdamW", "Drop",
-    "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GradScaled", "Lion", "LowRank", "NormScaled",
-    "Plan", "Power", "Random", "SettingError", "Site", "StateFree", "Update", "__version__",
-    "flatten_state", "import_state", "param_groups", "predicted_bytes", "projected_all_reduce",
-    "state_bytes", "unflatten_state",
+    "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GradScaled", "Lion", "LowRank", "LowRankAdamW",
+    "NormScaled", "Plan", "Power", "Random", "SettingError", "Site", "StateFree", "Update",
+    "__version__", "flatten_state", "import_state", "param_groups", "predicted_bytes",
+    "projected_all_reduce", "state_bytes", "unflatten_state",
 ]  # fmt: skip

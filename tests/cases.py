@@ -23,6 +23,7 @@ from lowrank_optim import (
     GaLoreAdamW,
     Lion,
     LowRank,
+    LowRankAdamW,
     NormScaled,
     Power,
     StateFree,
@@ -41,6 +42,15 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
     "empty": (0, 4),
 }
+PRESETS = [
+    ApolloAdamW,
+    DCTAdamW,
+    FiraAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    LowRankAdamW,
+]
+"""The methods that have a class of their own."""
 PROJECTED = ("tall", "wide", "square", "stack", "conv")
 
 
@@ -86,6 +96,7 @@ CASES = [
     Case("apollo", ApolloAdamW),
     Case("apollo-rotate", ApolloAdamW, {"on_refresh": "rotate"}),
     Case("apollo-mini", ApolloAdamW, {"rank": 1, "scale": 2.0}),
+    Case("lowrank", LowRankAdamW),
     Case("lion", LowRank, {"rule": "lion", "betas": (0.9, 0.99), "lr": 1e-3}),
     Case("lion-state-free", LowRank, {"rule": Lion(), "residual": StateFree(), "lr": 1e-3}),
     Case("sgdm-paper-fira", LowRank, {"rule": SGDM(), "residual": NormScaled(form="paper")}),

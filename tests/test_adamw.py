@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Model, assert_same, train, weights
+from cases import PRESETS, Model, assert_same, train, weights
 
-from lowrank_optim import ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
+from lowrank_optim import GaLoreAdamW, LowRank
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*projects none of its:UserWarning")
-PRESETS = [GaLoreAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, ApolloAdamW, LowRank]
 WAYS = {
     "no rank in the group": lambda model: [
         {"params": [torch.nn.Parameter(torch.ones(3, 4))], "rank": 2},
@@ -20,7 +19,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, LowRank])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("flags", [{}, {"foreach": True}, {"fused": True}], ids=str)

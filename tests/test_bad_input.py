@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from cases import CASES, GAP, Model, assert_same, gradient, train, weights
+from cases import CASES, GAP, PRESETS, Model, assert_same, gradient, train, weights
 
 from lowrank_optim import (
     DCT,
@@ -276,7 +276,7 @@ def test_skip_nonfinite_leaves_everything_and_counts(case):
 
 
 def test_group_settings_reach_every_preset():
-    for preset in (GaLoreAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, ApolloAdamW):
+    for preset in PRESETS:
         settings = {"rank": 2, "update_proj_gap": 3, "scale": 0.7, "seed": 4, "side": "left"}
         optimizer = preset([{"params": [a_matrix()], **settings}])
         assert {k: optimizer.param_groups[0][k] for k in settings} == settings

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import CASES, GAP, assert_same, weights
+from cases import CASES, GAP, PRESETS, assert_same, weights
 from hf_models import frozen_llama, gpt2, llama, mixtral
 from hf_runs import SETTINGS, arguments, fields_by_name, killable, logged, trainer
 from torch import nn
@@ -22,8 +22,6 @@ from transformers import TrainerCallback, default_data_collator, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
 from lowrank_optim import (
-    ApolloAdamW,
-    DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
@@ -32,7 +30,6 @@ from lowrank_optim import (
 from lowrank_optim.integrations.huggingface import LogGradNorm, trainer_optimizer
 
 ROOT = Path(__file__).parent.parent
-PRESETS = [GaLoreAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, ApolloAdamW]
 BY_NAME = {case.name: case for case in CASES}
 
 

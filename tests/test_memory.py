@@ -16,6 +16,7 @@ from lowrank_optim import (
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
+    LowRankAdamW,
     functional,
     predicted_bytes,
     state_bytes,
@@ -32,6 +33,7 @@ EXACT = {
     "dct": (DCTAdamW, {}, lambda v: 2 * M * R * v + R * 8 + 1),
     "fira": (FiraAdamW, {}, lambda v: (2 * M * R + N * R) * v + 4 + 1),
     "frugal": (FrugalAdamW, {}, lambda v: 2 * M * R * v + R * 8 + STEP),
+    "lowrank": (LowRankAdamW, {}, lambda v: (2 * M * R + N * R) * v + 1),
     "apollo": (ApolloAdamW, {}, lambda v: 2 * M * R * v + 4),
     "apollo mini": (ApolloAdamW, {"rank": 1}, lambda v: 2 * M * v + 4),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import references as ref
 import torch
+from cases import Model, assert_same, train, weights
 from torch import Tensor
 
 from lowrank_optim import (
@@ -22,6 +23,7 @@ from lowrank_optim import (
     GradScaled,
     Lion,
     LowRank,
+    LowRankAdamW,
     NormScaled,
 )
 from lowrank_optim.plan import Shared
@@ -240,3 +242,13 @@ def test_active_block_gets_adamw():
         optimizer.step()
         adamw.step()
     torch.testing.assert_close(params[0], twin, rtol=0, atol=1e-12)
+
+
+def test_lowrank_is_frugal_in_a_power_subspace_with_half_the_sign_step():
+    """Our own method is no more than the settings that its docstring names."""
+    ours, same = Model(), Model()
+    settings = {"lr": 1e-2, "rank": RANK, "weight_decay": 0.1, "update_proj_gap": GAP}
+    train(ours, LowRankAdamW(ours.parameters(), **settings), range(2 * GAP + 1))
+    parts = {"projector": "power", "on_refresh": "keep", "state_free_scale": 0.5}
+    train(same, FrugalAdamW(same.parameters(), **settings, **parts), range(2 * GAP + 1))
+    assert_same(weights(ours), weights(same))

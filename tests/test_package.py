@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cases import PRESETS
 
 ROOT = Path(__file__).parent.parent
 OPTIONAL = ["transformers", "rich", "matplotlib", "bitsandbytes", "scipy", "triton", "hypothesis"]
@@ -26,7 +27,7 @@ class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 sys.meta_path.insert(0, Absent())
 import lowrank_optim, torch
 assert lowrank_optim.__file__.startswith({place!r}), lowrank_optim.__file__
-for name in ("GaLoreAdamW", "DCTAdamW", "FiraAdamW", "FrugalAdamW", "ApolloAdamW"):
+for name in {presets}:
     weight = torch.nn.Parameter(torch.randn(9, 7))
     optimizer = getattr(lowrank_optim, name)([weight], rank=3)
     weight.grad = torch.randn(9, 7)
@@ -74,7 +75,9 @@ def test_wheel_needs_torch_and_numpy_only(wheel):
 def test_wheel_works_without_anything_optional(wheel, tmp_path):
     """Unpacked elsewhere, with every optional package made impossible to import."""
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    code = USE.format(optional=set(OPTIONAL), place=str(tmp_path))
+    code = USE.format(
+        optional=set(OPTIONAL), presets=[cls.__name__ for cls in PRESETS], place=str(tmp_path)
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment

@@ -6,20 +6,15 @@ import io
 
 import pytest
 import torch
-from cases import GAP, assert_same, weights
+from cases import GAP, PRESETS, assert_same, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_optim import (
-    ApolloAdamW,
-    DCTAdamW,
-    FiraAdamW,
-    FrugalAdamW,
     GaLoreAdamW,
     param_groups,
 )
 
-PRESETS = [GaLoreAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, ApolloAdamW]
 RANK = 6
 """Above the rank of the adapters, 4, and below every axis of the base model's matrices."""
 

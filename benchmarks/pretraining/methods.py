@@ -74,14 +74,7 @@ METHODS = {
         Method("fira", "Fira", "FiraAdamW", (5.5e-3, 1e-2), POWER),
         Method("frugal", "FRUGAL", "FrugalAdamW", (1e-3, 1e-2)),
         Method("apollo", "APOLLO", "ApolloAdamW", (3e-3, 1e-2)),
-        Method(
-            "lowrank",
-            "LowRankAdamW",
-            "FrugalAdamW",
-            (1.7e-3, 1e-2),
-            {**POWER, "on_refresh": "keep", "state_free_scale": 0.5},
-            gap=50,
-        ),
+        Method("lowrank", "LowRankAdamW", "LowRankAdamW", (1.7e-3, 1e-2), gap=50),
     )
 }
 

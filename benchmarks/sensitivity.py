@@ -1,0 +1,63 @@
+"""How much a wrong rank, rate or refresh interval costs: one method at a time around its best.
+
+  python benchmarks/sensitivity.py --methods lowrank,galore,fira,frugal --jobs 2
+
+For each method, rates of the matrices from a third to three times the best one are crossed with the
+ranks at the usual interval, and with the intervals at the usual rank. One seed, on the tuning
+texts: the runs that a user would make to choose, not the ones that methods are compared by. Rows go
+to the ledger of pretrain.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain import RESULTS, WORK, names
+from pretraining.ledger import Ledger
+from pretraining.methods import Spec
+from pretraining.runner import each, work_off
+from pretraining.search import index, value
+from pretraining.tasks import TASKS
+from pretraining.tune import base, tuned
+
+RANKS = (0.0625, 0.125, 0.25, 0.5)
+GAPS = (10, 50, 200)
+STEPS = (0, 2, -2)
+"""Places on the grid of rates: 2 is a factor of 3."""
+
+
+def grid(best: Spec) -> Iterator[Spec]:
+    """Yield the runs around the best one: ranks by rates, then intervals by rates."""
+    for lr in (value(index(best.lr) + step) for step in STEPS):
+        for rank in RANKS:
+            yield best._replace(lr=lr, rank=rank)
+        for gap in GAPS if best.gap > 1 else ():
+            yield best._replace(lr=lr, gap=gap)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Do the runs; exit status 1 if the budget ended before they were done."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--task", default="bytes-128", choices=TASKS)
+    parser.add_argument("--methods", type=names, default=["lowrank", "galore", "fira", "frugal"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK)
+    args = parser.parse_args(argv)
+    ledger = Ledger(args.results)
+    wanted = [
+        spec for method in args.methods for spec in grid(tuned(ledger, base(args.task, method))[0])
+    ]
+    finished = work_off(
+        each(dict.fromkeys(wanted)), ledger, args.work,
+        device="cpu", jobs=args.jobs, budget=args.budget,
+    )  # fmt: skip
+    return 0 if finished else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

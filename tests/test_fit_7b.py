@@ -148,7 +148,6 @@ def test_a_process_that_dies_or_takes_too_long_is_a_row(fit, tiny, monkeypatch):
 
 @pytest.mark.slow
 def test_a_case_in_a_process_of_its_own(fit, tiny, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     row = fit[0].train(tiny["dct"], 300)
     assert (row["outcome"], row["device"]) == ("trained", "cpu"), row

@@ -31,11 +31,16 @@ STEPS = (0, 2, -2)
 
 def grid(best: Spec) -> Iterator[Spec]:
     """Yield the runs around the best one: ranks by rates, then intervals by rates."""
-    for lr in (value(index(best.lr) + step) for step in STEPS):
+    for lr in rates(best):
         for rank in RANKS:
             yield best._replace(lr=lr, rank=rank)
         for gap in GAPS if best.gap > 1 else ():
             yield best._replace(lr=lr, gap=gap)
+
+
+def rates(best: Spec) -> list[float]:
+    """Return the rates that are tried: the best, three times and a third of it."""
+    return [value(index(best.lr) + step) for step in STEPS]
 
 
 def main(argv: list[str] | None = None) -> int:

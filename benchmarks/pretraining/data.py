@@ -15,6 +15,7 @@ import platform
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ class Data:
     manifest: dict[str, Any]
 
 
+@lru_cache(maxsize=1)
 def load(vocab: int, limit: int, work: Path) -> Data:
     """Return the tokens for a vocabulary, from a cache in `work` if it is there.
 

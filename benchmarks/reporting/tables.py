@@ -14,6 +14,7 @@ from .groups import Runs, all_at_best, at_best, conditions, finals
 
 MIB = 2**20
 NOTHING = "Not measured yet."
+LR_HEADS = ("lr / 3", "lr", "3 lr")
 
 
 def table(heads: list[str], lines: list[list[str]]) -> str:
@@ -165,6 +166,33 @@ def best_final(ledger: Ledger, exact: Runs, more: dict[str, object]) -> Runs | N
     return max(some, key=lambda runs: len(runs.rows)) if some else None
 
 
+def sensitivity(task: str, methods: tuple[str, ...]) -> Callable[[Ledger], str]:
+    """Return a table a method: the loss above its best, by rank or interval, and by rate."""
+    from sensitivity import GAPS, RANKS
+    from sensitivity import rates as tried
+
+    def made(ledger: Ledger) -> str:
+        losses, lines, heads = ledger.losses(), [], ["method", "", *LR_HEADS]
+        for name in methods:
+            try:
+                best, _, _ = tuned(ledger, base(task, name))
+            except LookupError:
+                continue
+            settings = [(f"rank {rank:g}", {"rank": rank}) for rank in RANKS]
+            settings += [(f"T {gap}", {"gap": gap}) for gap in GAPS if best.gap > 1]
+            found = {
+                label: [losses.get(best._replace(lr=lr, **more)) for lr in tried(best)]  # type: ignore[arg-type]
+                for label, more in settings
+            }
+            least = min(loss for row in found.values() for loss in row if loss is not None)
+            for label, row in found.items():
+                cells = ["-" if loss is None else f"{loss - least:.3f}" for loss in row]
+                lines.append([METHODS[name].label, label, cells[2], cells[0], cells[1]])
+        return table(heads, lines) if lines else NOTHING
+
+    return made
+
+
 def rates(tasks: tuple[str, ...]) -> Callable[[Ledger], str]:
     """Return the table of what the searches found, in terms of AdamW's rate."""
 
@@ -192,5 +220,6 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "small-states-3m": small_states("3m"),
     "recipe": recipe,
     "parts": parts("bytes-128", 400),
+    "sensitivity": sensitivity("bytes-128", ("lowrank", "galore", "fira", "frugal")),
     "rates": rates(("bytes-128", "bytes-192", "3m")),
 }

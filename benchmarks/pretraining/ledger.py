@@ -16,8 +16,8 @@ from .methods import Spec
 from .train import Result
 
 KINDS: dict[str, Any] = {
-    "seed": int, "steps": int, "lr": float, "rest_lr": float, "beta2": float, "rank": float,
-    "gap": int, "weight_decay": float,
+    "seed": int, "steps": int, "lr": float, "rest_lr": float, "beta1": float, "beta2": float,
+    "rank": float, "gap": int, "weight_decay": float,
 }  # fmt: skip
 FIELDS = (
     *Spec._fields, "loss", "state_bytes", "parameters", "seconds", "peak_bytes",

@@ -32,6 +32,7 @@ class Spec(NamedTuple):
     steps: int
     lr: float
     rest_lr: float
+    beta1: float = 0.9
     beta2: float = 0.999
     rank: float = 0.25
     gap: int = 50
@@ -89,7 +90,7 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         rest_lr=spec.rest_lr,
         weight_decay=spec.weight_decay,
     )
-    betas = (0.9, spec.beta2)
+    betas = (spec.beta1, spec.beta2)
     if method.optimizer == "AdamW":
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=spec.lr, betas=betas, fused=True)

@@ -3,7 +3,7 @@
   python benchmarks/pretrain.py tune final --task 3m       two cores, hours
   python benchmarks/pretrain.py tune final --task 60m --device cuda --budget 560   again until done
 
-tune:  compass search over both rates and the second beta, on texts that are used for nothing else.
+tune:  compass search over both rates and the betas, on texts that are used for nothing else.
 final: several seeds at the best rates, which are those found in float32, whatever `--weights` and
 `--state` are.
 Rows go to results/pretrain.csv, curves beside it, the texts' hashes to results/pretrain_text.json.
@@ -125,8 +125,8 @@ def show(ledger: Ledger, like: Spec) -> None:
         console.print(str(error))
         return
     console.print(
-        f"{spec.method}: lr {spec.lr:g}, rest_lr {spec.rest_lr:g}, beta2 {spec.beta2:g}: "
-        f"{loss:.4f}, the best of {runs}"
+        f"{spec.method}: lr {spec.lr:g}, rest_lr {spec.rest_lr:g}, betas {spec.beta1:g} and "
+        f"{spec.beta2:g}: {loss:.4f}, the best of {runs}"
     )
 
 

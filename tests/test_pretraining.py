@@ -22,7 +22,7 @@ sys.path.insert(0, str(FOLDER))
 from pretraining import data, methods, runner, search, train, tune  # noqa: E402
 from pretraining.ledger import Ledger, spec_of  # noqa: E402
 
-SPEC = methods.Spec("smoke", "lowrank", "final", 0, 12, 3e-3, 1e-2, 0.99, gap=5)
+SPEC = methods.Spec("smoke", "lowrank", "final", 0, 12, 3e-3, 1e-2, 0.9, 0.99, gap=5)
 
 
 @pytest.fixture(scope="module")

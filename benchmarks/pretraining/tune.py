@@ -11,7 +11,7 @@ from .search import Place, best, index, search, value
 from .tasks import TASKS
 
 SEED = 100
-BETAS2 = (0.95, 0.99, 0.999)
+BETAS = ((0.8, 0.95), (0.9, 0.95), (0.9, 0.99), (0.9, 0.999))
 POINTS = 12
 
 
@@ -20,12 +20,14 @@ def base(task: str, method: str, steps: int | None = None, **more: object) -> Sp
     length = steps or TASKS[task].steps
     lr, rest_lr = METHODS[method].start
     gap, decay = METHODS[method].gap_of(length), TASKS[task].weight_decay
-    spec = Spec(task, method, "tune", SEED, length, lr, rest_lr, 0.99, gap=gap, weight_decay=decay)
+    spec = Spec(
+        task, method, "tune", SEED, length, lr, rest_lr, 0.9, 0.99, gap=gap, weight_decay=decay
+    )
     return spec._replace(**more)  # type: ignore[arg-type]
 
 
 def tuning(ledger: Ledger, first: Spec, points: int = POINTS, near: Spec | None = None) -> Runs:
-    """Search the two rates and the second beta, in view of what the ledger holds.
+    """Search the two rates and the betas, in view of what the ledger holds.
 
     Args:
         first: a run of the search, the one to start from.
@@ -36,7 +38,7 @@ def tuning(ledger: Ledger, first: Spec, points: int = POINTS, near: Spec | None 
     if near is not None:
         first, strides = at(first, place_of(near)), (1,)
     searching = search(
-        done, place_of(first), points, lambda at: at[2] in range(len(BETAS2)), strides
+        done, place_of(first), points, lambda at: at[2] in range(len(BETAS)), strides
     )
     try:
         place = next(searching)
@@ -69,12 +71,13 @@ def tuned(ledger: Ledger, like: Spec) -> tuple[Spec, float, int]:
 
 def place_of(spec: Spec) -> Place:
     """Return the place of a run's rates on the grid."""
-    return index(spec.lr), index(spec.rest_lr), BETAS2.index(spec.beta2)
+    return index(spec.lr), index(spec.rest_lr), BETAS.index((spec.beta1, spec.beta2))
 
 
 def at(spec: Spec, place: Place) -> Spec:
     """Return the run with the rates of a place."""
-    return spec._replace(lr=value(place[0]), rest_lr=value(place[1]), beta2=BETAS2[place[2]])
+    beta1, beta2 = BETAS[place[2]]
+    return spec._replace(lr=value(place[0]), rest_lr=value(place[1]), beta1=beta1, beta2=beta2)
 
 
 def edges(ledger: Ledger, like: Spec) -> list[str]:

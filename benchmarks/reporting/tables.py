@@ -59,13 +59,13 @@ def quality(task: str, steps: int | None = None) -> Callable[[Ledger], str]:
                 "-" if reference in (None, runs) else f"{runs.state / reference.state:.0%}",
                 f"{spec.lr:g}",
                 f"{spec.rest_lr:g}",
-                f"{spec.beta2:g}",
+                f"{spec.beta1:g}, {spec.beta2:g}",
                 str(searched),
             ]
             lines.append(cells)
         heads = [
             "method", "loss, nats a token", "to AdamW", "state MiB", "of AdamW's",
-            "lr", "rest lr", "beta2", "runs searched",
+            "lr", "rest lr", "betas", "runs searched",
         ]  # fmt: skip
         return f"{table(heads, lines)}\n\n{conditions(list(found.values()))}"
 

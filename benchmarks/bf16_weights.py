@@ -240,7 +240,7 @@ def draw(axes: Any, rows: Rows, task: str) -> None:
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Do the runs that are missing, then show all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tasks", default=",".join(TASKS), help="comma-separated")
@@ -248,7 +248,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=FIGURE)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     corpus, rows = load_corpus(), read(args.results)
     wanted = [

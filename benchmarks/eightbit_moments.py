@@ -37,19 +37,19 @@ Make = Callable[[tuple[int, ...], float, torch.Generator], Iterator[Tensor]]
 
 def nearest(v: Tensor, noise: Tensor, least: int = 1) -> Tensor:
     """(a, b) V, nearest, at least the smallest positive code where V > 0."""
-    codes, scale = b.quantize_nearest(v, False)
+    codes, scale = b.quantize_blockwise(v, False)
     return b.dequantize_blockwise(floor(codes, v, least), scale, False)
 
 
 def root(v: Tensor, noise: Tensor) -> Tensor:
     """(c) sqrt(V), nearest, floor."""
-    codes, scale = b.quantize_nearest(v.sqrt(), False)
+    codes, scale = b.quantize_blockwise(v.sqrt(), False)
     return b.dequantize_blockwise(floor(codes, v), scale, False).square()
 
 
 def stochastic(v: Tensor, noise: Tensor) -> Tensor:
     """(d) V, to a neighbour with the expectation of V, floor."""
-    codes, scale = b.quantize_blockwise(v, False, noise)
+    codes, scale = b._between(v, b.dynamic_map(False, v.device), noise)
     return b.dequantize_blockwise(floor(codes, v), scale, False)
 
 
@@ -60,7 +60,15 @@ def squares(v: Tensor, noise: Tensor, least: int = b.FLOOR) -> Tensor:
 
 def library(v: Tensor, noise: Tensor) -> Tensor:
     """V by bitsandbytes' kernel."""
-    return b.dequantize_blockwise(*b.quantize_blockwise(v, False), False)
+    return by_library(v, False)
+
+
+def by_library(x: Tensor, signed: bool) -> Tensor:
+    """Store and load by bitsandbytes' kernel for a CPU."""
+    from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
+
+    kept = quantize_blockwise(x, code=b.dynamic_map(signed, x.device), blocksize=b.BLOCK)
+    return dequantize_blockwise(*kept)
 
 
 def floor(codes: Tensor, v: Tensor, least: int = 1) -> Tensor:
@@ -142,8 +150,8 @@ def simulate(kind: str, seed: int) -> list[list[str]]:
         peak = max(peak, float(truth.abs().max()))
         power += float(truth.square().sum())
         fresh = {bnb: mean.lerp(grad, 1 - BETA1) for bnb, mean in means.items()}
-        means[False] = b.dequantize_blockwise(*b.quantize_nearest(fresh[False], True), True)
-        means[True] = b.dequantize_blockwise(*b.quantize_blockwise(fresh[True], True), True)
+        means[False] = b.dequantize_blockwise(*b.quantize_blockwise(fresh[False], True), True)
+        means[True] = by_library(fresh[True], True)
         seen = exact_v > 0
         for name, (store, bnb) in CANDIDATES.items():
             # the step is made of the stored values, to see their errors whole
@@ -176,12 +184,12 @@ def direction(m: Tensor, v: Tensor, step: int) -> Tensor:
     return m / (1 - BETA1**step) / ((v / (1 - BETA2**step)).sqrt() + EPS)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Simulate, write the rows, show them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = [row for kind in KINDS for row in simulate(kind, args.seed)]
     args.results.parent.mkdir(parents=True, exist_ok=True)

@@ -40,13 +40,13 @@ BIG_PARTS = ("self_attn.o_proj", "mlp.gate_proj")
 Gradients = dict[tuple[str, int], Tensor]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Collect gradients, measure, show and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-big", action="store_true", help="leave the 4096 x 4096 ones out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device(args.device)
     console = Console(highlight=False, soft_wrap=True)
     rows = list(measure(device, load_corpus(), big=not args.no_big))

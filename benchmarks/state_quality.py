@@ -24,14 +24,14 @@ STATES = ("float32", "bfloat16", "8bit")
 FIELDS = ("method", "state_dtype", "seed", "steps", "val_loss", "state_bytes", "torch", "threads")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train every method with every state, then show losses and bytes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--methods", default="galore,fira,frugal", help="comma-separated")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     corpus, rows = load_corpus(), []
     for recipe in choose(args.methods.split(",")):

@@ -40,14 +40,14 @@ STARTS = {
 }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Search for each method, then show its best."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--methods", default=",".join(RECIPES), help="comma-separated")
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--points", type=int, default=POINTS, help="runs a method")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to extend")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(THREADS)
     console = Console(highlight=False, soft_wrap=True)
     corpus = load_corpus(tuning=True)

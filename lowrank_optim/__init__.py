@@ -10,6 +10,7 @@ from .groups import param_groups
 from .memory import predicted_bytes, state_bytes
 from .optimizer import LowRank
 from .plan import Plan, Site, Update
+from .planner import estimate_memory
 from .presets import (
     ApolloAdamW,
     DCTAdamW,
@@ -32,6 +33,6 @@ __all__ = [
     "DCT", "SGDM", "SVD", "Adam", "ApolloAdamW", "Blocks", "Columns", "DCTAdamW", "Drop",
     "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GradScaled", "Lion", "LowRank", "LowRankAdamW",
     "NormScaled", "Plan", "Power", "Random", "SettingError", "Site", "StateFree", "Update",
-    "__version__", "flatten_state", "import_state", "param_groups", "predicted_bytes",
-    "projected_all_reduce", "state_bytes", "unflatten_state",
+    "__version__", "estimate_memory", "flatten_state", "import_state", "param_groups",
+    "predicted_bytes", "projected_all_reduce", "state_bytes", "unflatten_state",
 ]  # fmt: skip

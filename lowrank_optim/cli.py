@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ._version import __version__
 from .integrations import require
+from .planner.command import add_options as memory_options
+from .planner.command import run as print_plans
 
 DEMO_NEEDS = ("transformers", "rich", "matplotlib")
 METHODS = "adamw,galore,dct,fira,frugal,apollo"
@@ -41,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_demo(commands)
     add_cite(commands)
+    add_memory(commands)
     return parser
 
 
@@ -74,6 +77,29 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="where demo.json and demo.png go (%(default)s)",
     )
     parser.set_defaults(run=run_demo)
+
+
+def add_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add `memory`."""
+    about = "what training takes on a card, by method: does it fit?"
+    parser = commands.add_parser("memory", help=about, description=about[0].upper() + about[1:])
+    memory_options(parser)
+    parser.add_argument(
+        "--rank",
+        type=_rank,
+        default=0.25,
+        help="columns of the subspaces, or a share of the shorter axis (%(default)s)",
+    )
+    parser.set_defaults(run=run_memory)
+
+
+def run_memory(args: argparse.Namespace) -> int:
+    """Plan, and say in one line what cannot be planned."""
+    try:
+        print_plans(args)
+    except (ValueError, OSError, ImportError) as error:
+        raise CommandError(str(error)) from error
+    return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -1,0 +1,83 @@
+"""`lowrank-optim memory`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..integrations import require
+
+STATES = ("float32", "bfloat16", "8bit")
+DTYPES = ("bfloat16", "float16", "float32")
+WIDTH = 100
+"""Columns of the table where the output is no terminal."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `memory`; what the models and methods are called is known to `build`."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME",
+        help="llama-7b and the like (an unknown name lists all), a config.json of transformers or "
+        "its folder, or module:factory, a function that returns a module, or a module and its loss",
+    )
+    parser.add_argument(
+        "--optimizer", metavar="A,B,...", help="comma-separated, adamw and adamw8bit too (all)"
+    )
+    parser.add_argument("--state", choices=STATES, help="state dtype of our methods (float32)")
+    parser.add_argument(
+        "--layerwise", action="store_true", help="updates inside the backward pass (our methods)"
+    )
+    parser.add_argument("--seq", type=int, default=2048, help="tokens a sequence (%(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="sequences a step (%(default)s)")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations in the backward pass"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the weights (%(default)s)"
+    )
+    parser.add_argument("--gpu", metavar="CARD", help='"RTX 4090", "A100 80GB", ..., or 24GiB')
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, in bytes")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw stacked bars")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan, print and draw.
+
+    Raises:
+        ValueError, ImportError, OSError: for what the user can mend, in one line.
+    """
+    require("rich", *(["matplotlib"] if args.plot else []), extra="demo")
+    import torch
+
+    from . import report
+    from .estimate import estimate_memory
+
+    if args.plot is not None and not args.plot.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--plot: there is no folder {args.plot.parent}")
+    names = None if args.optimizer is None else [x.strip() for x in args.optimizer.split(",")]
+    plans = estimate_memory(
+        args.model,
+        optimizer=names,
+        rank=args.rank,
+        state_dtype=args.state,
+        layerwise=args.layerwise,
+        batch=args.batch,
+        seq=args.seq,
+        checkpointing=args.checkpointing,
+        dtype=getattr(torch, args.dtype),
+        gpu=args.gpu,
+    )
+    if args.json:
+        sys.stdout.write(report.as_json(plans) + "\n")
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)
+        console.print(report.table(plans))
+    if args.plot is not None:
+        report.figure(plans, args.plot)

@@ -1,0 +1,201 @@
+"""What each method keeps and what its step uses beside, from the real optimizer on "meta"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import fused, memory, presets
+from ..geometry import oriented
+from ..groups import param_groups
+from ..optimizer import LowRank
+from ..plan import Group, Job, Plan
+from ..rounds import Round
+from ..subspace import TOGETHER, move_subspaces, site_of
+from ..update import init_state, template
+from .trace import Live
+
+
+@dataclass(frozen=True)
+class Method:
+    """A column of the table.
+
+    Attributes:
+        label: what tables call it.
+        preset: the class in `lowrank_optim.presets`, None for the two that are not ours.
+    """
+
+    label: str
+    preset: str | None = None
+
+
+METHODS = {
+    "adamw": Method("AdamW"),
+    "adamw8bit": Method("AdamW 8-bit"),
+    "lowrank": Method("LowRank", "LowRankAdamW"),
+    "galore": Method("GaLore", "GaLoreAdamW"),
+    "dct": Method("DCT", "DCTAdamW"),
+    "fira": Method("Fira", "FiraAdamW"),
+    "frugal": Method("FRUGAL", "FrugalAdamW"),
+    "apollo": Method("APOLLO", "ApolloAdamW"),
+}
+
+
+MEASURED = 16
+"""Matrices whose refresh is run; each one more is taken to need what these did on the average."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that an optimizer takes.
+
+    Attributes:
+        moments: state that is no basis: moments, scales, counts.
+        bases: bases and indices in the state.
+        shared: bases that layers share, which are no part of the state.
+        workspace: what `step()` makes and drops.
+        alone: the same for the step of one parameter, by parameter; empty for methods that have
+            no `step_in_backward`.
+    """
+
+    moments: int
+    bases: int = 0
+    shared: int = 0
+    workspace: int = 0
+    alone: dict[nn.Parameter, int] | None = None
+
+    @property
+    def state(self) -> int:
+        """Return `state_bytes` of the optimizer after its first step."""
+        return self.moments + self.bases
+
+
+def needs_of(
+    method: Method, model: nn.Module, rank: int | float, state: torch.dtype | str | None
+) -> Needs:
+    """Return what a method takes to train a model, whose parameters are on "meta".
+
+    AdamW is torch's in its fused form, which CUDA runs without temporaries (`foreach`, torch's
+    default, makes one more value a parameter); 8-bit AdamW is bitsandbytes' `AdamW8bit`.
+
+    Raises:
+        ValueError: nothing would be projected, or a setting is out of its range.
+    """
+    params = [param for param in model.parameters() if param.requires_grad]
+    if method.preset is None:
+        count = adamw8bit_bytes if method is METHODS["adamw8bit"] else adamw_bytes
+        return Needs(moments=count(params))
+    make: Callable[..., LowRank] = getattr(presets, method.preset)
+    return needs_of_ours(make(param_groups(model, rank=rank), state_dtype=state))
+
+
+def adamw_bytes(params: Iterable[torch.Tensor]) -> int:
+    """Return what `torch.optim.AdamW` keeps."""
+    return sum(memory.adamw_bytes(param) for param in params)
+
+
+def adamw8bit_bytes(params: Iterable[torch.Tensor]) -> int:
+    """Return what `bitsandbytes.optim.AdamW8bit` keeps.
+
+    Two moments of a byte a value with a float32 a block of 256; below 4096 values, of float32. Two
+    maps of 256 float32 are there once for all parameters.
+    """
+    total, quantized = 0, False
+    for param in params:
+        size = param.numel()
+        quantized |= size >= 4096
+        total += 2 * (size + 4 * -(-size // 256)) if size >= 4096 else 8 * size
+    return total + 2 * 256 * 4 * quantized
+
+
+def needs_of_ours(optimizer: LowRank) -> Needs:
+    """Return what an optimizer of this package takes, whose parameters are on "meta".
+
+    Its own code says so: state by `predicted_bytes`; a refresh, the change of moments that goes
+    with it and shared bases by running them, and launches of kernels by the sizes that `fused`
+    cuts them by.
+    """
+    bases = workspace = 0
+    alone: dict[nn.Parameter, int] = {}
+    for group, plan, entries in Round(optimizer).groups:
+        kinds: dict[Hashable, list[Job]] = {}
+        for param, site, layout, _, _, position in entries:
+            if not param.requires_grad:
+                continue
+            assert isinstance(param, nn.Parameter)
+            alone[param] = 0
+            if site is None:
+                continue
+            state = template(param, site, group, plan, layout)
+            bases += memory.tensor_bytes({key: state[key] for key in plan.projector.keys})
+            site.gap = 1  # refreshed in every step
+            kind = (tuple(param.shape), site.rank, param.dtype)
+            job = Job(param, param, {}, site, position, layout, param)
+            kinds.setdefault(kind, []).append(job)
+        for jobs in kinds.values():
+            site = site_of(jobs[0])
+            size = site.cols * site.rank * jobs[0].layout.matrices
+            together = min(len(jobs), max(1, TOGETHER // max(1, size)))
+            single = refresh_workspace(jobs[:1], group, plan)
+            some = min(together, MEASURED)
+            several = refresh_workspace(jobs[:some], group, plan) if some > 1 else single
+            if some < together:
+                several += (together - some) * max(0, several - single) // (some - 1)
+            own = max(single, launch_workspace(jobs[0], 1, group, plan))
+            alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
+            launched = launch_workspace(jobs[0], len(jobs), group, plan)
+            workspace = max(workspace, several, launched)
+    return Needs(
+        moments=memory.predicted_bytes(optimizer) - bases,
+        bases=bases,
+        shared=memory.shared_bytes(optimizer),
+        workspace=workspace,
+        alone=alone,
+    )
+
+
+def refresh_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
+    """Return what moving the subspaces of some parameters makes and drops, in bytes.
+
+    That is their first step or a later one, where moments are carried over, and making a basis that
+    is not stored. What of it stays is not counted.
+    """
+    ready, most = [with_state(job, group, plan) for job in jobs], 0
+    for step in (0, 1):
+        for job in ready:
+            site_of(job).step = step
+        most = max(most, dropped_by(lambda: move_subspaces(ready, group, plan)))
+        most = max(most, dropped_by(lambda: factor_of(ready[0], plan)))
+    return most
+
+
+def factor_of(job: Job, plan: Plan) -> torch.Tensor:
+    """Return what a gradient is projected with."""
+    return plan.projector.factor(job.state, site_of(job))
+
+
+def launch_workspace(job: Job, count: int, group: Group, plan: Plan) -> int:
+    """Return what the kernels' launches for `count` parameters like this one make, in bytes."""
+    _, view = oriented(job.param, job.layout.wide)
+    parts = list(fused.parts_of(with_state(job, group, plan), view, None, group, plan))
+    each = fused.held_bytes(parts[0], plan)
+    return each * min(count * len(parts), max(1, fused.AT_ONCE // max(1, each)))
+
+
+def with_state(job: Job, group: Group, plan: Plan) -> Job:
+    """Return a job with a state on "meta", but for its counts, and a gradient."""
+    state = init_state(job.param, job.site, group, plan)
+    counts = {key: torch.zeros(()) for key in ("step", "age") if key in state}
+    return job._replace(state={**state, **counts}, grad=torch.empty_like(job.param))
+
+
+def dropped_by(run: Callable[[], Any]) -> int:
+    """Return the most bytes that lived in a call beyond those that it left."""
+    counted = Live()
+    with torch.no_grad(), counted:
+        run()
+    return counted.peak - counted.now

@@ -1,0 +1,122 @@
+"""The largest batch and the largest rank that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..geometry import subspace_of
+from ..groups import param_groups
+from .methods import Method, Needs, needs_of
+from .models import PlanError
+from .phases import phases_of
+from .trace import Loss, Trace, trace
+
+MOST = 1 << 20
+"""Sequences a batch at which the search ends."""
+
+STEP = 8
+"""What ranks above it are multiples of: they suit the units that multiply matrices."""
+
+
+class Traces:
+    """Forward and backward passes of a model with any batch.
+
+    What lives after each operator is a line in the batch, which two passes fix. A batch of one is
+    not asked for it: a few copies are left out there.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss, batch: int, seq: int) -> None:
+        self._model, self._loss, self._seq = model, loss, seq
+        self._asked = batch, self._run(batch)
+
+    def _run(self, batch: int) -> Trace:
+        try:
+            found = trace(self._model, self._loss, batch, self._seq)
+        except Exception as error:
+            line = str(error).strip().partition("\n")[0]
+            raise PlanError(
+                f"{type(self._model).__name__} cannot be run without values, on a batch of "
+                f"{batch} x {self._seq}: {type(error).__name__}: {line}"
+            ) from error
+        if not found.steps:
+            raise PlanError(f"no parameter of {type(self._model).__name__} gets a gradient")
+        return found
+
+    @cached_property
+    def _pair(self) -> tuple[int, Trace, Trace]:
+        """Two passes of neighbouring batches."""
+        batch, asked = self._asked
+        first = asked if batch > 1 else self._run(2)
+        start = max(2, batch)
+        second = self._run(start + 1)
+        if len(first.live) != len(second.live):
+            raise PlanError(
+                f"{type(self._model).__name__} runs other operators with another batch, so that no "
+                "largest one can be found"
+            )
+        return start, first, second
+
+    def at(self, batch: int) -> Trace:
+        """Return the pass with a batch."""
+        if batch == self._asked[0]:
+            return self._asked[1]
+        start, first, second = self._pair
+        grown = (batch - start) * (second.live - first.live)
+        return Trace(np.maximum(first.live + grown, first.grads), first.grads, first.steps)
+
+
+def largest(traces: Traces, needs: Needs, weights: int, layerwise: bool, room: int) -> int | None:
+    """Return the largest batch whose total is at most `room` bytes; None if there is none."""
+
+    def fits(batch: int) -> bool:
+        phases = phases_of(traces.at(batch), needs, weights, layerwise)
+        return max(parts.total for parts in phases.values()) <= room
+
+    return bisect(fits, MOST)
+
+
+def widest(
+    method: Method,
+    model: nn.Module,
+    state: torch.dtype | str | None,
+    passed: Trace,
+    weights: int,
+    layerwise: bool,
+    room: int,
+) -> int | None:
+    """Return the largest rank whose total is at most `room` bytes, a multiple of `STEP` from there.
+
+    None for a method without a rank, and where none fits. A matrix whose axes are all no longer
+    than the rank is not projected, as in training.
+    """
+    if method.preset is None:
+        return None
+
+    def fits(rank: int) -> bool:
+        phases = phases_of(passed, needs_of(method, model, rank, state), weights, layerwise)
+        return max(parts.total for parts in phases.values()) <= room
+
+    most = largest_rank(model)
+    coarse = bisect(lambda count: fits(STEP * count), most // STEP)
+    return STEP * coarse if coarse else bisect(fits, min(most, STEP - 1))
+
+
+def largest_rank(model: nn.Module) -> int:
+    """Return the largest rank at which a matrix of the model is still projected."""
+    shapes = [tuple(param.shape) for param in param_groups(model, rank=1)[0]["params"]]
+    spaces = [space for shape in shapes if (space := subspace_of(shape, 1, "auto"))]
+    return max(cols for cols, _ in spaces) - 1
+
+
+def bisect(fits: Callable[[int], bool], most: int) -> int | None:
+    """Return the largest number from 1 to `most` that fits, if those below one that fits do too."""
+    good, bad = 0, most + 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good or None

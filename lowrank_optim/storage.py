@@ -92,6 +92,14 @@ def moments_of(state: State, rule: Rule) -> Held:
     return {slot: stored(state, slot) for slot in rule.slots}
 
 
+def rows_of(moment: Stored, rows: slice) -> Stored:
+    """Return a view of some rows of each matrix of a projected moment."""
+    if isinstance(moment, Tensor):
+        return moment[..., rows, :]
+    codes, scale = moment
+    return codes[..., rows, :], scale[..., rows, :]
+
+
 def load_moments(held: Held, rule: Rule, dtype: torch.dtype) -> Moments:
     """Return moments in the dtype of the arithmetic; a stored tensor itself where it has that."""
     return {slot: load(moment, dtype, slot in rule.squares) for slot, moment in held.items()}

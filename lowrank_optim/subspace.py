@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .distributed import Layout
-from .functional import Noise, usable
+from .functional import BLOCK, Noise, row_chunks, usable
 from .geometry import oriented
 from .plan import Group, Job, Matrix, Plan, Site, State
 from .projectors import peaks_of
 from .rates import stream_and_height
-from .storage import load_moments, moments_of, shape_of, store_moments, stored
+from .storage import load_moments, moments_of, rows_of, shape_of, store_moments, stored
 from .team import agreed
 
 TOGETHER = 1 << 22
@@ -122,14 +123,24 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     before = [snapshot(m.state, projector.keys) if carries else {} for _, m in part]
     moved = learn([matrix for _, matrix in part], plan, before)
     for (job, matrix), old, new in zip(part, before, moved, strict=True):
-        state, site = matrix.state, matrix.site
         if plan.on_refresh == "reset":
-            reset(job, plan, site)
-        elif plan.on_refresh == "rotate" and site.step > 0:
-            held = moments_of(state, plan.rule)
-            moments = load_moments(held, plan.rule, site.dtype)
-            projector.transport(plan.rule, moments, old, new, site, group)
-            store_moments(held, moments, plan.rule, noise_before(job, group), carried=True)
+            reset(job, plan, matrix.site)
+        elif plan.on_refresh == "rotate" and matrix.site.step > 0:
+            carry(job, old, new, group, plan)
+
+
+def carry(job: Job, old: State, new: State, group: Group, plan: Plan) -> None:
+    """Carry the moments into a subspace that has moved, some rows at a time, in place."""
+    site, rule, noise = site_of(job), plan.rule, noise_before(job, group)
+    held = moments_of(job.state, rule)
+    *batch, count, rank = shape_of(job.state, rule.slots[0])
+    padded = -(-rank // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
+    for rows in row_chunks(count, padded * prod(batch)):
+        some = {slot: rows_of(moment, rows) for slot, moment in held.items()}
+        moments = load_moments(some, rule, site.dtype)
+        plan.projector.transport(rule, moments, old, new, site, group)
+        here = noise._replace(stream=noise.stream + rows.start)
+        store_moments(some, moments, rule, here, carried=True)
 
 
 def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> list[State]:

@@ -121,6 +121,7 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
     """
     bases = workspace = 0
     alone: dict[nn.Parameter, int] = {}
+    moved: list[tuple[Job, Plan]] = []
     for group, plan, entries in Round(optimizer).groups:
         kinds: dict[Hashable, list[Job]] = {}
         for param, site, layout, _, _, position in entries:
@@ -140,20 +141,27 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             site = site_of(jobs[0])
             size = site.cols * site.rank * jobs[0].layout.matrices
             together = min(len(jobs), max(1, TOGETHER // max(1, size)))
-            single = refresh_workspace(jobs[:1], group, plan)
-            some = min(together, MEASURED)
-            several = refresh_workspace(jobs[:some], group, plan) if some > 1 else single
-            if some < together:
-                several += (together - some) * max(0, several - single) // (some - 1)
-            own = max(single, launch_workspace(jobs[0], 1, group, plan))
+            some = [with_state(job, group, plan) for job in jobs[: min(together, MEASURED)]]
+            single = refresh_workspace(some[:1], group, plan)
+            several = refresh_workspace(some, group, plan) if len(some) > 1 else single
+            if len(some) < together:
+                more = max(0, several - single) // (len(some) - 1)
+                several += (together - len(some)) * more
+            own = max(single, launch_workspace(some[0], 1, group, plan))
             alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
-            launched = launch_workspace(jobs[0], len(jobs), group, plan)
-            workspace = max(workspace, several, launched)
+            workspace = max(workspace, several, launch_workspace(some[0], len(jobs), group, plan))
+            moved.append((some[0], plan))
+    made = memory.shared_bytes(optimizer)
+    optimizer._shared.sweep()  # what a step of all has not asked for is dropped at its end
+    for job, plan in moved:
+        factor_of(job, plan)
+    optimizer._shared.sweep()
+    shared = memory.shared_bytes(optimizer)
     return Needs(
         moments=memory.predicted_bytes(optimizer) - bases,
         bases=bases,
-        shared=memory.shared_bytes(optimizer),
-        workspace=workspace,
+        shared=shared,
+        workspace=workspace + made - shared,
         alone=alone,
     )
 
@@ -164,12 +172,12 @@ def refresh_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
     That is their first step or a later one, where moments are carried over, and making a basis that
     is not stored. What of it stays is not counted.
     """
-    ready, most = [with_state(job, group, plan) for job in jobs], 0
+    most = 0
     for step in (0, 1):
-        for job in ready:
+        for job in jobs:
             site_of(job).step = step
-        most = max(most, dropped_by(lambda: move_subspaces(ready, group, plan)))
-        most = max(most, dropped_by(lambda: factor_of(ready[0], plan)))
+        most = max(most, dropped_by(lambda: move_subspaces(jobs, group, plan)))
+        most = max(most, dropped_by(lambda: factor_of(jobs[0], plan)))
     return most
 
 
@@ -181,7 +189,7 @@ def factor_of(job: Job, plan: Plan) -> torch.Tensor:
 def launch_workspace(job: Job, count: int, group: Group, plan: Plan) -> int:
     """Return what the kernels' launches for `count` parameters like this one make, in bytes."""
     _, view = oriented(job.param, job.layout.wide)
-    parts = list(fused.parts_of(with_state(job, group, plan), view, None, group, plan))
+    parts = list(fused.parts_of(job, view, None, group, plan))
     each = fused.held_bytes(parts[0], plan)
     return each * min(count * len(parts), max(1, fused.AT_ONCE // max(1, each)))
 

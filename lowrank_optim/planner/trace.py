@@ -90,7 +90,7 @@ class AsOnCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        if func is torch.dropout:
+        if func is nn.functional.dropout:
             return dropout(*args, **kwargs)
         if func in (Tensor.all, torch.all) and len(args) == 1 and args[0].is_meta and not kwargs:
             return torch.ones((), dtype=torch.bool)  # sequences are whole: nothing is masked
@@ -132,11 +132,11 @@ def attention(
     return out
 
 
-def dropout(input: Tensor, p: float, train: bool) -> Tensor:
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Make what dropout on a GPU makes: the output and a boolean a value."""
-    if not train or p == 0:
+    if not training or p == 0:
         return input
-    out: Tensor = torch.native_dropout(input, p, train)[0]
+    out: Tensor = torch.native_dropout(input, p, training)[0]
     return out
 
 

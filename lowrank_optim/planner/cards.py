@@ -70,7 +70,7 @@ def card_of(text: str) -> Card:
     plain = {_plain(name): name for name in CARDS}
     wanted = _plain(text)
     found = [plain[wanted]] if wanted in plain else [
-        name for key, name in plain.items() if wanted and key.removesuffix("gb").startswith(wanted)
+        name for key, name in plain.items() if wanted and wanted in key.removesuffix("gb")
     ]  # fmt: skip
     if len(found) == 1:
         return Card(found[0], int(CARDS[found[0]] * GIB))

@@ -150,6 +150,8 @@ def estimate_memory(
         planned, own_loss = build(model, dtype)
     else:
         title, planned, own_loss = type(model).__name__, without_values(model).train(), token_loss
+    if not any(param.requires_grad for param in planned.parameters()):
+        raise PlanError(f"no parameter of {type(planned).__name__} is trainable")
     if checkpointing:
         enable_checkpointing(planned)
     traces = Traces(planned, loss or own_loss, batch, seq)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cards import GIB, RESERVE
-from .estimate import Estimate, Plans
+from .estimate import Plans
 from .phases import Parts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def table(plans: Plans) -> Table:
     from rich.table import Table
 
     shown = Table(
-        title=heading(plans),
+        title=_broken(heading(plans)),
         caption=notes(plans),
         caption_justify="left",
         title_style="bold",
@@ -84,17 +84,12 @@ def table(plans: Plans) -> Table:
         shown.add_row(label, *(f"{row.phases[phase].total / GIB:.2f}" for row in plans.rows))
     shown.add_section()
     if plans.card is not None:
-        usable = f"of {plans.card.usable / GIB:.2f}"
-        shown.add_row(usable, *map(verdict, plans.rows), style="bold")
+        usable = f"in {plans.card.usable / GIB:.2f}"
+        shown.add_row(usable, *("fits" if row.fits else "no" for row in plans.rows), style="bold")
+        shown.add_row("spare", *(f"{(row.spare or 0) / GIB:.2f}" for row in plans.rows))
         shown.add_row("largest rank", *(_number(row.largest_rank) for row in plans.rows))
         shown.add_row("largest batch", *(_number(row.largest_batch) for row in plans.rows))
     return shown
-
-
-def verdict(row: Estimate) -> str:
-    """Return "fits", or by how many GiB not."""
-    assert row.spare is not None
-    return "fits" if row.fits else f"{-row.spare / GIB:.2f} over"
 
 
 def _number(value: int | None) -> str:

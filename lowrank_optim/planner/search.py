@@ -115,7 +115,9 @@ def largest_rank(model: nn.Module) -> int:
 
 def bisect(fits: Callable[[int], bool], most: int) -> int | None:
     """Return the largest number from 1 to `most` that fits, if those below one that fits do too."""
-    good, bad = 0, most + 1
+    if most > 0 and fits(most):
+        return most
+    good, bad = 0, max(1, most)
     while bad - good > 1:
         middle = (good + bad) // 2
         good, bad = (middle, bad) if fits(middle) else (good, middle)

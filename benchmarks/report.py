@@ -1,4 +1,4 @@
-"""Tables and figures of README.md, benchmarks/README.md and docs/choosing.md, from results/ alone.
+"""Tables and figures of README.md and benchmarks/README.md, from results/ alone.
 
   python benchmarks/report.py            write them
   python benchmarks/report.py --check    write nothing; exit status 1 where one is out of date
@@ -21,7 +21,7 @@ from reporting import figures, tables
 
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "benchmarks" / "results" / "pretrain.csv"
-DOCS = ("README.md", "benchmarks/README.md", "docs/choosing.md")
+DOCS = ("README.md", "benchmarks/README.md")
 BLOCK = re.compile(r"<!-- report: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 
 from pretraining.ledger import Ledger
 from pretraining.methods import METHODS
@@ -13,6 +15,7 @@ from pretraining.tune import base, measured, tuned
 from .groups import Runs, all_at_best, at_best, conditions, finals
 
 MIB = 2**20
+RESULTS = Path(__file__).parents[1] / "results"
 NOTHING = "Not measured yet."
 LR_HEADS = ("lr / 3", "lr", "3 lr")
 
@@ -214,7 +217,19 @@ def rates(tasks: tuple[str, ...]) -> Callable[[Ledger], str]:
     return made
 
 
+def demo_seeds(ledger: Ledger) -> str:
+    """Show the range of the demo's losses over seeds, from the csv beside the ledger."""
+    with (RESULTS / "demo_seeds.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses: dict[str, list[float]] = {}
+    for row in rows:
+        losses.setdefault(METHODS[row["method"]].label, []).append(float(row["val_loss"]))
+    ranges = [f"{min(found):.3f} - {max(found):.3f}" for found in losses.values()]
+    return table(list(losses), [ranges])
+
+
 TABLES: dict[str, Callable[[Ledger], str]] = {
+    "demo-seeds": demo_seeds,
     "quality-3m": quality("3m"),
     "quality-60m": quality("60m"),
     "small-states-3m": small_states("3m"),

@@ -170,24 +170,25 @@ def estimate_memory(
         method = METHODS[name]
         needs = needs_of(method, planned, rank, state_dtype)
         phases = phases_of(traces.at(batch), needs, weights, layerwise)
-        found = Estimate(
-            name,
-            method.label,
-            layerwise and needs.alone is not None,
-            phases,
-            needs.state,
-            needs.shared,
-        )
+        spare = most = wide = None
         if card is not None:
             room = card.usable
-            spare = room - found.total
+            spare = room - max(parts.total for parts in phases.values())
             most = largest(traces, needs, weights, layerwise, room)
             wide = widest(method, planned, state_dtype, traces.at(batch), weights, layerwise, room)
-            found = Estimate(
-                name, method.label, found.layerwise, phases, needs.state, needs.shared,
-                spare, wide, most,
-            )  # fmt: skip
-        plans.rows.append(found)
+        plans.rows.append(
+            Estimate(
+                name=name,
+                label=method.label,
+                layerwise=layerwise and needs.alone is not None,
+                phases=phases,
+                state_bytes=needs.state,
+                shared_bytes=needs.shared,
+                spare=spare,
+                largest_rank=wide,
+                largest_batch=most,
+            )
+        )
     return plans
 
 

@@ -41,7 +41,8 @@ class Traces:
             line = str(error).strip().partition("\n")[0]
             raise PlanError(
                 f"{type(self._model).__name__} cannot be run without values, on a batch of "
-                f"{batch} x {self._seq}: {type(error).__name__}: {line}"
+                f"{batch} x {self._seq}: {type(error).__name__}: {line} (a loss of your own may do "
+                "what it needs: see estimate_memory)"
             ) from error
         if not found.steps:
             raise PlanError(f"no parameter of {type(self._model).__name__} gets a gradient")

@@ -49,8 +49,6 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run an operator and count what is new."""
         out = func(*args, **(kwargs or {}))
-        if func in _DECOMPOSITIONS:
-            self.series.append(self.now + _DECOMPOSITIONS[func](args[0]))
         old = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if _is_tensor(leaf)}
         for leaf in tree_leaves(out):
             if not _is_tensor(leaf):
@@ -61,6 +59,8 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._sizes[key] = storage.nbytes()
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._forget, key)
+        if func in _WITHIN:
+            self.series.append(self.now + _WITHIN[func](*args))
         self.series.append(self.now)
         return out
 
@@ -72,12 +72,27 @@ def _is_tensor(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout is torch.strided
 
 
-def _eigenvalue_work(x: Tensor) -> int:
-    """Return what a divide-and-conquer eigensolver uses beside: a copy and 2 n^2 values."""
-    return 3 * x.numel() * x.element_size()
+def _eigenvalue_work(x: Tensor, *_: Any) -> int:
+    """Return what a divide-and-conquer eigensolver uses beside: 2 n^2 values."""
+    return 2 * x.numel() * x.element_size()
 
 
-_DECOMPOSITIONS = {torch.ops.aten._linalg_eigh.default: _eigenvalue_work}
+def _attention_work(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> int:
+    """Return what the backward pass of flash attention uses beside.
+
+    The gradient of the queries and a number a query in float32, and gradients of keys and values
+    for each head where heads share them.
+    """
+    sums = 4 * (query.numel() + grad.shape[:-1].numel())
+    shared = key.shape[-3] != query.shape[-3]
+    return sums + 2 * shared * grad.numel() * grad.element_size()
+
+
+_WITHIN: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._linalg_eigh.default: _eigenvalue_work,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward.default: _attention_work,
+}
+"""Bytes that an operator takes and gives back on a GPU, which no tensor of "meta" shows."""
 
 
 class AsOnCuda(TorchFunctionMode):

@@ -15,7 +15,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 IN_CACHE = 1 << 16
-"""Elements whose bits are drawn at once: their 64-bit words then stay in a CPU's cache."""
+"""Elements whose bits are drawn at once on a CPU: their 64-bit words then stay in its cache."""
+AT_ONCE = 1 << 20
+"""The same elsewhere: some 40 MB of words, so that launches do not take longer than the work."""
 
 
 def generator(device: torch.device, *numbers: int) -> torch.Generator:
@@ -90,7 +92,8 @@ def random_bits(noise: Noise, kind: int, rows: slice, cols: int, device: torch.d
         step = torch.full((), step, dtype=torch.int64, device=device)
     first = noise.stream & WORD
     bits = torch.empty(rows.stop - rows.start, cols, dtype=torch.int32, device=device)
-    height = max(1, IN_CACHE // max(1, cols))
+    most = IN_CACHE if device.type == "cpu" else AT_ONCE
+    height = max(1, most // max(1, cols))
     for start in range(rows.start, rows.stop, height):
         stop = min(start + height, rows.stop)
         lines = torch.arange(first + start, first + stop, dtype=torch.int64, device=device)

@@ -45,7 +45,7 @@ METHODS = {
 }
 
 
-MEASURED = 16
+MEASURED = 4
 """Matrices whose refresh is run; each one more is taken to need what these did on the average."""
 
 

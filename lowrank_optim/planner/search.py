@@ -19,6 +19,9 @@ from .trace import Loss, Trace, trace
 MOST = 1 << 20
 """Sequences a batch at which the search ends."""
 
+PROBES = 6
+"""Looks along the line before the interval is halved."""
+
 STEP = 8
 """What ranks above it are multiples of: they suit the units that multiply matrices."""
 
@@ -74,11 +77,11 @@ class Traces:
 def largest(traces: Traces, needs: Needs, weights: int, layerwise: bool, room: int) -> int | None:
     """Return the largest batch whose total is at most `room` bytes; None if there is none."""
 
-    def fits(batch: int) -> bool:
+    def total(batch: int) -> int:
         phases = phases_of(traces.at(batch), needs, weights, layerwise)
-        return max(parts.total for parts in phases.values()) <= room
+        return max(parts.total for parts in phases.values())
 
-    return bisect(fits, MOST)
+    return last(total, room, MOST)
 
 
 def widest(
@@ -98,13 +101,13 @@ def widest(
     if method.preset is None:
         return None
 
-    def fits(rank: int) -> bool:
+    def total(rank: int) -> int:
         phases = phases_of(passed, needs_of(method, model, rank, state), weights, layerwise)
-        return max(parts.total for parts in phases.values()) <= room
+        return max(parts.total for parts in phases.values())
 
     most = largest_rank(model)
-    coarse = bisect(lambda count: fits(STEP * count), most // STEP)
-    return STEP * coarse if coarse else bisect(fits, min(most, STEP - 1))
+    coarse = last(lambda count: total(STEP * count), room, most // STEP)
+    return STEP * coarse if coarse else last(total, room, min(most, STEP - 1))
 
 
 def largest_rank(model: nn.Module) -> int:
@@ -114,12 +117,26 @@ def largest_rank(model: nn.Module) -> int:
     return max(cols for cols, _ in spaces) - 1
 
 
-def bisect(fits: Callable[[int], bool], most: int) -> int | None:
-    """Return the largest number from 1 to `most` that fits, if those below one that fits do too."""
-    if most > 0 and fits(most):
+def last(total: Callable[[int], int], room: int, most: int) -> int | None:
+    """Return the largest number from 1 to `most` whose total is at most `room`; None if none is.
+
+    Totals grow, and almost on a line: where the line meets `room` is looked at first, and the
+    interval is halved where that is not the end of it soon.
+    """
+    if most < 1 or (low := total(1)) > room:
+        return None
+    if (high := total(most)) <= room:
         return most
-    good, bad = 0, max(1, most)
+    good, bad, probes = 1, most, 0
     while bad - good > 1:
         middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle) else (good, middle)
-    return good or None
+        if probes < PROBES and high > low:
+            met = good + (room - low) * (bad - good) // (high - low)
+            middle = min(max(met, good + 1), bad - 1)
+        probes += 1
+        size = total(middle)
+        if size <= room:
+            good, low = middle, size
+        else:
+            bad, high = middle, size
+    return good

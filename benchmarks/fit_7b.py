@@ -1,9 +1,9 @@
 """Does LLaMA-7B train on a card of 24 GiB, and on one of 16? Peak memory and tokens a second.
 
-Plans by computation: at each card the largest rank that fits, then the largest batch. Each case is
-trained by `fit_case.py` in a process of its own, on a larger GPU whose memory is capped there; a
-case of ours that runs out of memory after all is tried again smaller. Rows go to the csv at once,
-and cases that it has are not repeated. README.md says what is assumed.
+Plans with the package's planner: at each card the largest rank that fits, then the largest batch.
+Each case is trained by `fit_case.py` in a process of its own, on a larger GPU whose memory is
+capped there; a case of ours that runs out of memory after all is tried again smaller. Rows go to
+the csv at once, and cases that it has are not repeated. README.md says what is assumed.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ import shutil
 import subprocess
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from fit_case import GIB, METHODS, OURS, SIZES, Case, build_model, cap_bytes
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from fit_case import GIB, METHODS, OURS, Case, build_model, cap_bytes
 
 import lowrank_optim
+from lowrank_optim.planner.methods import METHODS as PLANNED
+from lowrank_optim.planner.methods import Needs, needs_of
+from lowrank_optim.planner.models import token_loss
+from lowrank_optim.planner.phases import Parts, phases_of, weight_bytes
+from lowrank_optim.planner.search import Traces
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "fit_7b.csv"
 RANKS, BATCHES, CARDS = (1024, 512, 256, 128), (16, 8, 4, 2, 1), (24, 16)
 SPARE = GIB // 4
 """Left free in a plan: for libraries' workspaces, and for what lies between blocks of memory."""
-BESIDE = {"dct": 40, "fira": 12}
-"""Bytes that a step needs beside, for each value of the matrix' moment: counted on a CPU."""
 FIRST = 90.0
 """Seconds for a case before one has been timed: it also compiles the kernels."""
 GRACE = 45.0
@@ -50,87 +49,29 @@ DONE = ("trained", "out of memory")
 Row = dict[str, Any]
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside it that are alive, and the most there were."""
-
-    def __init__(self, known: Iterator[Tensor]) -> None:
-        super().__init__()
-        self.held = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count the storages that it returns."""
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return True  # the one question to a meta tensor: is a row one text? It is
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.held:
-                    self.held[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self.freed, storage._cdata)
-        return out
-
-    def freed(self, key: int) -> None:
-        """Forget a storage."""
-        self.now -= self.held.pop(key)
+@functools.cache
+def traces(size: str, length: int) -> Traces:
+    """Return the model's passes without memory, at any batch."""
+    return Traces(build_model(size, "meta"), token_loss, 2, length)
 
 
 @functools.cache
-def meta_model(size: str) -> Any:
-    """Return the model without memory."""
-    return build_model(size, "meta")
+def needs(size: str, method: str, rank: int, length: int) -> Needs:
+    """Return what the optimizer takes, in 8 bits where it is ours."""
+    return needs_of(PLANNED[method], traces(size, length).model, rank, "8bit")
 
 
-@functools.cache
-def optimizer_bytes(size: str, method: str, rank: int) -> int:
-    """Return what the optimizer keeps, with a basis that layers share."""
-    model = meta_model(size)
-    weights = sum(p.numel() for p in model.parameters())
-    if method not in OURS:
-        return {"adamw": 4 * weights, "adamw8bit": 2 * weights + weights // 32}[method]
-    shared = 4 * SIZES[size]["hidden_size"] ** 2 if method == "dct" else 0
-    return lowrank_optim.predicted_bytes(METHODS[method](model, rank)) + shared
-
-
-@functools.cache
-def training_bytes(size: str, method: str, rank: int, batch: int, length: int) -> int:
-    """Return the most that forward and backward pass hold at a time, gradients and steps included.
-
-    On the meta device. Where gradients are freed, two layers are run, and each of the others adds
-    what checkpointing keeps of it.
-    """
-    layers = SIZES[size]["num_hidden_layers"]
-    kept = 2 if rank else layers
-    model, hidden = meta_model(size), SIZES[size]["hidden_size"]
-    whole = model.model.layers
-    model.model.layers = nn.ModuleList(whole[:kept])
-    model.config.num_hidden_layers = kept
-
-    def step(param: nn.Parameter) -> None:
-        rows = max(param.shape) if param.ndim == 2 and param.shape[0] != model.vocab_size else 0
-        torch.empty(BESIDE[method] * rows * rank, dtype=torch.uint8, device="meta")
-        param.grad = None
-
-    hooks = [p.register_post_accumulate_grad_hook(step) for p in model.parameters() if rank]
-    tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    with Live(model.parameters()) as live:
-        model(input_ids=tokens, labels=tokens).loss.backward()
-    for hook in hooks:
-        hook.remove()
-    model.zero_grad()
-    model.model.layers, model.config.num_hidden_layers = whole, layers
-    return live.peak + (layers - kept) * 2 * batch * length * hidden
+def planned_parts(case: Case) -> Parts:
+    """Return what lives at the peak of a case; from shapes, nothing measured."""
+    passes = traces(case.size, case.length)
+    found = needs(case.size, case.method, case.rank, case.length)
+    phases = phases_of(passes.at(case.batch), found, weight_bytes(passes.model), layerwise=True)
+    return max(phases.values(), key=lambda parts: parts.total)
 
 
 def predicted_peak(case: Case) -> int:
-    """Return weights, states, and what training holds beside; from shapes, nothing measured."""
-    weights = sum(p.numel() * p.element_size() for p in meta_model(case.size).parameters())
-    states = optimizer_bytes(case.size, case.method, case.rank)
-    beside = training_bytes(case.size, case.method, case.rank, case.batch, case.length)
-    return weights + states + beside
+    """Return the sum of the parts."""
+    return planned_parts(case).total
 
 
 def fits(case: Case) -> bool:

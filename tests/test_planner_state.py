@@ -65,8 +65,7 @@ def test_our_state_is_that_after_a_step(make, name, state, dtype):
     model = make().to(dtype)
     needs = needs_of(OURS[name], model.to("meta"), 7, state)
     model = make().to(dtype)
-    preset = getattr(presets, OURS[name].preset)
-    optimizer = stepped(preset(param_groups(model, rank=7), state_dtype=state))
+    optimizer = stepped(OURS[name].build(param_groups(model, rank=7), state_dtype=state))
     assert needs.state == state_bytes(optimizer)
     assert needs.shared == shared_bytes(optimizer)
     held = [key for group in optimizer.param_groups for key in lowrank_optim.settings.plan_of(
@@ -102,9 +101,7 @@ def test_state_of_llama_60m_is_that_after_a_step(name, state):
     model = build("60m", torch.bfloat16)[0]
     needs = needs_of(OURS[name], model, 128, state)
     real = model.to_empty(device="cpu")
-    make = getattr(presets, OURS[name].preset)
-    settings = {"projector": "power"} if name in ("galore", "fira") else {}  # same bytes, faster
-    optimizer = stepped(make(param_groups(real, rank=128), state_dtype=state, **settings))
+    optimizer = stepped(OURS[name].build(param_groups(real, rank=128), state_dtype=state))
     assert needs.state == state_bytes(optimizer)
     assert needs.shared == shared_bytes(optimizer)
 
@@ -139,8 +136,7 @@ def by_hand(name, size, rank, state):
 def test_state_of_presets_is_what_the_methods_say(size, name, state):
     model = build(size, torch.bfloat16)[0]
     rank = 1024 if model.config.hidden_size >= 4096 else 128
-    preset = getattr(presets, OURS[name].preset)
-    optimizer = preset(param_groups(model, rank=rank), state_dtype=state)
+    optimizer = OURS[name].build(param_groups(model, rank=rank), state_dtype=state)
     expected = by_hand(name, size, rank, state)
     assert lowrank_optim.predicted_bytes(optimizer) == expected
     if (size, state) in (("llama-1b", None), ("llama-7b", "8bit")):
@@ -167,12 +163,11 @@ def test_every_preset_is_a_method():
 def test_workspace_of_a_refresh_is_what_a_refresh_makes(name, state):
     """On real tensors: what moves, and what is carried over, when subspaces are learnt anew."""
     # Of several matrices, power makes some products at once, but on a CPU one by one.
-    shapes = [(160, 96)] * (1 if name == "lowrank" else 5)
-    preset = getattr(presets, OURS[name].preset)
+    shapes = [(160, 96)] * (1 if name in ("lowrank", "galore", "fira") else 5)
 
     def jobs(device):
         params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
-        optimizer = preset(params, rank=16, state_dtype=state, update_proj_gap=1)
+        optimizer = OURS[name].build(params, rank=16, state_dtype=state, update_proj_gap=1)
         turn = Round(optimizer)
         ((group, plan, entries),) = turn.groups
         return optimizer, [

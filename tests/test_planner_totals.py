@@ -8,7 +8,7 @@ from test_memory import Peak
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_optim import LowRank, estimate_memory, param_groups, presets, state_bytes
+from lowrank_optim import LowRank, estimate_memory, param_groups, state_bytes
 from lowrank_optim.memory import shared_bytes
 from lowrank_optim.planner.methods import METHODS
 from lowrank_optim.planner.models import build, token_loss
@@ -34,7 +34,7 @@ def optimizer_of(name, model):
     """Return the optimizer that the planner means by a name."""
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=True)
-    return getattr(presets, METHODS[name].preset)(param_groups(model, rank=RANK))
+    return METHODS[name].build(param_groups(model, rank=RANK))
 
 
 def measured(model, optimizer, batch, seq, layerwise=False):
@@ -97,12 +97,9 @@ def test_total_is_that_of_a_real_step(name, batch, seq, layerwise, checkpointing
         assert plan.phases["backward"].total == pytest.approx(backward, rel=0.01)
 
 
-@pytest.mark.parametrize("name", ["lowrank", "dct", "frugal", "apollo"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.preset])
 def test_total_is_that_of_a_real_step_where_the_step_takes_the_most(name):
-    """Few tokens, a model whose matrices are larger than what plain torch works on at once.
-
-    Not SVD's methods: the workspace that LAPACK takes is not made of tensors.
-    """
+    """Few tokens, a model whose matrices are larger than what plain torch works on at once."""
     config = LlamaConfig(
         hidden_size=384, intermediate_size=1032, num_attention_heads=4, num_hidden_layers=3,
         vocab_size=1000, use_cache=False,
@@ -192,14 +189,10 @@ def test_the_largest_batch_fits_and_the_next_does_not(layerwise):
     assert not estimate_memory("60m", batch=most + 1, **given)["galore"].fits
 
 
-ON_GPU = [("1b", name) for name in METHODS]
-# Without the exact SVD, which takes minutes for the first step of 224 matrices.
-ON_GPU += [("7b", name) for name in METHODS if name not in ("galore", "fira")]
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("layerwise", [False, True], ids=["", "layer-wise"])
-@pytest.mark.parametrize(("size", "name"), ON_GPU)
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("size", ["1b", "7b"])
 def test_total_on_a_gpu(size, name, layerwise):
     """Three steps: the first makes the state and learns all subspaces."""
     rank, seq = (128, 512) if size == "1b" else (1024, 512)
@@ -227,9 +220,8 @@ def test_total_on_a_gpu(size, name, layerwise):
     elif name == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     else:
-        make = getattr(presets, METHODS[name].preset)
         groups = param_groups(model, rank=rank)
-        optimizer = make(groups, lr=1e-4, state_dtype=state, update_proj_gap=2)
+        optimizer = METHODS[name].build(groups, lr=1e-4, state_dtype=state, update_proj_gap=2)
     if layerwise:
         optimizer.step_in_backward()
     torch.cuda.reset_peak_memory_stats()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 from .. import fused, memory, presets
 from ..geometry import oriented
 from ..groups import param_groups
-from ..optimizer import LowRank
+from ..optimizer import LowRank, Params
 from ..plan import Group, Job, Plan
 from ..rounds import Round
 from ..subspace import TOGETHER, move_subspaces, site_of
@@ -27,19 +27,29 @@ class Method:
     Attributes:
         label: what tables call it.
         preset: the class in `lowrank_optim.presets`, None for the two that are not ours.
+        settings: what it is made with: where decompositions are the paper's, the projector that
+            real models are trained with, whose state is the same and whose workspace is smaller.
     """
 
     label: str
     preset: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def build(self, params: Params, **more: Any) -> LowRank:
+        """Return the optimizer, which must be ours."""
+        make: Callable[..., LowRank] = getattr(presets, str(self.preset))
+        return make(params, **self.settings, **more)
+
+
+POWER = {"projector": "power"}
 
 METHODS = {
     "adamw": Method("AdamW"),
     "adamw8bit": Method("AdamW 8-bit"),
     "lowrank": Method("LowRank", "LowRankAdamW"),
-    "galore": Method("GaLore", "GaLoreAdamW"),
+    "galore": Method("GaLore", "GaLoreAdamW", POWER),
     "dct": Method("DCT", "DCTAdamW"),
-    "fira": Method("Fira", "FiraAdamW"),
+    "fira": Method("Fira", "FiraAdamW", POWER),
     "frugal": Method("FRUGAL", "FrugalAdamW"),
     "apollo": Method("APOLLO", "ApolloAdamW"),
 }
@@ -89,8 +99,7 @@ def needs_of(
     if method.preset is None:
         count = adamw8bit_bytes if method is METHODS["adamw8bit"] else adamw_bytes
         return Needs(moments=count(params))
-    make: Callable[..., LowRank] = getattr(presets, method.preset)
-    return needs_of_ours(make(param_groups(model, rank=rank), state_dtype=state))
+    return needs_of_ours(method.build(param_groups(model, rank=rank), state_dtype=state))
 
 
 def adamw_bytes(params: Iterable[torch.Tensor]) -> int:

@@ -34,21 +34,21 @@ class Traces:
     """
 
     def __init__(self, model: nn.Module, loss: Loss, batch: int, seq: int) -> None:
-        self._model, self._loss, self._seq = model, loss, seq
+        self.model, self._loss, self._seq = model, loss, seq
         self._asked = batch, self._run(batch)
 
     def _run(self, batch: int) -> Trace:
         try:
-            found = trace(self._model, self._loss, batch, self._seq)
+            found = trace(self.model, self._loss, batch, self._seq)
         except Exception as error:
             line = str(error).strip().partition("\n")[0]
             raise PlanError(
-                f"{type(self._model).__name__} cannot be run without values, on a batch of "
+                f"{type(self.model).__name__} cannot be run without values, on a batch of "
                 f"{batch} x {self._seq}: {type(error).__name__}: {line} (a loss of your own may do "
                 "what it needs: see estimate_memory)"
             ) from error
         if not found.steps:
-            raise PlanError(f"no parameter of {type(self._model).__name__} gets a gradient")
+            raise PlanError(f"no parameter of {type(self.model).__name__} gets a gradient")
         return found
 
     @cached_property
@@ -60,7 +60,7 @@ class Traces:
         second = self._run(start + 1)
         if len(first.live) != len(second.live):
             raise PlanError(
-                f"{type(self._model).__name__} runs other operators with another batch, so that no "
+                f"{type(self.model).__name__} runs other operators with another batch, so that no "
                 "largest one can be found"
             )
         return start, first, second

@@ -200,20 +200,22 @@ def work(script, texts, tmp_path):
     return folder
 
 
-def a_ledger(script, path, *methods, task="smoke"):
+def a_ledger(script, path, *methods, task="smoke", text="none"):
     """A ledger that holds one run of a search for some methods, and a final one."""
     ledger, tune = script("pretraining.ledger").Ledger(path), script("pretraining.tune")
     result = script("pretraining.train").Result
     for method in methods:
         spec = tune.base(task, method)
         for kind in (spec, spec._replace(split="final", seed=0)):
-            ledger.add(result(kind, 1.5, [(1, 2.0, 1.5)], 1 << 20, 1, 0.0, 0), "cpu", 1, "none")
+            run = result(kind, 1.5, [(1, 2.0, 1.5)], 1 << 20, 1, 0.0, 0, text)
+            ledger.add(run, "cpu", 1, "none")
     return ledger
 
 
 def test_sensitivity(script, work, tmp_path, monkeypatch):
     sensitivity, path = script("sensitivity"), tmp_path / "pretrain.csv"
-    ledger = a_ledger(script, path, "lowrank")
+    text = script("pretraining.data").load(256, 2 << 20, work).name
+    ledger = a_ledger(script, path, "lowrank", text=text)
     known = ledger.rows()
     for name, value in (("RANKS", (0.25, 0.5)), ("GAPS", (5,)), ("STEPS", (0, 2))):
         monkeypatch.setattr(sensitivity, name, value)

@@ -45,6 +45,11 @@ class Data:
     splits: dict[str, Tensor]
     manifest: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """Return what tells the text from others: the head of the training tokens' hash."""
+        return str(self.manifest["train"]["sha256"])[:12]
+
 
 @lru_cache(maxsize=1)
 def load(vocab: int, limit: int, work: Path) -> Data:

@@ -21,7 +21,7 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 FIELDS = (
     *Spec._fields, "loss", "state_bytes", "parameters", "seconds", "peak_bytes",
-    "device", "torch", "threads", "commit", "date",
+    "text", "device", "torch", "threads", "commit", "date",
 )  # fmt: skip
 
 
@@ -47,6 +47,16 @@ class Ledger:
         """Return what was measured."""
         return {spec_of(row): float(row["loss"]) for row in self.rows()}
 
+    def check_text(self, task: str, text: str) -> None:
+        """Raise ValueError if runs of a task were made with another text than is at hand."""
+        others = {row["text"] for row in self.rows() if row["task"] == task} - {text}
+        if others:
+            raise ValueError(
+                f"{self.path.name} has runs of {task} with the text {', '.join(others)}, here is "
+                f"{text}, and their losses cannot be compared: bring the cache of that text, or "
+                "give another --results"
+            )
+
     def curve_of(self) -> dict[Spec, list[tuple[int, float, float]]]:
         """Return the curves."""
         found = {}
@@ -65,6 +75,7 @@ class Ledger:
             "parameters": result.parameters,
             "seconds": f"{result.seconds:.1f}",
             "peak_bytes": result.peak or "",
+            "text": result.text,
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "torch": torch.__version__,
             "threads": threads,

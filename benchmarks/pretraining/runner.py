@@ -39,6 +39,9 @@ def work_off(
         device: "cpu" or "cuda".
         jobs: runs at a time; on a CPU each has one thread.
         budget: seconds after which no run is begun, and those under way are saved.
+
+    Raises:
+        ValueError: the ledger's runs are of another text.
     """
     console, started = Console(highlight=False, soft_wrap=True), time.monotonic()
     deadline, name, finished = started + budget, commit(), True
@@ -58,7 +61,8 @@ def work_off(
         except StopIteration:
             return
         task = TASKS[spec.task]
-        data.load(task.vocab, task.text << 20, work)  # the cache is there before anyone needs it
+        text = data.load(task.vocab, task.text << 20, work)  # made before anyone needs it
+        ledger.check_text(spec.task, text.name)
         running[pool.submit(train, spec, device, work, deadline)] = plan
 
     with pool:

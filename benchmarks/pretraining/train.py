@@ -53,6 +53,7 @@ class Result:
         loss: mean over all tokens of the held-out windows at the end of the schedule, nats a token.
         state: bytes of all tensors that the optimizer keeps, shared bases included.
         peak: largest memory allocated on a GPU, bytes; 0 without one.
+        text: name of the text.
     """
 
     spec: Spec
@@ -62,6 +63,7 @@ class Result:
     parameters: int
     seconds: float
     peak: int
+    text: str
 
 
 def train(
@@ -124,6 +126,7 @@ def train(
         sum(param.numel() for param in model.parameters()),
         progress.seconds,
         torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        text.name,
     )
 
 

@@ -17,12 +17,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from pretrain import RESULTS, WORK
 from pretraining.ledger import Ledger
 from pretraining.methods import Spec
-from pretraining.runner import Runs, each, work_off
+from pretraining.runner import Runs, add_options, each, run
 from pretraining.search import index, value
 from pretraining.tasks import TASKS
 from pretraining.tune import base, tuned
@@ -96,15 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--changes", nargs="+", choices=CHANGES, help="of `parts`; all otherwise")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=WORK)
+    add_options(parser)
     args = parser.parse_args(argv)
-    ledger = Ledger(args.results)
-    plans = PARTS[args.part](ledger, args)
-    finished = work_off(plans, ledger, args.work, device="cpu", jobs=args.jobs, budget=args.budget)
-    return 0 if finished else 1
+    plans = PARTS[args.part](Ledger(args.results), args)
+    return 0 if run(plans, args) else 1
 
 
 if __name__ == "__main__":

@@ -21,14 +21,10 @@ from pathlib import Path
 from pretraining import data
 from pretraining.ledger import Ledger
 from pretraining.methods import METHODS, Spec
-from pretraining.runner import Runs, each, work_off
+from pretraining.runner import Runs, add_options, each, run
 from pretraining.tasks import TASKS
 from pretraining.tune import POINTS, base, tuned, tuning
 from rich.console import Console
-
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "pretrain.csv"
-WORK = ROOT / ".pretrain"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,10 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     ledger = Ledger(args.results)
     note_text(args.task, args.work, args.results.with_name(f"{args.results.stem}_text.json"))
     for phase in args.phases:
-        plans = PHASES[phase](ledger, args)
-        finished = work_off(
-            plans, ledger, args.work, device=args.device, jobs=args.jobs, budget=args.budget
-        )
+        finished = run(PHASES[phase](ledger, args), args)
         if not finished:
             break
     for method in args.methods:
@@ -64,11 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--state", default="float32", choices=["float32", "bfloat16", "8bit"])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds of each phase")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=WORK, help="tokens and unfinished runs")
+    add_options(parser)
     return parser.parse_args(argv)
 
 

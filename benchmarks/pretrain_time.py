@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from pretrain import WORK
 from pretraining import data
 from pretraining.ledger import commit
 from pretraining.methods import METHODS, build_optimizer
+from pretraining.runner import WORK
 from pretraining.tasks import TASKS, build_model
 from pretraining.train import batch, mean_loss
 from pretraining.tune import base

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretraining.ledger import Ledger
+from pretraining.runner import RESULTS, ROOT
 from reporting import figures, tables
 
-ROOT = Path(__file__).parents[1]
-LEDGER = ROOT / "benchmarks" / "results" / "pretrain.csv"
 DOCS = ("README.md", "benchmarks/README.md")
 BLOCK = re.compile(r"<!-- report: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
@@ -30,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     parser.add_argument("--root", type=Path, default=ROOT, help="of the texts and figures")
-    parser.add_argument("--results", type=Path, default=LEDGER)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     ledger = Ledger(args.results)
     stale = []

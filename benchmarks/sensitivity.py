@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from pretrain import RESULTS, WORK, names
+from pretrain import names
 from pretraining.ledger import Ledger
 from pretraining.methods import Spec
-from pretraining.runner import each, work_off
+from pretraining.runner import add_options, each, run
 from pretraining.search import index, value
 from pretraining.tasks import TASKS
 from pretraining.tune import base, tuned
@@ -48,20 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--task", default="bytes-128", choices=TASKS)
     parser.add_argument("--methods", type=names, default=["lowrank", "galore", "fira", "frugal"])
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--budget", type=float, default=float("inf"), help="seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--work", type=Path, default=WORK)
+    add_options(parser)
     args = parser.parse_args(argv)
     ledger = Ledger(args.results)
     wanted = [
         spec for method in args.methods for spec in grid(tuned(ledger, base(args.task, method))[0])
     ]
-    finished = work_off(
-        each(dict.fromkeys(wanted)), ledger, args.work,
-        device="cpu", jobs=args.jobs, budget=args.budget,
-    )  # fmt: skip
-    return 0 if finished else 1
+    return 0 if run(each(dict.fromkeys(wanted)), args) else 1
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def test_a_number_that_was_changed_is_found_and_made_right(copy, name, capsys):
 
 def test_a_result_that_was_changed_is_found(copy, tmp_path, capsys):
     """One loss of the first final run that is shown; text and figure both notice."""
-    ledger = report.Ledger(report.LEDGER)
+    ledger = report.Ledger(report.RESULTS)
     results = tmp_path / ledger.path.name
     shutil.copy(ledger.curves, tmp_path / ledger.curves.name)
     lines = ledger.path.read_text().splitlines(keepends=True)
@@ -63,4 +63,4 @@ def test_a_result_that_was_changed_is_found(copy, tmp_path, capsys):
 def test_a_block_without_a_table_is_an_error():
     text = "<!-- report: nothing -->\n<!-- end -->"
     with pytest.raises(KeyError, match="no table 'nothing'"):
-        report.filled(text, {}, report.Ledger(report.LEDGER))
+        report.filled(text, {}, report.Ledger(report.RESULTS))

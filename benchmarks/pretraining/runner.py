@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import multiprocessing
 import time
@@ -19,8 +20,29 @@ from .methods import Spec
 from .tasks import TASKS
 from .train import OutOfTimeError, Result, train
 
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "pretrain.csv"
+WORK = ROOT / ".pretrain"
+
 Runs = Generator[Spec, float, None]
 """Yields runs one after the other and is sent their losses."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `run` reads."""
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds, of each phase")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to extend")
+    parser.add_argument("--work", type=Path, default=WORK, help="tokens and unfinished runs")
+
+
+def run(plans: Iterable[Runs], args: argparse.Namespace) -> bool:
+    """Do `work_off` as the command line says."""
+    return work_off(
+        plans, Ledger(args.results), args.work,
+        device=args.device, jobs=args.jobs, budget=args.budget,
+    )  # fmt: skip
 
 
 def work_off(

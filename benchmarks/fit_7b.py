@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,8 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from fit_case import GIB, METHODS, OURS, Case, build_model, cap_bytes
+from provenance import output, provenance
 
 import lowrank_optim
 from lowrank_optim.planner.methods import METHODS as PLANNED
@@ -148,25 +146,13 @@ def train(case: Case, limit: float) -> Row:
 
 def facts() -> Row:
     """Return what is the same in all rows of a run."""
-    head = output("git", "rev-parse", "--short", "HEAD") or "unknown"
-    changed = head != "unknown" and output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "torch": torch.__version__,
         "transformers": release("transformers"),
         "triton": release("triton"),
         "package": lowrank_optim.__version__,
-        "commit": f"{head}+" if changed else head,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **provenance(),
     }
-
-
-def output(*command: str) -> str:
-    """Return what a command prints; nothing if it fails or is not there."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def release(name: str) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def main(argv: list[str] | None = None) -> int:
     """Do the phases in order; exit status 1 if the budget ended before they were done."""
     args = parse(argv)
     ledger = Ledger(args.results)
-    note_text(args.task, args.work, args.results.with_name(f"{args.results.stem}_text.json"))
+    end = time.monotonic() + args.budget
+    note_text(ledger, args.task, args.work)
     for phase in args.phases:
+        args.budget = end - time.monotonic()
         finished = run(PHASES[phase](ledger, args), args)
         if not finished:
             break
@@ -96,13 +99,16 @@ def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
 PHASES = {"tune": tune, "final": final}
 
 
-def note_text(task: str, work: Path, path: Path) -> None:
-    """Write what a task's text is to the results, by task."""
+def note_text(ledger: Ledger, task: str, work: Path) -> None:
+    """Write what a task's text is beside the ledger; ValueError if its runs are of another."""
+    text = data.load(TASKS[task].vocab, TASKS[task].text << 20, work)
+    ledger.check_text(task, text.name)
+    path = ledger.path.with_name(f"{ledger.path.stem}_text.json")
     known = json.loads(path.read_text()) if path.exists() else {}
-    found = data.load(TASKS[task].vocab, TASKS[task].text << 20, work).manifest
-    if known.get(task) != found:
+    if known.get(task) != text.manifest:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**known, task: found}, indent=1, sort_keys=True) + "\n")
+        known[task] = text.manifest
+        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def show(ledger: Ledger, like: Spec) -> None:

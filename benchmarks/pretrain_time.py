@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import statistics
 import sys
 import time
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import torch
 from pretraining import data
-from pretraining.ledger import commit
 from pretraining.methods import METHODS, build_optimizer
 from pretraining.runner import WORK
 from pretraining.tasks import TASKS, build_model
 from pretraining.train import batch, mean_loss
 from pretraining.tune import base
+from provenance import provenance
 from reporting.times import RESULTS
 
 FIELDS = ("task", "method", "step_ms", "plain_ms", "refresh_ms", "gap", "rounds", "device", "torch",
@@ -51,10 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         "task": args.task,
         "rounds": args.rounds,
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "torch": torch.__version__,
         "threads": args.threads,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **provenance(),
     }
     args.results.parent.mkdir(parents=True, exist_ok=True)
     with args.results.open("w", newline="") as file:

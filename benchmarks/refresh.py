@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import itertools
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -184,15 +183,10 @@ def milliseconds(
 def surroundings(device: torch.device) -> dict[str, str]:
     """Return what the times depend on beside the code."""
     cuda = device.type == "cuda"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        **provenance(),
     }
 
 

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import math
 import platform
-import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -27,6 +24,7 @@ from typing import Any
 
 import torch
 from peers import BASELINE, BYTES, METHODS, NEVER, SIZES, Method, Problem, cheap_svd, floor, gate
+from provenance import output, provenance
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -228,28 +226,16 @@ def facts(device: str, dtype: torch.dtype) -> Row:
     product = timed(lambda: left @ right, device, 10, warm=2)
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     cpuinfo = output("grep", "-m1", "model name", "/proc/cpuinfo").partition(": ")[2]
-    head = output("git", "rev-parse", "--short", "HEAD") or "unknown"
-    changed = head != "unknown" and output("git", "status", "--porcelain")
     return {
         "copy_gb_s": round(2 * source.nbytes / median(copy.ms) / 1e6, 1),
         "matmul_tflops": round(2 * n**3 / median(product.ms) / 1e9, 4),
         "device": torch.cuda.get_device_name() if cuda else cpuinfo or platform.processor(),
         "driver": output(*query) if cuda else "",
-        "torch": torch.__version__,
         "triton": next((found.version for found in distributions(name="triton")), "none"),
         "package": lowrank_optim.__version__,
-        "commit": f"{head}+" if changed else head,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        **provenance(),
         "threads": torch.get_num_threads(),
     }
-
-
-def output(*command: str) -> str:
-    """Return what a command prints; nothing if it fails or is not there."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, list[tuple[Method, str]]]]:

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import datetime
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from pretraining.ledger import commit
 from pretraining.search import Place, best, index, search, value
+from provenance import provenance
 from rich.console import Console
 
 from lowrank_optim.demo.corpus import Corpus, load_corpus
@@ -94,10 +93,8 @@ def run(
         "steps": settings.steps,
         "seed": settings.seed,
         "val_loss": f"{loss:.5f}",
-        "torch": torch.__version__,
         "threads": THREADS,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "commit": commit(),
+        **provenance(),
     }
     new = not path.exists()
     path.parent.mkdir(parents=True, exist_ok=True)

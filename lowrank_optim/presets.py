@@ -134,8 +134,9 @@ class DCTAdamW(LowRank):
         on_refresh: "rotate" copies the moments of the columns that stay and zeroes the others.
         For the other arguments and errors see `LowRank`.
 
-    Reference: Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large
-        Language Models", arXiv 2505.17967. Without the optional error feedback.
+    Reference: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
+        Optimization of Large Language Models", arXiv 2505.17967. Without the optional error
+        feedback.
     """
 
     def __init__(

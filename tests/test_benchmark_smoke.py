@@ -208,7 +208,7 @@ def a_ledger(script, path, *methods, task="smoke", text="none"):
         spec = tune.base(task, method)
         for kind in (spec, spec._replace(split="final", seed=0)):
             run = result(kind, 1.5, [(1, 2.0, 1.5)], 1 << 20, 1, 0.0, 0, text)
-            ledger.add(run, "cpu", 1, "none")
+            ledger.add(run, "cpu", 1, {})
     return ledger
 
 

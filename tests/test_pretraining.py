@@ -220,7 +220,7 @@ def test_tuned_rates_are_those_of_one_task_length_and_split(tmp_path):
         (5.5e-2, 0.5, {"split": "final"}), (1e-1, 0.1, {"state": "8bit"}),
     ):  # fmt: skip
         spec = first._replace(lr=lr, **more)
-        ledger.add(train.Result(spec, loss, [], 1, 1, 0.0, 0, "text"), "cpu", 1, "none")
+        ledger.add(train.Result(spec, loss, [], 1, 1, 0.0, 0, "text"), "cpu", 1, {})
     assert tune.tuned(ledger, first) == (first._replace(lr=1.7e-2), 2.0, 2)
     with pytest.raises(LookupError, match="smoke fira: no rates were tuned"):
         tune.tuned(ledger, tune.base("smoke", "fira"))
@@ -228,7 +228,7 @@ def test_tuned_rates_are_those_of_one_task_length_and_split(tmp_path):
 
 def test_what_a_plan_knows_is_not_run(work, tmp_path, monkeypatch):
     ledger = Ledger(tmp_path / "l.csv")
-    ledger.add(train.Result(SPEC, 1.5, [(12, 2.0, 1.5)], 1, 1, 0.0, 0, "text"), "cpu", 1, "none")
+    ledger.add(train.Result(SPEC, 1.5, [(12, 2.0, 1.5)], 1, 1, 0.0, 0, "text"), "cpu", 1, {})
     sent = []
 
     def plan():
@@ -241,7 +241,13 @@ def test_what_a_plan_knows_is_not_run(work, tmp_path, monkeypatch):
 
 def test_runs_of_another_text_are_refused(work, tmp_path):
     ledger = Ledger(tmp_path / "l.csv")
-    ledger.add(train.Result(SPEC, 1.5, [], 1, 1, 0.0, 0, "other"), "cpu", 1, "none")
+    ledger.add(train.Result(SPEC, 1.5, [], 1, 1, 0.0, 0, "other"), "cpu", 1, {})
     with pytest.raises(ValueError, match=r"l.csv has runs of smoke with the text other, here is"):
         runner.work_off(runner.each([SPEC._replace(seed=1)]), ledger, work, device="cpu", jobs=1)
     assert len(ledger.rows()) == 1
+    pretrain = importlib.import_module("pretrain")
+    with pytest.raises(ValueError, match="with the text other"):
+        pretrain.main(
+            ["tune", "--task", "smoke", "--results", str(ledger.path), "--work", str(work)]
+        )
+    assert not (tmp_path / "l_text.json").exists()

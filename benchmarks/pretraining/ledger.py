@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import datetime
 import json
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,8 +64,8 @@ class Ledger:
                 found[spec_of(row)] = [tuple(point) for point in row["curve"]]
         return found
 
-    def add(self, result: Result, device: str, threads: int, commit: str) -> None:
-        """Write a run."""
+    def add(self, result: Result, device: str, threads: int, source: dict[str, str]) -> None:
+        """Write a run; `source` is the `provenance` of the code that made it."""
         spec = result.spec._asdict()
         row = spec | {
             "loss": f"{result.loss:.5f}",
@@ -77,10 +75,8 @@ class Ledger:
             "peak_bytes": result.peak or "",
             "text": result.text,
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "torch": torch.__version__,
             "threads": threads,
-            "commit": commit,
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            **source,
         }
         new = not self.path.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +93,3 @@ class Ledger:
 def spec_of(row: dict[str, Any]) -> Spec:
     """Return the spec of a row."""
     return Spec(**{key: KINDS.get(key, str)(row[key]) for key in Spec._fields})
-
-
-def commit() -> str:
-    """Short name of the checkout's commit, with + when files differ from it; none without one."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip()
-
-    head = git("rev-parse", "--short", "HEAD")
-    return head + "+" if head and git("status", "--porcelain") else head or "none"

@@ -12,10 +12,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from rich.console import Console
 
 from . import data
-from .ledger import Ledger, commit
+from .ledger import Ledger
 from .methods import Spec
 from .tasks import TASKS
 from .train import OutOfTimeError, Result, train
@@ -32,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what `run` reads."""
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (%(default)s)")
-    parser.add_argument("--budget", type=float, default=math.inf, help="seconds, of each phase")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to extend")
     parser.add_argument("--work", type=Path, default=WORK, help="tokens and unfinished runs")
 
@@ -66,7 +67,7 @@ def work_off(
         ValueError: the ledger's runs are of another text.
     """
     console, started = Console(highlight=False, soft_wrap=True), time.monotonic()
-    deadline, name, finished = started + budget, commit(), True
+    deadline, source, finished = started + budget, provenance(), True
     known, waiting = ledger.losses(), deque(plans)
     running: dict[Future[Result], Runs] = {}
     threads = 1 if device == "cpu" else 4
@@ -104,7 +105,7 @@ def work_off(
                     console.print(str(error))
                     finished = False
                     continue
-                ledger.add(result, device, threads, name)
+                ledger.add(result, device, threads, source)
                 known[result.spec] = result.loss
                 console.print(line(result))
                 if time.monotonic() > deadline:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pretraining.ledger import Ledger
@@ -101,11 +102,10 @@ def draw_pretraining(drawing: Any, content: Any) -> None:
         colour, label = COLOURS[name], METHODS[name].label
         steps, losses = zip(*found["curve"], strict=True)
         curves.plot(steps, losses, color=colour, lw=1.6, label=label)
-        low, *_, high = [*found["losses"], *found["losses"]]
-        mean = sum(found["losses"]) / len(found["losses"])
+        low, mean, high = min(found["losses"]), fmean(found["losses"]), max(found["losses"])
         at = found["state"] / 2**20
         states.errorbar(
-            at, mean, [[mean - min(low, high)], [max(low, high) - mean]],
+            at, mean, [[mean - low], [high - mean]],
             fmt="o", ms=6, color=colour, capsize=3,
         )  # fmt: skip
         states.annotate(label, (at, mean), (7, 3), textcoords="offset points", fontsize=8)

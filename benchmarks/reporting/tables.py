@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
 from pretraining.ledger import Ledger
-from pretraining.methods import METHODS
+from pretraining.methods import METHODS, Spec
 from pretraining.tasks import TASKS
-from pretraining.tune import base, measured, tuned
+from pretraining.tune import SEED, base, measured, tuned
 
 from .groups import Runs, all_at_best, at_best, conditions, finals
 
@@ -161,12 +162,29 @@ def parts(task: str, steps: int) -> Callable[[Ledger], str]:
 
 
 def best_final(ledger: Ledger, exact: Runs, more: dict[str, object]) -> Runs | None:
-    """Return the final runs of a change at the rate which was best in tuning, or the only one."""
+    """Return the final runs of a change at the rate that was best in tuning, else the recipe's."""
     spec = exact.spec._replace(**more)  # type: ignore[arg-type]
-    rates = {row["lr"] for row in ledger.rows()}
-    found = [finals(ledger, spec._replace(lr=float(rate))) for rate in rates]
-    some = [runs for runs in found if runs is not None]
-    return max(some, key=lambda runs: len(runs.rows)) if some else None
+    with contextlib.suppress(LookupError):
+        spec, _, _ = tuned(ledger, spec._replace(split="tune", seed=SEED))
+    return finals(ledger, spec)
+
+
+def tries(task: str, steps: int) -> Callable[[Ledger], str]:
+    """Return the table of tuning runs: AdamW, the recipe, and the recipe with one thing changed."""
+    from house_recipe import CHANGES
+
+    def made(ledger: Ledger) -> str:
+        recipe = base(task, "lowrank", steps)
+        asked: dict[str, Spec] = {"AdamW": base(task, "adamw", steps), "LowRankAdamW": recipe}
+        asked |= {name: recipe._replace(**more) for name, more in CHANGES.items()}  # type: ignore[arg-type]
+        lines = []
+        for name, like in asked.items():
+            with contextlib.suppress(LookupError):
+                spec, loss, runs = tuned(ledger, like)
+                lines.append([name, f"{loss:.3f}", f"{spec.lr:g}", str(runs)])
+        return table(["change", "loss", "lr", "best of"], lines) if lines else NOTHING
+
+    return made
 
 
 def sensitivity(task: str, methods: tuple[str, ...]) -> Callable[[Ledger], str]:
@@ -234,6 +252,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "quality-60m": quality("60m"),
     "small-states-3m": small_states("3m"),
     "recipe": recipe,
+    "tries-1600": tries("bytes-128", 1600),
     "parts": parts("bytes-128", 400),
     "sensitivity": sensitivity("bytes-128", ("lowrank", "galore", "fira", "frugal")),
     "rates": rates(("bytes-128", "bytes-192", "3m")),

@@ -29,8 +29,8 @@ class DCT(IndexTransport, Basis):
     Raises:
         ValueError: an unknown norm.
 
-    Reference: Modoranu et al., "SVD-Free Low-Rank Adaptive Gradient Optimization for Large
-        Language Models" (DCT-AdamW), arXiv 2505.17967.
+    Reference: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
+        Optimization of Large Language Models" (DCT-AdamW), arXiv 2505.17967.
     """
 
     norm: str = "l1"

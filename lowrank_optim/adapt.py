@@ -1,0 +1,104 @@
+"""Refreshes at which ranks change: more columns are learnt, some are kept, moments are carried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .auto_rank import AutoRank, gather_columns, largest, padded, smallest
+from .functional import Noise, down, row_norms
+from .plan import Group, Job, Matrix, Plan, Site, State
+from .storage import load_moments, moments_of, shape_of, store_moments
+
+
+def widened(matrix: Matrix, plan: Plan) -> Matrix:
+    """Return a matrix whose subspace has room for the largest rank; its state changes.
+
+    What it had stands first.
+    """
+    _, state, site = matrix
+    assert site.most is not None
+    wide = replace(site, rank=site.most)
+    for key in plan.projector.keys:
+        held: Tensor = state[key]
+        batch = tuple(held.shape[: -2 if held.is_floating_point() else -1])
+        fresh: Tensor = plan.projector.init(batch, held.dtype, wide)[key]
+        if held.is_floating_point():
+            fresh[..., : held.shape[-1]].copy_(held)
+        state[key] = fresh
+    return matrix._replace(site=wide)
+
+
+def narrow(
+    matrices: Sequence[Matrix],
+    learnt: Sequence[State],
+    before: Sequence[State],
+    group: Group,
+    plan: Plan,
+) -> list[int]:
+    """Choose ranks and keep as many of the columns that were learnt; return the ranks.
+
+    Waits for the device once. A matrix without a usable gradient keeps what it had.
+
+    Args:
+        matrices: of one shape, with room for the largest rank.
+        learnt: their subspaces.
+        before: what they had; in place of it, in `learnt` and in the state, comes what is kept.
+        group, plan: theirs.
+    """
+    auto: AutoRank = group["rank"]
+    site = matrices[0].site
+    least, _ = auto.bounds(site.cols)
+    numbers = []
+    for matrix, own in zip(matrices, learnt, strict=True):
+        low = down(matrix.grad, plan.projector.factor(own, site), site.dtype)
+        energies = low.square_().sum(-2)
+        total = row_norms(matrix.grad, site.dtype).square_().sum(-2)
+        numbers.append(torch.cat([energies, total], -1))
+    summed = site.team.sum_(torch.stack(numbers))
+    energies, total = summed[..., :-1], summed[..., -1]
+    wanted = torch.where(total > 0, smallest(energies, total, auto.share), 0)
+    wanted = torch.where(summed.isfinite().all(-1), wanted, 0)
+    wanted = wanted.reshape(len(matrices), -1).amax(-1)
+    wanted = site.layout.stack_team.max_(wanted)
+    ranks = []
+    for place, (rank, own, old) in enumerate(zip(wanted.tolist(), learnt, before, strict=True)):
+        best = largest(energies[place], max(least, int(rank)))
+        for key in plan.projector.keys:
+            own[key] = gather_columns(own[key], best) if rank else old[key]
+            matrices[place].state[key] = own[key]
+        ranks.append(own[plan.projector.keys[0]].shape[-1])
+    return ranks
+
+
+def resize(
+    job: Job, site: Site, old: State, new: State, noise: Noise, group: Group, plan: Plan
+) -> None:
+    """Carry the moments of a matrix into a subspace of another rank.
+
+    With "rotate" as into one of the same rank, whatever is missing being zero; else the first
+    columns stay.
+    """
+    if not plan.slots:
+        return
+    rank = new[plan.projector.keys[0]].shape[-1]
+    shape = shape_of(job.state, plan.slots[0])
+    both = max(rank, shape[-1])
+    loaded = load_moments(moments_of(job.state, plan.slots), plan.rule, site.dtype)
+    moments = {slot: pad(moment, (0, both - shape[-1])) for slot, moment in loaded.items()}
+    if plan.on_refresh == "rotate" and site.step > 0:
+        ends = [
+            {key: padded(state[key], both, site.cols * far) for key in plan.projector.keys}
+            for far, state in ((1, old), (2, new))
+        ]
+        plan.projector.transport(plan.rule, moments, ends[0], ends[1], site, group)
+    for slot in plan.slots:
+        job.state.update(plan.storage.zeros(slot, (*shape[:-1], rank), job.param))
+    carried: dict[str, Any] = {slot: value[..., :rank] for slot, value in moments.items()}
+    held = moments_of(job.state, plan.slots)
+    store_moments(held, carried, plan.rule, noise, carried=True)

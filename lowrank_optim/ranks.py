@@ -1,0 +1,75 @@
+"""The ranks that matrices have where they are chosen as training goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .auto_rank import AutoRank, within
+from .distributed import Layout
+from .functional import compute_dtype
+from .plan import Group, Plan, Site, State
+from .settings import SettingError
+from .update import init_state
+
+
+def set_ranks(
+    sites: list[tuple[Tensor, Site | None]], group: Group, plan: Plan, states: Mapping[Any, State]
+) -> None:
+    """Set the ranks of matrices, whose largest is known: as their states have them, or the least.
+
+    Raises:
+        SettingError: the least ranks take more than `state_budget`.
+    """
+    auto: AutoRank = group["rank"]
+    projected = [(param, site) for param, site in sites if site is not None]
+    bounds = [(min(auto.bounds(site.cols)[0], site.rank), site.rank) for _, site in projected]
+    most = [high for _, high in bounds]
+    budget = group["state_budget"]
+    if budget is not None:
+        kinds = tuple((tuple(x.shape), x.dtype, site.layout.wide) for x, site in projected)
+        cols = tuple(site.cols for _, site in projected)
+        try:
+            most = budgeted(kinds, tuple(bounds), cols, plan, budget)
+        except ValueError as error:
+            raise SettingError(f"state_budget={budget}: {error}") from None
+    for (param, site), (least, _), high in zip(projected, bounds, most, strict=True):
+        state = states.get(param)
+        site.most = high
+        site.rank = state[plan.projector.keys[0]].shape[-1] if state else least
+
+
+@lru_cache(maxsize=64)
+def budgeted(
+    kinds: tuple[tuple[tuple[int, ...], torch.dtype, bool], ...],
+    bounds: tuple[tuple[int, int], ...],
+    cols: tuple[int, ...],
+    plan: Plan,
+    budget: int,
+) -> list[int]:
+    """Return the largest ranks of matrices of some shapes, dtypes and views; see `within`."""
+
+    def bytes_at(ranks: Sequence[int]) -> int:
+        return sum(
+            size_of(*kind, axis, rank, plan)
+            for kind, axis, rank in zip(kinds, cols, ranks, strict=True)
+        )
+
+    return within(bounds, cols, bytes_at, budget)
+
+
+@lru_cache(maxsize=65536)
+def size_of(
+    shape: tuple[int, ...], dtype: torch.dtype, wide: bool, cols: int, rank: int, plan: Plan
+) -> int:
+    """Return the bytes of the state of a matrix at a rank."""
+    meta = torch.device("meta")
+    site = Site(rank, cols, compute_dtype(dtype), meta, layout=Layout(shape, wide, 0))
+    param = torch.empty(shape, dtype=dtype, device=meta)
+    state = init_state(param, site, {"capturable": False}, plan)
+    tensors = (value for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

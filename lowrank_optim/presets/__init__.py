@@ -1,0 +1,35 @@
+"""Our own method and the published ones as settings of one engine; no logic.
+
+Each takes the settings of `LowRank` that all methods share as keywords too: feed, side, seed,
+state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl, stagger,
+shard_basis, process_group. Memory is given for a matrix of m rows and n columns, m >= n, at rank r.
+"""
+
+from .alice import CompensatedAdamW
+from .apollo import ApolloAdamW
+from .conda import CondaW
+from .dct import DCTAdamW
+from .fira import FiraAdamW
+from .frugal import FrugalAdamW
+from .galore import GaLoreAdamW
+from .ldadam import LDAdamW
+from .lowrank import LowRankAdamW
+from .muon import MuonW, NorMuonW
+from .racs import RACS
+from .trion import TrionW
+
+__all__ = [
+    "RACS",
+    "ApolloAdamW",
+    "CompensatedAdamW",
+    "CondaW",
+    "DCTAdamW",
+    "FiraAdamW",
+    "FrugalAdamW",
+    "GaLoreAdamW",
+    "LDAdamW",
+    "LowRankAdamW",
+    "MuonW",
+    "NorMuonW",
+    "TrionW",
+]

@@ -19,7 +19,10 @@ ACCENTS = {"\N{COMBINING ACUTE ACCENT}": r"\'", "\N{COMBINING CARON}": r"\v "}
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper: authors as "Family, Given", all of them; where it appeared, if it did."""
+    """One paper: authors as "Family, Given", all of them; where it appeared, if it did.
+
+    `arxiv` is empty for what has a `page` instead.
+    """
 
     key: str
     title: str
@@ -28,11 +31,12 @@ class Paper:
     arxiv: str
     venue: str = ""
     journal: bool = False
+    page: str = ""
 
     @property
     def url(self) -> str:
         """Return its address."""
-        return f"https://arxiv.org/abs/{self.arxiv}"
+        return self.page or f"https://arxiv.org/abs/{self.arxiv}"
 
     def bibtex(self) -> str:
         """Return its BibTeX entry, in ASCII."""
@@ -41,7 +45,11 @@ class Paper:
         if self.venue:
             kind = "article" if self.journal else "inproceedings"
             fields["journal" if self.journal else "booktitle"] = self.venue
-        fields |= {"year": str(self.year), "eprint": self.arxiv, "archiveprefix": "arXiv"}
+        fields["year"] = str(self.year)
+        if self.page:
+            fields["url"] = self.page
+        else:
+            fields |= {"eprint": self.arxiv, "archiveprefix": "arXiv"}
         return _entry(kind, self.key, fields)
 
 
@@ -120,6 +128,78 @@ PAPERS = (
         "Conference on Machine Learning and Systems",
     ),
     Paper(
+        "robert2025ldadam",
+        "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
+        ("Robert, Thomas", "Safaryan, Mher", "Modoranu, Ionut-Vlad", "Alistarh, Dan"),
+        2025,
+        "2410.16103",
+        ICLR,
+    ),
+    Paper(
+        "ahn2025dion",
+        "Dion: Distributed Orthonormalized Updates",
+        (
+            "Ahn, Kwangjun",
+            "Xu, Byron",
+            "Abreu, Natalie",
+            "Fan, Ying",
+            "Magakyan, Gagik",
+            "Sharma, Pratyusha",
+            "Zhan, Zheng",
+            "Langford, John",
+        ),
+        2025,
+        "2504.05295",
+    ),
+    Paper(
+        "jordan2024muon",
+        "Muon: An Optimizer for Hidden Layers in Neural Networks",
+        (
+            "Jordan, Keller",
+            "Jin, Yuchen",
+            "Boza, Vlado",
+            "You, Jiacheng",
+            "Cesista, Franz",
+            "Newhouse, Laker",
+            "Bernstein, Jeremy",
+        ),
+        2024,
+        "",
+        page="https://kellerjordan.github.io/posts/muon/",
+    ),
+    Paper(
+        "li2025normuon",
+        "NorMuon: Making Muon More Efficient and Scalable",
+        ("Li, Zichong", "Liu, Liming", "Liang, Chen", "Chen, Weizhu", "Zhao, Tuo"),
+        2025,
+        "2510.05491",
+    ),
+    Paper(
+        "wang2025conda",
+        "Conda: Column-Normalized Adam for Training Large Language Models Faster",
+        (
+            "Wang, Junjie",
+            "Zhou, Pan",
+            "Dong, Yiming",
+            "Li, Huan",
+            "Li, Jia",
+            "Zhou, Xun",
+            "Lao, Qicheng",
+            "Fang, Cong",
+            "Lin, Zhouchen",
+        ),
+        2025,
+        "2509.24218",
+    ),
+    Paper(
+        "gong2025towards",
+        "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a "
+        "Low-Rank Extension",
+        ("Gong, Wenbo", "Scetbon, Meyer", "Ma, Chao", "Meeds, Edward"),
+        2025,
+        "2502.07752",
+    ),
+    Paper(
         "loshchilov2019adamw",
         "Decoupled Weight Decay Regularization",
         ("Loshchilov, Ilya", "Hutter, Frank"),
@@ -167,6 +247,13 @@ METHODS = {
     "fira": ("FiraAdamW", ("chen2025fira",)),
     "frugal": ("FrugalAdamW", ("zmushko2025frugal",)),
     "apollo": ("ApolloAdamW", ("zhu2025apollo",)),
+    "ldadam": ("LDAdamW", ("robert2025ldadam",)),
+    "trion": ("TrionW", ("modoranu2025fft", "ahn2025dion", "jordan2024muon")),
+    "muon": ("MuonW", ("jordan2024muon",)),
+    "normuon": ("NorMuonW", ("li2025normuon", "jordan2024muon")),
+    "conda": ("CondaW", ("wang2025conda",)),
+    "compensated": ("CompensatedAdamW", ("gong2025towards",)),
+    "racs": ("RACS", ("gong2025towards",)),
     "adamw": ("what is not projected, and the rule of all methods",
               ("loshchilov2019adamw", "kingma2015adam")),
     "8bit": ('state_dtype="8bit"', ("dettmers2022eightbit",)),

@@ -65,7 +65,7 @@ def test_our_state_is_that_after_a_step(make, name, state, dtype):
     model = make().to(dtype)
     needs = needs_of(OURS[name], model.to("meta"), 7, state)
     model = make().to(dtype)
-    optimizer = stepped(OURS[name].build(param_groups(model, rank=7), state_dtype=state))
+    optimizer = stepped(OURS[name].build(OURS[name].groups(model, 7), state_dtype=state))
     assert needs.state == state_bytes(optimizer)
     assert needs.shared == shared_bytes(optimizer)
     held = [key for group in optimizer.param_groups for key in lowrank_optim.settings.plan_of(

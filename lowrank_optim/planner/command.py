@@ -24,7 +24,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "its folder, or module:factory, a function that returns a module, or a module and its loss",
     )
     parser.add_argument(
-        "--optimizer", metavar="A,B,...", help="comma-separated, adamw and adamw8bit too (all)"
+        "--optimizer",
+        metavar="A,B,...",
+        help="comma-separated, adamw and adamw8bit too, or all (those most asked for)",
     )
     parser.add_argument("--state", choices=STATES, help="state dtype of our methods (float32)")
     parser.add_argument(

@@ -125,7 +125,7 @@ def estimate_memory(
 
     Args:
         model: a module, of which a copy without values is planned, or a name as in `build`.
-        optimizer: names of `METHODS`; None for all.
+        optimizer: names of `METHODS`, or "all"; None for those most asked for.
         rank: an int, or a float in (0, 1], a share of the projected axis.
         state_dtype: as in `LowRank`, for the methods that are ours.
         layerwise: with `step_in_backward()`, for the methods that have it.
@@ -195,6 +195,8 @@ def estimate_memory(
 def chosen(optimizer: str | Sequence[str] | None) -> list[str]:
     """Return the names of methods asked for, in order."""
     if optimizer is None:
+        return [name for name, method in METHODS.items() if method.shown]
+    if optimizer in ("all", ["all"]):
         return list(METHODS)
     names = [optimizer] if isinstance(optimizer, str) else list(optimizer)
     for name in names:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import fused, memory, presets
+from .. import dispatch, feeding, fused, memory, presets, update
 from ..geometry import oriented
 from ..groups import param_groups
 from ..optimizer import LowRank, Params
@@ -29,16 +29,24 @@ class Method:
         preset: the class in `lowrank_optim.presets`, None for the two that are not ours.
         settings: what it is made with: where decompositions are the paper's, the projector that
             real models are trained with, whose state is the same and whose workspace is smaller.
+        shown: whether it is in the table without being asked for.
+        whole: whether it works on whole matrices, whatever rank is asked for.
     """
 
     label: str
     preset: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shown: bool = True
+    whole: bool = False
 
     def build(self, params: Params, **more: Any) -> LowRank:
         """Return the optimizer, which must be ours."""
         make: Callable[..., LowRank] = getattr(presets, str(self.preset))
         return make(params, **self.settings, **more)
+
+    def groups(self, model: nn.Module, rank: int | float) -> list[dict[str, Any]]:
+        """Return the groups of a model's parameters for it."""
+        return param_groups(model, rank=1.0 if self.whole else rank)
 
 
 POWER = {"projector": "power"}
@@ -52,6 +60,13 @@ METHODS = {
     "fira": Method("Fira", "FiraAdamW", POWER),
     "frugal": Method("FRUGAL", "FrugalAdamW"),
     "apollo": Method("APOLLO", "ApolloAdamW"),
+    "ldadam": Method("LDAdam", "LDAdamW", shown=False),
+    "trion": Method("Trion", "TrionW", shown=False),
+    "compensated": Method("Compens.", "CompensatedAdamW", shown=False),
+    "conda": Method("Conda", "CondaW", shown=False, whole=True),
+    "muon": Method("Muon", "MuonW", shown=False, whole=True),
+    "normuon": Method("NorMuon", "NorMuonW", shown=False, whole=True),
+    "racs": Method("RACS", "RACS", shown=False, whole=True),
 }
 
 
@@ -99,7 +114,7 @@ def needs_of(
     if method.preset is None:
         count = adamw8bit_bytes if method is METHODS["adamw8bit"] else adamw_bytes
         return Needs(moments=count(params))
-    return needs_of_ours(method.build(param_groups(model, rank=rank), state_dtype=state))
+    return needs_of_ours(method.build(method.groups(model, rank), state_dtype=state))
 
 
 def adamw_bytes(params: Iterable[torch.Tensor]) -> int:
@@ -156,9 +171,9 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             if len(some) < together:
                 more = max(0, several - single) // (len(some) - 1)
                 several += (together - len(some)) * more
-            own = max(single, launch_workspace(some[0], 1, group, plan))
+            own = max(single, step_workspace(some[:1], 1, group, plan))
             alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
-            workspace = max(workspace, several, launch_workspace(some[0], len(jobs), group, plan))
+            workspace = max(workspace, several, step_workspace(some, len(jobs), group, plan))
             moved.append((some[0], plan))
     made = memory.shared_bytes(optimizer)
     optimizer._shared.sweep()  # what a step of all has not asked for is dropped at its end
@@ -193,6 +208,25 @@ def refresh_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
 def factor_of(job: Job, plan: Plan) -> torch.Tensor:
     """Return what a gradient is projected with."""
     return plan.projector.factor(job.state, site_of(job))
+
+
+def step_workspace(jobs: list[Job], count: int, group: Group, plan: Plan) -> int:
+    """Return what a step of `count` parameters like these makes besides a refresh, in bytes.
+
+    Where there is no kernel for a plan, plain torch does the step, of as many parameters at once as
+    it does for a GPU.
+    """
+    if dispatch.missing(plan, True) is None:
+        return launch_workspace(jobs[0], count, group, plan)
+    layout, site = jobs[0].layout, site_of(jobs[0])
+    size = layout.matrices * layout.rows
+    held = [1]
+    if plan.feed.slots:
+        held.append(feeding.AT_ONCE // max(1, size * site.cols))
+    if plan.rule.whole:
+        held.append(update.WHOLE // max(1, size * site.rank))
+    one = dropped_by(lambda: update.step_projected(jobs[:1], group, plan))
+    return one * min(count, max(held))
 
 
 def launch_workspace(job: Job, count: int, group: Group, plan: Plan) -> int:

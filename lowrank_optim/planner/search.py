@@ -98,7 +98,7 @@ def widest(
     None for a method without a rank, and where none fits. A matrix whose axes are all no longer
     than the rank is not projected, as in training.
     """
-    if method.preset is None:
+    if method.preset is None or method.whole:
         return None
 
     def total(rank: int) -> int:

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from ._version import __version__
+from .auto_rank import AutoRank
 from .ddp import projected_all_reduce
+from .feeds import ErrorFeedback, GeneralErrorFeedback, Gradient, WholeMomentum
 from .flat import flatten_state, unflatten_state
 from .foreign import import_state
 from .groups import param_groups
@@ -12,16 +14,23 @@ from .optimizer import LowRank
 from .plan import Plan, Site, Update
 from .planner import estimate_memory
 from .presets import (
+    RACS,
     ApolloAdamW,
+    CompensatedAdamW,
+    CondaW,
     DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
+    LDAdamW,
     LowRankAdamW,
+    MuonW,
+    NorMuonW,
+    TrionW,
 )
-from .projectors import DCT, SVD, Blocks, Columns, Power, Random
-from .residuals import Drop, GradScaled, NormScaled, StateFree
-from .rules import SGDM, Adam, Lion
+from .projectors import DCT, SVD, Blocks, Columns, Identity, Power, Random
+from .residuals import Compensated, Drop, GradScaled, NormScaled, StateFree
+from .rules import SGDM, Adam, Lion, Muon, NorMuon, Orthogonal, RowColumnScaled
 from .settings import SettingError
 
 _root = Path(__file__).resolve().parent.parent
@@ -30,9 +39,12 @@ if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
 __all__ = [
-    "DCT", "SGDM", "SVD", "Adam", "ApolloAdamW", "Blocks", "Columns", "DCTAdamW", "Drop",
-    "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GradScaled", "Lion", "LowRank", "LowRankAdamW",
-    "NormScaled", "Plan", "Power", "Random", "SettingError", "Site", "StateFree", "Update",
-    "__version__", "estimate_memory", "flatten_state", "import_state", "param_groups",
-    "predicted_bytes", "projected_all_reduce", "state_bytes", "unflatten_state",
+    "DCT", "RACS", "SGDM", "SVD", "Adam", "ApolloAdamW", "AutoRank", "Blocks", "Columns",
+    "Compensated", "CompensatedAdamW", "CondaW", "DCTAdamW", "Drop", "ErrorFeedback",
+    "FiraAdamW", "FrugalAdamW", "GaLoreAdamW", "GeneralErrorFeedback", "GradScaled", "Gradient",
+    "Identity", "LDAdamW", "Lion", "LowRank", "LowRankAdamW", "Muon", "MuonW", "NorMuon",
+    "NorMuonW", "NormScaled", "Orthogonal", "Plan", "Power", "Random", "RowColumnScaled",
+    "SettingError", "Site", "StateFree", "TrionW", "Update", "WholeMomentum", "__version__",
+    "estimate_memory", "flatten_state", "import_state", "param_groups", "predicted_bytes",
+    "projected_all_reduce", "state_bytes", "unflatten_state",
 ]  # fmt: skip

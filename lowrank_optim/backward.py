@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .checks import is_real
 from .ddp import step_by_buckets
-from .distributed import is_distributed, reuse_later
 from .guards import without_autocast
+from .local import is_distributed, reuse_later
 from .norms import Norm, norm_of, total_norm
 from .plan import Group, Job
 from .rounds import Round
-from .settings import SettingError, fail, is_real, plan_of
+from .settings import SettingError, fail, plan_of
 from .sites import Entry
 from .team import several
 from .update import project
@@ -317,9 +318,10 @@ def check_accumulable(index: int, group: Group, optimizer: LowRank) -> None:
     """Raise SettingError if a group's update needs more than the projected gradient."""
     plan = plan_of(group)
     want = plan.residual.want
-    if group["rank"] is not None and (want.low or want.norms):
+    part = plan.feed if plan.feed.slots else plan.residual
+    if group["rank"] is not None and (plan.feed.slots or want.low or want.norms):
         raise SettingError(
-            f"accumulate='projected' does not go with {type(plan.residual).__name__} in group "
+            f"accumulate='projected' does not go with {type(part).__name__} in group "
             f"{index} of {type(optimizer).__name__}: its update needs the whole gradient, not the "
             "projected one alone; choose accumulate='full', or GaLoreAdamW or DCTAdamW"
         )

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .distributed import is_distributed
-from .geometry import subspace_of
+from .auto_rank import AutoRank
+from .geometry import Shape, subspace_of
+from .local import is_distributed
 from .plan import Group, Plan, Site, State
 from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
 from .sites import name_of, plain_layout, sites_of
@@ -107,14 +108,31 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
             zip(saved["params"], sites_of(merged, plan, optimizer._shared), strict=True)
         ):
             name, shape = name_of(group, index, place), tuple(param.shape)
+            state = state_dict["state"].get(saved_id)
+            if site is not None and site.most is not None and state:
+                site.rank = rank_in(state, plan)
             ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
-            if "rank" in saved and (
-                subspace_of(shape, saved["rank"], plan.side, plan.projector.whole)
-                != subspace_of(shape, group["rank"], plan.side, plan.projector.whole)
-            ):
+            if "rank" in saved and not same_rank(shape, saved["rank"], group["rank"], plan):
                 raise SettingError(f"the ranks of {name} differ: {ranks}")
-            if state := state_dict["state"].get(saved_id):
+            if state:
                 check_state(name, param, site, state, merged, plan)
+
+
+def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
+    """Return whether two settings of `rank`, that of a checkpoint and ours, come to the same."""
+    if isinstance(there, str) or isinstance(here, AutoRank):
+        return isinstance(there, (str, AutoRank)) and isinstance(here, AutoRank)
+    spaces = [
+        subspace_of(shape, rank, plan.side, plan.projector.whole, plan.full)
+        for rank in (there, here)
+    ]
+    return spaces[0] == spaces[1]
+
+
+def rank_in(state: State, plan: Plan) -> int:
+    """Return the rank of a saved state; 0 if it has no subspace."""
+    subspace = state.get(plan.projector.keys[0])
+    return int(subspace.shape[-1]) if isinstance(subspace, Tensor) and subspace.ndim else 0
 
 
 def check_state(

@@ -67,14 +67,24 @@ def reason_against(
         return "triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return f"on {device.upper()}"
-    if type(plan.rule) is not Adam:
-        return f"no kernel for the rule {type(plan.rule).__name__}"
+    if (reason := missing(plan, projected)) is not None:
+        return reason
     for kind in types:
         if kind not in (Tensor, torch.nn.Parameter):
             return f"tensors of the class {kind.__name__}"
     for name in (dtype, grad_dtype, plan.storage.dtype(torch.empty((), dtype=dtype))):
         if name not in (torch.float32, *HALF):
             return f"dtype {str(name).removeprefix('torch.')}"
+    return None
+
+
+def missing(plan: Plan, projected: bool) -> str | None:
+    """Return which part of a plan has no kernel, or None."""
+    rule = plan.rule if projected else plan.rule.plain
+    if type(rule) is not Adam:
+        return f"no kernel for the rule {type(rule).__name__}"
+    if projected and plan.feed.slots:
+        return f"no kernel for the feed {type(plan.feed).__name__}"
     if projected and plan.projector.whole:
         return f"no kernel for the projector {type(plan.projector).__name__}"
     return None
@@ -115,7 +125,7 @@ def dense(param: Tensor, grad: Tensor, state: State) -> bool:
 def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
     """Return how a parameter is stepped, as far as it shows before there is a gradient."""
     impl, device = group["impl"], param.device.type
-    if not projected and isinstance(plan.rule, Adam) and exact(plan, param):
+    if not projected and isinstance(plan.rule.plain, Adam) and exact(plan, param):
         return "torch's AdamW"
     if impl == "eager":
         return 'plain torch (impl="eager")'

@@ -7,7 +7,6 @@ on all of them. Neither does anything where a parameter is an ordinary tensor.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .geometry import Shape, is_wide, matrix_shape
+from .local import here, is_distributed, local_of
 from .placements import (
     Cut,
     Move,
@@ -254,6 +254,16 @@ class Layout:
                 length = chunk(length, self.mesh.size(dim), self.mesh.get_local_rank(dim))[1]
         return found
 
+    @cached_property
+    def row_levels(self) -> list[tuple[Any, int]]:
+        """Process groups that cut rows, with the rows that each cuts, the outermost first."""
+        found, length = [], self.rows
+        for dim in cuts(self.placements, self.axis) if self.axis is not None else ():
+            assert self.mesh is not None
+            found.append((self.mesh.get_group(dim), length))
+            length = chunk(length, self.mesh.size(dim), self.mesh.get_local_rank(dim))[1]
+        return found
+
     def columns_of(self, basis: Tensor) -> Tensor:
         """Return a copy of the part of a basis `(..., cols, rank)` that is kept here."""
         for dim, length in self._column_lengths:
@@ -299,34 +309,6 @@ class HeldState(MutableMapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._state)
-
-
-def here(value: Any) -> Any:
-    """Return what this process holds of a tensor; anything else as it is."""
-    return value.to_local() if is_distributed(value) else value
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
-    local: Tensor = here(tensor)
-    return local
-
-
-def is_distributed(value: Any) -> bool:
-    """Return whether a value is a DTensor, of which there is none before torch has the class."""
-    module = sys.modules.get("torch.distributed.tensor")
-    kind = getattr(module, "DTensor", None)
-    return kind is not None and isinstance(value, kind)
-
-
-def reuse_later(grad: Tensor) -> None:
-    """Keep the memory of a gradient until the current stream is done with it, also if it is freed.
-
-    FSDP2 makes gradients on one stream and, with copies, calls hooks on another.
-    """
-    local = here(grad)
-    if local.is_cuda:
-        local.record_stream(torch.cuda.current_stream(local.device))
 
 
 def mesh_of(param: Tensor) -> tuple[DeviceMesh | None, Placements]:

@@ -176,7 +176,8 @@ def state_of(pair: Pair) -> State:
     for slot, value in moments.items():
         check_shape(repr(slot), name, value.shape, shape_of(state, slot))
     noise = Noise(pair.group["seed"], count, stream_of(pair.position))
-    store_moments(moments_of(state, plan.rule), moments, plan.rule, noise, whole=site is None)
+    held = moments_of(state, plan.rule.slots)
+    store_moments(held, moments, plan.rule, noise, whole=site is None)
     return state
 
 

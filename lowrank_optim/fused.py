@@ -76,8 +76,8 @@ def parts_of(
     """Yield the matrices of a parameter, which is one matrix or a stack of them."""
     assert job.site is not None
     _, grad = oriented(job.grad, job.layout.wide)
-    moments = [stored(job.state, slot) for slot in plan.rule.slots]
-    residual = {key: job.state[key] for key in plan.residual.keys}
+    moments = [stored(job.state, slot) for slot in plan.slots]
+    residual = {key: job.state[key] for key in (*plan.kept, *plan.kept_by_row)}
     count, noise = age_of(job, group), noise_of(job, group)
     if view.ndim == 2:
         yield Part(job, None, view, copy, grad, moments[0], moments[1], count, noise, residual)
@@ -175,14 +175,12 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     count = (
         counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
     )
-    rank = factors[0].shape[-1]
+    site = site_of(parts[0].job)
+    state = {key: torch.stack([part.residual[key] for part in parts]) for key in parts[0].residual}
 
     def finish(sums: Tensor | None) -> None:
-        state = {
-            key: torch.stack([part.residual[key] for part in parts]) for key in plan.residual.keys
-        }
         uncorrected = plan.rule.uncorrected(count, group)
-        update = plan.residual.update(norms, sums, state, rank, group, uncorrected)
+        update = plan.residual.update(norms, sums, state, site, group, uncorrected)
         for key, value in state.items():
             torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
         param = parts[0].param
@@ -202,7 +200,7 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
                 part.job.param.copy_(part.copy.view(part.job.param.shape))
 
     places = [(part.job, part.place or 0) for part in parts]
-    return Half(places, plan.residual.sums(norms, rank, group), finish)
+    return Half(places, plan.residual.sums(norms, state, site, group), finish)
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
@@ -211,7 +209,7 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     for job in jobs:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
-        exp_avg, exp_avg_sq = (stored(job.state, slot) for slot in plan.rule.slots)
+        exp_avg, exp_avg_sq = (stored(job.state, slot) for slot in plan.rule.plain.slots)
         param, grad, forms = job.param, job.grad, (form_of(exp_avg), form_of(exp_avg_sq))
         if rounds(param, group) or forms != (torch.float32, torch.float32):
             param, grad = in_rows(param), in_rows(grad)

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .auto_rank import AutoRank
+
 Shape = tuple[int, ...]
 
 
@@ -47,26 +49,33 @@ def oriented(tensor: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=4096, typed=True)
 def subspace_of(
-    shape: Shape, rank: int | float | None, side: str, whole: bool = False
+    shape: Shape,
+    rank: int | float | AutoRank | None,
+    side: str,
+    whole: bool = False,
+    full: bool = False,
 ) -> tuple[int, int] | None:
     """Return the length of the projected axis and the rank in columns; None if not projected.
 
     Not projected are: a group without rank, fewer than two dimensions, no elements, and a projected
     axis that is no longer than the rank. Where matrices are taken `whole` (`Blocks`), the rank is
-    their share, which leaves none out but at 1.
+    their share, which leaves none out but at 1. With `full`, nothing is left out for its rank.
     """
     matrix = matrix_shape(shape)
     if matrix is None or rank is None:
         return None
     cols = matrix[-2] if is_wide(matrix, side) else matrix[-1]
-    if whole and rank >= 1:
+    auto = isinstance(rank, AutoRank)
+    if whole and not full and (isinstance(rank, AutoRank) or rank >= 1):
         return None
-    width = width_of(rank, cols, whole)
-    return (cols, width) if whole or width < cols else None
+    width = min(width_of(rank, cols, whole), cols)
+    return (cols, width) if whole or full or auto or width < cols else None
 
 
-def width_of(rank: int | float, cols: int, whole: bool) -> int:
-    """Return the rank in columns: all where matrices are taken `whole`."""
+def width_of(rank: int | float | AutoRank, cols: int, whole: bool) -> int:
+    """Return the rank in columns: all where matrices are taken `whole`, the largest of several."""
     if whole:
         return cols
+    if isinstance(rank, AutoRank):
+        return rank.bounds(cols)[1]
     return max(1, round(rank * cols)) if isinstance(rank, float) else rank

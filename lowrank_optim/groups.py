@@ -50,7 +50,8 @@ def param_groups(
 
     Args:
         model: any module.
-        rank: as in the optimizer: an int, or a share of the projected axis.
+        rank: as in the optimizer: an int, or a share of the projected axis. 1.0 takes every matrix,
+            for methods that work on whole ones (MuonW, NorMuonW, CondaW, RACS).
         lr: learning rate of the projected matrices; None leaves it to the optimizer.
         rest_lr: learning rate of all others; None for the same as `lr`. Methods whose `scale` is
             below 1 train the others faster than the matrices: tune both.
@@ -71,6 +72,8 @@ def param_groups(
     plain: dict[str, Any] = {"rank": None, **_rate(rest), **decay}
     no_decay: dict[str, Any] = {"rank": None, **_rate(rest), "weight_decay": 0.0}
 
+    side, full = settings.get("side", "auto"), isinstance(rank, float) and rank == 1
+
     special = _not_projected(model)
     groups = [projected, plain, no_decay]
     for group in groups:
@@ -83,7 +86,7 @@ def param_groups(
             group = no_decay
         elif (
             kind is not None
-            or subspace_of(tuple(param.shape), rank, settings.get("side", "auto")) is None
+            or subspace_of(tuple(param.shape), rank, side, full=full) is None
             or (include is not None and not re.search(include, name))
             or (exclude is not None and re.search(exclude, name))
         ):

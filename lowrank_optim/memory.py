@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import reason_of
-from .distributed import here, is_distributed
+from .local import here, is_distributed
 from .plan import State
 from .settings import SettingError, plan_of
 from .sites import plain_layout, sites_of
@@ -38,7 +38,10 @@ def shared_bytes(optimizer: LowRank) -> int:
 
 
 def predicted_bytes(optimizer: LowRank) -> int:
-    """Return the bytes that the state takes after the first step, from shapes alone."""
+    """Return the bytes that the state takes after the first step, from shapes alone.
+
+    With `rank="auto"`, those of the present ranks, before the first step of the largest.
+    """
     return sum(row["state"] for row in rows(optimizer))
 
 
@@ -62,15 +65,22 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
             "state": 0,
             "adamw": 0,
         }
-        for param, site in sites_of(group, plan, optimizer._shared):
+        ranks: list[int] = []
+        for param, site in sites_of(group, plan, optimizer._shared, None, optimizer.state):
             if not param.requires_grad:
                 continue
+            if site is not None and site.most is not None:
+                if not optimizer.state.get(param):
+                    site.rank = site.most
+                ranks.append(site.rank)
             layout = plain_layout(param, group, plan) if site is None else site.layout
             row["tensors"] += 1
             row["parameters"] += param.numel()
             row["projected"] += param.numel() if site is not None else 0
             row["state"] += tensor_bytes(template(param, site, group, plan, layout))
             row["adamw"] += adamw_bytes(here(param))
+        if ranks:
+            row["rank"] = f"{min(ranks)}-{max(ranks)}"
         found.append(row)
     return found
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, memory, settings
+from .auto_rank import AutoRank
 from .backward import check_accumulable
 from .guards import flat_error, flat_piece, is_rehearsal, named
 from .layerwise import LayerWise
-from .plan import Projector, Residual, Rule, Shared
+from .plan import Shared
+from .protocols import Feed, Projector, Residual, Rule
 from .rounds import Round
 from .settings import SettingError
 from .subspace import Watch
@@ -37,11 +39,15 @@ class LowRank(LayerWise):
         eps: added to the corrected root of the second moment.
         weight_decay: decoupled decay, applied before the update.
         rank: columns of the projected gradient: an int, or a float in (0, 1], a share of the
-            projected axis. At least one group needs one.
+            projected axis; "auto" or an `AutoRank` chooses one for each matrix at each refresh, by
+            the spectrum of its gradient. At least one group needs one.
+        state_budget: with `rank="auto"`, the most that the states of a group's matrices may take
+            together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
         scale: factor of the projected update (GradScaled: of its square).
         projector: "svd", "power", "dct", "random", "columns", "blocks" or a `Projector`.
-        rule: "adam", "lion", "sgdm" or a `Rule`.
+        feed: what is projected: "gradient", "error_feedback" or a `Feed`.
+        rule: "adam", "lion", "sgdm", "muon", "normuon", "orthogonal" or a `Rule`.
         residual: "drop", "norm_scaled", "state_free", "grad_scaled" or a `Residual`.
         side: the axis that is projected: "auto" the shorter one (columns of a square matrix),
             "right" the columns, "left" the rows, "reverse" the longer one.
@@ -93,10 +99,12 @@ class LowRank(LayerWise):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        rank: int | float | None = None,
+        rank: int | float | str | AutoRank | None = None,
+        state_budget: int | str | None = None,
         update_proj_gap: int = 200,
         scale: float = 1.0,
         projector: str | Projector = "svd",
+        feed: str | Feed = "gradient",
         rule: str | Rule = "adam",
         residual: str | Residual = "drop",
         side: str = "auto",
@@ -118,9 +126,11 @@ class LowRank(LayerWise):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": rank,
+            "state_budget": state_budget,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "projector": projector,
+            "feed": feed,
             "rule": rule,
             "residual": residual,
             "side": side,
@@ -274,7 +284,7 @@ class LowRank(LayerWise):
 
         Raises:
             ValueError: the checkpoint has other parameters, or was made with another rank,
-                projector, rule, residual, side or on_refresh. Nothing is changed then.
+                feed, projector, rule, residual, side or on_refresh. Nothing is changed then.
         """
         checkpoint.load(self, state_dict, super().load_state_dict)
         self._end_round()

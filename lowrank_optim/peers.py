@@ -140,6 +140,11 @@ def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
             f"the checkpoint has Adam's moments, this optimizer has {text_of(plan.rule)}{where}: "
             f"build {package.ours}"
         )
+    if plan.feed.slots:
+        raise SettingError(
+            f"the checkpoint carries nothing but moments, this optimizer has {text_of(plan.feed)}"
+            f"{where}: build {package.ours}"
+        )
     if "rank" not in other:
         return
     if not isinstance(plan.residual, package.residual):

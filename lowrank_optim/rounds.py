@@ -11,12 +11,12 @@ from torch import Tensor
 
 from . import settings
 from .dispatch import refusal
-from .distributed import here, is_distributed
 from .guards import Work, flat_error, flat_piece, without_autocast
+from .local import here, is_distributed
 from .plan import Job, Plan
 from .settings import SettingError, plan_of
 from .sites import Entry, name_of, plain_layout, sites_of
-from .storage import shape_of
+from .storage import holds, shape_of
 from .subspace import Waiting, Watch, set_steps
 from .team import any_of
 from .update import init_state, step_plain, step_projected
@@ -43,7 +43,9 @@ class Round:
                 settings.check_values(group, f" in group {index}")
                 signatures[index] = settings.signature(group)
             plan, entries = plan_of(group), []
-            sites = sites_of(group, plan, optimizer._shared, optimizer._process_group)
+            sites = sites_of(
+                group, plan, optimizer._shared, optimizer._process_group, optimizer.state
+            )
             for place, (param, site) in enumerate(sites):
                 position += 1
                 layout = plain_layout(param, group, plan) if site is None else site.layout
@@ -99,14 +101,17 @@ class Round:
         if site is not None:
             site.kernels = refusal(plan, group, here(param), here(grad), state or {}, True) is None
         if state and site is not None:
-            for key in (*plan.projector.keys, *plan.residual.keys):
-                if key not in state:
-                    raise RuntimeError(
-                        f"the state of {self.name(entry)} has no {key!r}: projector and "
-                        "residual cannot change once there is state"
-                    )
-        if state and not plan.projector.whole:
-            shape = shape_of(state, plan.rule.slots[0])
+            wanted = (*plan.projector.keys, *plan.kept, *plan.kept_by_row)
+            missing = [key for key in wanted if key not in state]
+            missing += [slot for slot in (*plan.slots, *plan.feed.slots) if not holds(state, slot)]
+            if missing:
+                raise RuntimeError(
+                    f"the state of {self.name(entry)} has no {missing[0]!r}: feed, projector, rule "
+                    "and residual cannot change once there is state"
+                )
+        slots = plan.rule.plain.slots if site is None else plan.slots
+        if state and slots and not plan.projector.whole:
+            shape = shape_of(state, slots[0])
             fits = shape == param.shape if site is None else shape[-1] == site.rank
             if not fits:
                 raise RuntimeError(

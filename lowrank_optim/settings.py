@@ -13,15 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Group, Plan, Projector, Residual, Rule
+from .auto_rank import AutoRank, bytes_of
+from .checks import is_real
+from .feeds import FEEDS, Feed
+from .plan import Group, Plan
 from .projectors import PROJECTORS
+from .protocols import Projector, Residual, Rule
 from .residuals import RESIDUALS
 from .rules import RULES
-from .storage import DTYPES, STORAGES
+from .storage import DTYPES, FEED_STORAGES, STORAGES
 
+PARTS: dict[str, dict[str, Any]] = {
+    "feed": FEEDS,
+    "rule": RULES,
+    "projector": PROJECTORS,
+    "residual": RESIDUALS,
+}
 SIDES = ("auto", "left", "right", "reverse")
 ON_REFRESH = ("keep", "reset", "rotate", "align")
-STRUCTURE = ("rank", "rule", "projector", "residual", "side", "on_refresh")
+STRUCTURE = ("rank", "feed", "rule", "projector", "residual", "side", "on_refresh")
 """Settings that decide what the state means: a checkpoint must agree with them."""
 
 KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "lr_scale", "initial_lr"})
@@ -49,11 +59,6 @@ class SettingError(ValueError):
 def fail(where: str, key: str, value: Any, wanted: str) -> SettingError:
     """Return the error for a bad value, naming the place."""
     return SettingError(f"{key}={value!r}{where}: {key} must be {wanted}")
-
-
-def is_real(value: Any) -> bool:
-    """Return whether a value is a real number; a boolean is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, str], Any]:
@@ -90,17 +95,30 @@ def betas(key: str, value: Any, where: str) -> tuple[float, float]:
     return first, second
 
 
-def rank(key: str, value: Any, where: str) -> int | float | None:
-    """Check rank: None, an int from 1, or a float in (0, 1]."""
-    if value is None:
-        return None
-    wanted = "None, an int of at least 1, or a float in (0, 1], a share of the projected axis"
+def rank(key: str, value: Any, where: str) -> int | float | AutoRank | None:
+    """Check rank: None, an int from 1, a float in (0, 1], "auto" or an AutoRank."""
+    if value is None or isinstance(value, AutoRank):
+        return value
+    if value == "auto":
+        return AutoRank()
+    wanted = (
+        "None, an int of at least 1, a float in (0, 1], a share of the projected axis, "
+        '"auto" or an AutoRank'
+    )
     if not is_real(value):
         raise fail(where, key, value, wanted)
     whole = isinstance(value, numbers.Integral)
     if not (value >= 1 if whole else 0 < value <= 1):
         raise fail(where, key, value, wanted)
     return int(value) if whole else float(value)
+
+
+def state_budget(key: str, value: Any, where: str) -> int | None:
+    """Check state_budget and return it in bytes."""
+    try:
+        return None if value is None else bytes_of(value)
+    except ValueError as error:
+        raise fail(where, key, value, f"None, {error}") from None
 
 
 def integer(least: int) -> Callable[[str, Any, str], Any]:
@@ -164,8 +182,10 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "eps": number("at least 0", lambda x: 0 <= x < math.inf),
     "weight_decay": number("at least 0", lambda x: 0 <= x < math.inf),
     "rank": rank,
+    "state_budget": state_budget,
     "update_proj_gap": integer(1),
     "scale": number("at least 0", lambda x: 0 <= x < math.inf),
+    "feed": part(FEEDS, "feed"),
     "projector": part(PROJECTORS, "refresh"),
     "rule": part(RULES, "direction"),
     "residual": part(RESIDUALS, "update"),
@@ -238,11 +258,35 @@ def check_values(group: dict[str, Any], where: str) -> None:
             f"{type(plan.projector).__name__}: a refresh makes tensors that a captured step would "
             "not find"
         )
+    if group["capturable"] and not plan.feed.captures:
+        raise SettingError(
+            f"capturable=True{where} does not go with the feed {type(plan.feed).__name__}, which "
+            "reads the number of updates on the host"
+        )
     share = group["rank"]
-    if plan.projector.whole and isinstance(share, int):
+    if isinstance(share, AutoRank):
+        check_auto(plan, where)
+    elif group["state_budget"] is not None and share is not None:
+        raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={share}')
+    if plan.projector.whole and not plan.projector.everything and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
     if group.get("foreach") and isinstance(group["lr"], Tensor):
         raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
+
+
+def check_auto(plan: Plan, where: str) -> None:
+    """Raise SettingError if ranks cannot be chosen from what a projector learns."""
+    name = type(plan.projector).__name__
+    if not plan.projector.learns:
+        raise SettingError(
+            f'rank="auto"{where} does not go with the projector {name}, which learns nothing of '
+            'the gradient: choose "svd", "power" or "dct"'
+        )
+    if plan.on_refresh == "align":
+        raise SettingError(
+            f'rank="auto"{where} does not go with on_refresh="align": bases of different ranks '
+            'cannot be aligned, choose "rotate", "keep" or "reset"'
+        )
 
 
 def signature(group: Group) -> tuple[Any, ...]:
@@ -257,11 +301,12 @@ def plan_of(group: Group) -> Plan:
     Raises:
         SettingError: parts that do not go together, or a value set later that is none of ours.
     """
-    for key, registry in (("rule", RULES), ("projector", PROJECTORS), ("residual", RESIDUALS)):
+    for key, registry in PARTS.items():
         if isinstance(group[key], str) and group[key] not in registry:
             names = ", ".join(map(repr, registry))
             raise fail("", key, group[key], f"one of {names}, or an object")
     return _plan(
+        group["feed"],
         group["rule"],
         group["projector"],
         group["residual"],
@@ -273,6 +318,7 @@ def plan_of(group: Group) -> Plan:
 
 @lru_cache(maxsize=256)
 def _plan(
+    feed: Feed | str,
     rule: Rule | str,
     projector: Projector | str,
     residual: Residual | str,
@@ -280,11 +326,18 @@ def _plan(
     side: str,
     on_refresh: str,
 ) -> Plan:
+    feed = FEEDS[feed] if isinstance(feed, str) else feed
+    kept = dtype if feed.dtype is None else feed.dtype
+    if kept not in FEED_STORAGES:
+        names = ", ".join(repr(name) for name in FEED_STORAGES if name)
+        raise fail(f" of the feed {type(feed).__name__}", "dtype", kept, f"None or one of {names}")
     return Plan(
+        feed=feed,
         rule=RULES[rule] if isinstance(rule, str) else rule,
         projector=PROJECTORS[projector] if isinstance(projector, str) else projector,
         residual=RESIDUALS[residual] if isinstance(residual, str) else residual,
         storage=STORAGES[dtype],
+        feed_storage=FEED_STORAGES[kept],
         side=side,
         on_refresh=on_refresh,
     )
@@ -294,11 +347,13 @@ def described(group: Group) -> dict[str, str]:
     """Return the structural settings as text that a checkpoint can hold."""
     plan = plan_of(group)
     return {
+        "feed": text_of(plan.feed),
         "rule": text_of(plan.rule),
         "projector": text_of(plan.projector),
         "residual": text_of(plan.residual),
         "side": plan.side,
         "on_refresh": plan.on_refresh,
+        **({"rank": text_of(group["rank"])} if isinstance(group["rank"], AutoRank) else {}),
     }
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .auto_rank import AutoRank
 from .distributed import Layout, layout_of
 from .functional import compute_dtype
 from .geometry import subspace_of, width_of
-from .plan import Group, Plan, Shared, Site
+from .plan import Group, Plan, Shared, Site, State
+from .ranks import set_ranks
 from .settings import SettingError
 
 
@@ -30,16 +33,25 @@ class Entry(NamedTuple):
 
 
 def sites_of(
-    group: Group, plan: Plan, shared: Shared, copies: Any = None
+    group: Group,
+    plan: Plan,
+    shared: Shared,
+    copies: Any = None,
+    states: Mapping[Any, State] | None = None,
 ) -> list[tuple[Tensor, Site | None]]:
     """Return the parameters of a group with their sites, None where not projected.
 
-    `copies` is the process group on whose members ordinary tensors are the same, if there is one.
+    Args:
+        group, plan: of the parameters.
+        shared: tensors common to several.
+        copies: the process group on whose members ordinary tensors are the same, if there is one.
+        states: by parameter, for ranks that are chosen as training goes; without a state the rank
+            is the least.
     """
     params: list[Tensor] = group["params"]
     rank, side, seed, gap = (group[key] for key in ("rank", "side", "seed", "update_proj_gap"))
     whole = plan.projector.whole
-    spaces = [subspace_of(tuple(param.shape), rank, side, whole) for param in params]
+    spaces = [subspace_of(tuple(param.shape), rank, side, whole, plan.full) for param in params]
     takes_turn = [
         space is not None and param.requires_grad
         for param, space in zip(params, spaces, strict=True)
@@ -55,7 +67,7 @@ def sites_of(
                 raise SettingError(
                     f"parameter {place} of shape {tuple(param.shape)} of its group: {error}"
                 ) from None
-            width = width_of(rank, layout.cols, whole)
+            width = min(width_of(rank, layout.cols, whole), layout.cols)
             if plan.projector.bases:
                 width = min(width, layout.rows)  # more directions a gradient does not have
             site = Site(
@@ -73,6 +85,8 @@ def sites_of(
             )
             turn += takes
         found.append((param, site))
+    if isinstance(rank, AutoRank):
+        set_ranks(found, group, plan, states or {})
     return found
 
 

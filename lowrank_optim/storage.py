@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from .functional import BLOCK, Noise, Stored, bits_of, compute_dtype, load, store
-from .plan import Moments, Rule, State, Storage
+from .functional import BLOCK, BLOCK_4BIT, Noise, Stored, bits_of, compute_dtype, load, store
+from .plan import State
+from .protocols import Moments, Rule, Storage
 
 Held = dict[str, Stored]
 """Moments as they lie in memory, by name."""
@@ -81,15 +83,40 @@ class Blockwise8:
         }
 
 
+@dataclass(frozen=True)
+class Blockwise4:
+    """What a feed carries in four bits a value, see `functional.quantize_4bit`."""
+
+    def dtype(self, like: Tensor) -> torch.dtype:
+        """Return the dtype of a basis."""
+        return torch.bfloat16
+
+    def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, size: int = 0) -> State:
+        """Return `packed`, two values a byte, and `scale`, a number a block of a row."""
+        *rows, length = shape
+        packed = torch.zeros((*rows, -(-length // 2)), dtype=torch.int8, device=like.device)
+        blocks = -(-length // BLOCK_4BIT)
+        scale = torch.zeros((*rows, blocks), dtype=torch.float32, device=like.device)
+        return {f"{slot}.packed": packed, f"{slot}.scale": scale}
+
+
 def stored(state: State, slot: str) -> Stored:
     """Return a moment as it lies in a state: a tensor, or codes and scale."""
     dense: Tensor | None = state.get(slot)
-    return dense if dense is not None else (state[f"{slot}.codes"], state[f"{slot}.scale"])
+    if dense is not None:
+        return dense
+    codes = f"{slot}.codes"
+    return state[codes if codes in state else f"{slot}.packed"], state[f"{slot}.scale"]
 
 
-def moments_of(state: State, rule: Rule) -> Held:
-    """Return all moments as they lie in a state."""
-    return {slot: stored(state, slot) for slot in rule.slots}
+def holds(state: State, slot: str) -> bool:
+    """Return whether a state has a moment."""
+    return slot in state or f"{slot}.scale" in state
+
+
+def moments_of(state: State, slots: Iterable[str]) -> Held:
+    """Return some moments as they lie in a state."""
+    return {slot: stored(state, slot) for slot in slots}
 
 
 def rows_of(moment: Stored, rows: slice) -> Stored:
@@ -141,3 +168,6 @@ STORAGES: dict[str | None, Storage] = {
     **{name: Dense(name) for name in DTYPES},
     "8bit": Blockwise8(),
 }
+
+FEED_STORAGES: dict[str | None, Storage] = {**STORAGES, "4bit": Blockwise4()}
+"""What feeds may carry in."""

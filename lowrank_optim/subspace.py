@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapt import narrow, resize, widened
 from .distributed import Layout
 from .functional import BLOCK, Noise, row_chunks, usable
 from .geometry import oriented
@@ -36,7 +37,7 @@ def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
     the gradient do so at a time of its own for each matrix of the group, so that no step has to
     move all. A block's turn may also end between.
     """
-    if shape_of(state, plan.rule.slots[0])[-1] != plan.projector.width(site):
+    if plan.slots and shape_of(state, plan.slots[0])[-1] != plan.projector.width(site):
         return True
     phase = 0
     if plan.projector.learns and group["stagger"] and not group["capturable"]:
@@ -70,9 +71,9 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
                 due.append(job)
             elif is_tried_again(job):
                 late.append(job)
-    for part in together(due, plan):
+    for part in together(due):
         move(part, group, plan)
-    for part in together(late, plan):
+    for part in together(late):
         try_again(part, plan)
     tried = (job for job in (*due, *late) if site_of(job).gap > 1)
     return [(job.state, job.layout) for job in tried if job.state.get("pending")]
@@ -95,36 +96,58 @@ def is_tried_again(job: Job) -> bool:
     return bool(job.state.get("pending")) and step > 0 and step & (step - 1) == 0
 
 
-def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix]]]:
-    """Yield matrices of one shape, dtype and device, with their jobs, not too many at a time.
+def together(jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Matrix]]]:
+    """Yield matrices that are `alike`, with their jobs, not too many at a time.
 
-    Parameters that lie on processes in one way are together on all of them. Each process learns
-    the subspaces of some: the more there are, the more matrices are taken.
+    Each process learns the subspaces of some: the more there are, the more matrices are taken.
     """
-    alike: dict[Any, list[tuple[Job, Matrix]]] = {}
-    for job in jobs:
-        site = site_of(job)
-        _, grad = oriented(job.grad, job.layout.wide)
-        lies = (grad.shape, site.team) if job.layout.mesh is None else job.layout
-        kind = (lies, site.rank, grad.dtype, grad.device, site.dtype)
-        alike.setdefault(kind, []).append((job, Matrix(grad, job.state, site)))
-    for matrices in alike.values():
+    for same in alike(jobs):
+        matrices = [(job, Matrix(grad_of(job), job.state, site_of(job))) for job in same]
         grad, _, site = matrices[0][1]
-        size = site.cols * site.rank * grad.shape[:-2].numel()
+        size = site.cols * (site.most or site.rank) * grad.shape[:-2].numel()
         count = max(1, TOGETHER // max(1, size)) * min(site.team.size, ABREAST)
         for start in range(0, len(matrices), count):
             yield matrices[start : start + count]
 
 
+def alike(jobs: Iterable[Job]) -> Iterable[list[Job]]:
+    """Return lists of jobs whose matrices are of one shape, dtype and device.
+
+    Parameters that lie on processes in one way are together on all of them.
+    """
+    found: dict[Any, list[Job]] = {}
+    for job in jobs:
+        site, grad = site_of(job), grad_of(job)
+        lies = (grad.shape, site.team) if job.layout.mesh is None else job.layout
+        kind = (lies, site.most or site.rank, grad.dtype, grad.device, site.dtype)
+        found.setdefault(kind, []).append(job)
+    return found.values()
+
+
+def grad_of(job: Job) -> Tensor:
+    """Return the gradient, seen with the projected axis last."""
+    return oriented(job.grad, job.layout.wide)[1]
+
+
 def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     """Move subspaces and do with the moments what `on_refresh` says, in place."""
-    projector = plan.projector
-    carries = plan.on_refresh in ("rotate", "align")
-    before = [snapshot(m.state, projector.keys) if carries else {} for _, m in part]
-    moved = learn([matrix for _, matrix in part], plan, before)
-    for (job, matrix), old, new in zip(part, before, moved, strict=True):
+    matrices = [matrix for _, matrix in part]
+    changes = matrices[0].site.most is not None
+    carries = changes or plan.on_refresh in ("rotate", "align")
+    before = [snapshot(m.state, plan.projector.keys) if carries else {} for m in matrices]
+    if changes:
+        matrices = [widened(matrix, plan) for matrix in matrices]
+    moved = learn(matrices, plan, before)
+    ranks = [matrix.site.rank for matrix in matrices]
+    if changes:
+        ranks = narrow(matrices, moved, before, group, plan)
+    for (job, matrix), old, new, rank in zip(part, before, moved, ranks, strict=True):
+        same = rank == matrix.site.rank
+        matrix.site.rank = rank
         if plan.on_refresh == "reset":
             reset(job, plan, matrix.site)
+        elif not same:
+            resize(job, matrix.site, old, new, noise_before(job, group), group, plan)
         elif plan.on_refresh == "rotate" and matrix.site.step > 0:
             carry(job, old, new, group, plan)
 
@@ -132,8 +155,10 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
 def carry(job: Job, old: State, new: State, group: Group, plan: Plan) -> None:
     """Carry the moments into a subspace that has moved, some rows at a time, in place."""
     site, rule, noise = site_of(job), plan.rule, noise_before(job, group)
-    held = moments_of(job.state, rule)
-    *batch, count, rank = shape_of(job.state, rule.slots[0])
+    if not plan.slots:
+        return
+    held = moments_of(job.state, plan.slots)
+    *batch, count, rank = shape_of(job.state, plan.slots[0])
     padded = -(-rank // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
     for rows in row_chunks(count, padded * prod(batch)):
         some = {slot: rows_of(moment, rows) for slot, moment in held.items()}
@@ -173,7 +198,7 @@ def reset(job: Job, plan: Plan, site: Site) -> None:
     state = job.state
     state["age"].zero_()
     width = plan.projector.width(site)
-    for slot in plan.rule.slots:
+    for slot in plan.slots:
         shape = shape_of(state, slot)
         if shape[-1] != width:
             wanted = (*shape[:-1], width)
@@ -194,7 +219,7 @@ def try_again(part: list[tuple[Job, Matrix]], plan: Plan) -> None:
     learn(wanted, plan, [{} for _ in wanted])
     for (_, matrix), unset in zip(part, before, strict=True):
         found = (unset & ~matrix.state["unset"])[..., None, None]
-        for moment in moments_of(matrix.state, plan.rule).values():
+        for moment in moments_of(matrix.state, plan.slots).values():
             for piece in (moment,) if isinstance(moment, Tensor) else moment:
                 piece.masked_fill_(found, 0)
 

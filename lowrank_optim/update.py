@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import dispatch, fused
 from .distributed import Layout
+from .feeding import fed, keep, servings
 from .functional import (
     NEAR,
     WEIGHT,
@@ -19,6 +21,7 @@ from .functional import (
     compute_dtype,
     down,
     lift_write,
+    load,
     round_into_,
     row_chunks,
     row_norms,
@@ -27,8 +30,11 @@ from .geometry import oriented
 from .halves import Half, portions, run
 from .plan import Group, Job, Plan, Site, State
 from .rates import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
-from .storage import load_moments, moments_of, store_moments
-from .subspace import Waiting, move_subspaces
+from .storage import load_moments, moments_of, store_moments, stored
+from .subspace import ABREAST, Waiting, alike, grad_of, move_subspaces, site_of
+
+WHOLE = 1 << 24
+"""Elements of matrices that a rule works on at once, where it takes them whole."""
 
 
 def init_state(
@@ -44,23 +50,25 @@ def init_state(
     size = param.numel() if size is None else size
     counter = step_device(param, site, group, plan)
     state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=counter)}
-    slots, storage = plan.rule.slots, plan.storage
     if site is None:
-        for slot in slots:
-            state.update(storage.zeros(slot, tuple(param.shape), param, size or 1))
+        for slot in plan.rule.plain.slots:
+            state.update(plan.storage.zeros(slot, tuple(param.shape), param, size or 1))
         return state
     _, view = oriented(param, site.layout.wide)
     batch, rows = tuple(view.shape[:-2]), view.shape[-2]
-    for slot in slots:
+    for slot in plan.slots:
         shape = (*batch, rows, plan.projector.width(site))
-        state.update(storage.zeros(slot, shape, param))
+        state.update(plan.storage.zeros(slot, shape, param))
+    for slot in plan.feed.slots:
+        state.update(plan.feed_storage.zeros(slot, (*batch, rows, site.cols), param))
     if plan.on_refresh == "reset":
         state["age"] = torch.zeros_like(state["step"])
     if plan.projector.learns:
         state["pending"] = 1
         state["unset"] = torch.ones(batch, dtype=torch.bool, device=param.device)
-    state.update(plan.projector.init(batch, storage.dtype(param), site))
-    state.update(plan.residual.init(batch, site))
+    state.update(plan.projector.init(batch, plan.storage.dtype(param), site))
+    for part in (plan.rule, plan.residual):
+        state.update(part.init(batch, rows, site))
     return state
 
 
@@ -69,7 +77,8 @@ def step_device(param: Tensor, site: Site | None, group: Group, plan: Plan) -> t
     host = torch.device("meta" if param.device.type == "meta" else "cpu")
     if group["capturable"]:
         return param.device
-    if site is None and plan.rule.counts_on_device(param, plan.storage.dtype(param), group):
+    dtype = plan.storage.dtype(param)
+    if site is None and plan.rule.plain.counts_on_device(param, dtype, group):
         return param.device
     return host
 
@@ -96,12 +105,18 @@ def template(
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Do one step of projected parameters, in place; return which may lack a subspace."""
-    waiting = move_subspaces([job for job in jobs if job.low is None], group, plan)
-    count(jobs)
-    for some in portions(jobs, group, plan):
-        with_kernels, others = divided(some, group, plan)
-        eager = (begin_eagerly(job, group, plan) for job in others)
-        run(chain(eager, fused.begin(with_kernels, group, plan)))
+    waiting: list[Waiting] = []
+    for some in servings(jobs, plan):
+        lessons = some
+        if plan.feed.slots:
+            lessons, some = fed(some, group, plan)
+        waiting += move_subspaces([job for job in lessons if job.low is None], group, plan)
+        del lessons
+        count(some)
+        for part in portions(some, group, plan):
+            with_kernels, others = divided(part, group, plan)
+            eager = begin_eagerly(others, group, plan)
+            run(chain(eager, fused.begin(with_kernels, group, plan)))
     return waiting
 
 
@@ -141,33 +156,82 @@ def divided(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[
     return with_kernels, others
 
 
-def begin_eagerly(job: Job, group: Group, plan: Plan) -> Half:
-    """Do the first half of a step of a parameter whose subspace is in place, in plain torch."""
-    state, site, rule, want = job.state, job.site, plan.rule, plan.residual.want
-    assert site is not None
-    _, grad = oriented(job.grad, job.layout.wide)
+class Begun(NamedTuple):
+    """A step whose moments are done: the job, its projected gradient and what was made of it.
+
+    `taken` is what leaves that which a feed has kept, see `Feed.taken`.
+    """
+
+    job: Job
+    factor: Tensor
+    low: Tensor
+    direction: Tensor
+    taken: Tensor | None
+
+
+def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
+    """Do the first half of steps of parameters whose subspaces are in place, in plain torch."""
+    if not plan.rule.whole:
+        for job in jobs:
+            yield half_of(begin(job, group, plan), group, plan)
+        return
+    for some in together_whole(jobs, plan):
+        begun = [begin(job, group, plan) for job in some]
+        directions = plan.rule.complete([each.direction for each in begun], some, group)
+        for each, direction in zip(begun, directions, strict=True):
+            yield half_of(each._replace(direction=direction), group, plan)
+
+
+def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
+    """Yield jobs that are `alike` and lie in one way, as many as a rule may work on at once."""
+    kinds: dict[tuple[bool, int], list[Job]] = {}
+    for job in jobs:
+        kind = (job.layout.wide, plan.projector.width(site_of(job)))
+        kinds.setdefault(kind, []).append(job)
+    for (_, width), some in sorted(kinds.items(), key=lambda item: item[0]):
+        for same in alike(some):
+            layout = same[0].layout
+            size = layout.rows * width * layout.matrices
+            count = max(1, WHOLE // max(1, size)) * min(layout.team.size, ABREAST)
+            for start in range(0, len(same), count):
+                yield same[start : start + count]
+
+
+def begin(job: Job, group: Group, plan: Plan) -> Begun:
+    """Project a gradient and do with the moments what the rule does."""
+    state, site, rule = job.state, site_of(job), plan.rule
     factor = plan.projector.factor(state, site)
-    noise, count = noise_of(job, group), age_of(job, group)
-    low = down(grad, factor, site.dtype) if job.low is None else job.low
-
-    held = moments_of(state, rule)
+    low = down(grad_of(job), factor, site.dtype) if job.low is None else job.low
+    held = moments_of(state, plan.slots)
     moments = load_moments(held, rule, site.dtype)
-    direction = rule.direction(low, moments, count, group)
-    store_moments(held, moments, rule, noise)
+    for slot in rule.slots:
+        if slot in plan.feed.slots:
+            whole = load(stored(state, slot), site.dtype, slot in rule.squares)
+            moments[slot] = down(whole, factor, site.dtype)
+    taken = None if job.kept is None else plan.feed.taken(low, moments, group)
+    direction = rule.direction(low, moments, age_of(job, group), group)
+    store_moments(held, {slot: moments[slot] for slot in held}, rule, noise_of(job, group))
+    return Begun(job, factor, low, direction, taken)
 
+
+def half_of(begun: Begun, group: Group, plan: Plan) -> Half:
+    """Return what is left to do of a step: the residual's sums, and the write."""
+    job, factor, low, direction, _ = begun
+    state, site, want, grad = job.state, site_of(job), plan.residual.want, grad_of(job)
+    noise, count = noise_of(job, group), age_of(job, group)
     norms = None
     if want.norms:
         norms = Norms(*(row_norms(x, site.dtype) for x in (grad, low, direction)))
-    rank = low.shape[-1]
     kept = low.unsqueeze(0) if want.low else None
     moved = direction.unsqueeze(0) if want.direction else None
-    del low, direction
+    taken = begun.taken
+    del low, direction, begun
 
     def finish(sums: Tensor | None) -> None:
-        uncorrected = rule.uncorrected(count, group)
+        uncorrected = plan.rule.uncorrected(count, group)
         if sums is not None and grad.ndim == 2:
             sums = sums[0]
-        update = plan.residual.update(norms, sums, state, rank, group, uncorrected)
+        update = plan.residual.update(norms, sums, state, site, group, uncorrected)
         update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
         matrix, view = oriented(job.param, job.layout.wide)
         lift_write(
@@ -182,8 +246,9 @@ def begin_eagerly(job: Job, group: Group, plan: Plan) -> Half:
         )
         if matrix.data_ptr() != job.param.data_ptr():
             job.param.copy_(matrix.view(job.param.shape))
+        keep(job, taken, factor, noise)
 
-    sums = plan.residual.sums(norms, rank, group)
+    sums = plan.residual.sums(norms, state, site, group)
     if sums is not None:
         sums = sums.reshape(-1, sums.shape[-1])
     return Half([(job, place) for place in range(grad.shape[:-2].numel())], sums, finish)
@@ -200,7 +265,7 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     What the rule cannot do whole is done by a kernel, or here in the dtype of the arithmetic, some
     rows at a time.
     """
-    undone = plan.rule.step_plain(jobs, group)
+    undone = plan.rule.plain.step_plain(jobs, group)
     count(undone)
     with_kernels, others = divided(undone, group, plan)
     for job in others:
@@ -211,11 +276,12 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
 
 def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
     """Do one step of a parameter that is not projected, in plain torch."""
-    param, rule, dtype = in_rows(job.param), plan.rule, compute_dtype(job.param.dtype)
+    param, rule, dtype = in_rows(job.param), plan.rule.plain, compute_dtype(job.param.dtype)
     noise, count = noise_of(job, group), age_of(job, group)
     step_size, decay = rates_of(group)
     grad = in_rows(job.grad)
-    stored = {slot: moment_in_rows(moment) for slot, moment in moments_of(job.state, rule).items()}
+    whole = moments_of(job.state, rule.slots)
+    stored = {slot: moment_in_rows(moment) for slot, moment in whole.items()}
     length = param.shape[0]
     for rows in row_chunks(length, NEAR * (param.numel() // max(1, length))):
         here = noise._replace(stream=noise.stream + rows.start)

@@ -17,7 +17,9 @@ from .blockwise import (
 )
 from .cosine import dct, dct_scores
 from .factors import down, drop_, is_index, lift_
+from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
 from .moments import adam, bias_corrections, rotate_moments, select_moment
+from .orthogonal import newton_schulz
 from .products import NEAR, compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
 from .rounding import (
     EXP_AVG,
@@ -38,6 +40,7 @@ from .write import lift_write
 
 __all__ = [
     "BLOCK",
+    "BLOCK_4BIT",
     "EXP_AVG",
     "EXP_AVG_SQ",
     "NEAR",
@@ -57,6 +60,7 @@ __all__ = [
     "dct",
     "dct_basis",
     "dct_scores",
+    "dequantize_4bit",
     "dequantize_blockwise",
     "dequantize_squares",
     "down",
@@ -68,12 +72,14 @@ __all__ = [
     "lift_",
     "lift_write",
     "load",
+    "newton_schulz",
     "orthonormal_",
     "peaks",
     "philox",
     "product",
     "product_t",
     "project_moments",
+    "quantize_4bit",
     "quantize_blockwise",
     "quantize_squares",
     "random_bits",

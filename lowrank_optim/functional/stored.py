@@ -13,6 +13,7 @@ from .blockwise import (
     quantize_blockwise,
     quantize_squares,
 )
+from .fourbit import dequantize_4bit, quantize_4bit
 from .rounding import stochastic_round
 
 Stored = Tensor | tuple[Tensor, Tensor]
@@ -24,13 +25,16 @@ def load(stored: Stored, dtype: torch.dtype, square: bool) -> Tensor:
     """Return a moment in `dtype`; the stored tensor itself where it has that.
 
     Args:
-        stored: a tensor, or `(codes, scale)`.
+        stored: a tensor, or `(codes, scale)`; int8 codes are two values of four bits, and give an
+            even number of columns.
         dtype: of the arithmetic.
         square: whether the moment is an average of squares, never negative.
     """
     if isinstance(stored, Tensor):
         return stored.to(dtype)
     codes, scale = by_rows(*stored)
+    if codes.dtype == torch.int8:
+        return dequantize_4bit(codes, scale, dtype)
     if square:
         value = dequantize_squares(codes, scale, dtype)
     else:
@@ -41,9 +45,9 @@ def load(stored: Stored, dtype: torch.dtype, square: bool) -> Tensor:
 def store(stored: Stored, value: Tensor, square: bool, bits: Bits) -> None:
     """Write a loaded and changed moment back, in place.
 
-    bfloat16, and squares in 8 bits, are rounded stochastically: an average with a decay of 0.999
-    changes by less than half a step between neighbouring values, and would never fall. A signed
-    8-bit moment is rounded to nearest, to the bytes of bitsandbytes.
+    bfloat16, four bits, and squares in 8 bits, are rounded stochastically: an average with a decay
+    of 0.999 changes by less than half a step between neighbouring values, and would never fall. A
+    signed 8-bit moment is rounded to nearest, to the bytes of bitsandbytes.
 
     Args:
         stored: what `load` was given.
@@ -57,6 +61,10 @@ def store(stored: Stored, value: Tensor, square: bool, bits: Bits) -> None:
             stored.copy_(stochastic_round(value, bits()) if rounds else value)
         return
     codes, scale = by_rows(*stored)
+    if codes.dtype == torch.int8:
+        for piece, new in zip(stored, quantize_4bit(value, bits()), strict=True):
+            piece.copy_(new)
+        return
     rows = value.reshape(codes.shape)
     if square:
         fresh = quantize_squares(rows, bits().view(codes.shape))

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..distributed import is_distributed
 from ..groups import param_groups
+from ..local import is_distributed
 from ..optimizer import LowRank
 from ..settings import SettingError
 from ..team import several

@@ -1,10 +1,11 @@
 """Projectors: how a gradient is mapped to a small one and back."""
 
-from ..plan import Projector
+from ..protocols import Projector
 from ._basis import peaks_of
 from .blocks import Blocks
 from .columns import Columns
 from .dct import DCT
+from .identity import Identity
 from .power import Power
 from .random import Random
 from .svd import SVD
@@ -16,6 +17,7 @@ PROJECTORS: dict[str, Projector] = {
     "random": Random(),
     "columns": Columns(),
     "blocks": Blocks(),
+    "identity": Identity(),
 }
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "SVD",
     "Blocks",
     "Columns",
+    "Identity",
     "Power",
     "Projector",
     "Random",

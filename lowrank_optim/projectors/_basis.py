@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..functional import peaks, select_moment
-from ..plan import Group, Matrix, Moments, Rule, Site, State
+from ..plan import Group, Matrix, Site, State
+from ..protocols import Moments, Rule
 
 
 def peaks_of(matrices: Sequence[Matrix]) -> Tensor:
@@ -34,6 +35,7 @@ class Basis:
     learns: ClassVar[bool] = True
     decomposes: ClassVar[bool] = False
     whole: ClassVar[bool] = False
+    everything: ClassVar[bool] = False
     captures: ClassVar[str] = "step"
 
     def basis(self, state: State, site: Site) -> Tensor:

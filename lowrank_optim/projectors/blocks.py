@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..functional import generator
-from ..plan import Group, Matrix, Moments, Rule, Site, State
+from ..plan import Group, Matrix, Site, State
+from ..protocols import Moments, Rule
 
 ORDERS = ("random", "ascending", "descending", "mirror")
 
@@ -44,6 +45,7 @@ class Blocks:
     learns: ClassVar[bool] = False
     decomposes: ClassVar[bool] = False
     whole: ClassVar[bool] = True
+    everything: ClassVar[bool] = False
     captures: ClassVar[str] = ""
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Rules that turn gradients into a direction, at any size: projected or whole."""
+"""Adam, and torch's own AdamW where a parameter is not projected."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from . import functional
-from .plan import Group, Job, Moments, Rule
+from .. import functional
+from ..plan import Group, Job
+from ..protocols import Moments
+from ._elementwise import Elementwise
 
 PIECE = 1 << 16
 """Elements that are updated at once on a CPU."""
 
 
 @dataclass(frozen=True)
-class Adam:
+class Adam(Elementwise):
     """Adam with bias correction and eps outside the corrected root, as `torch.optim.AdamW` has it.
 
     Reads `betas` and `eps` of the group.
@@ -118,66 +120,3 @@ def wants_fused(param: Tensor, group: Group) -> bool | None:
     if fused is None and not group.get("foreach") and param.device.type == "cuda":
         return True
     return fused
-
-
-@dataclass(frozen=True)
-class _OneMoment:
-    """What rules with one, linear moment have in common."""
-
-    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
-    squares: ClassVar[tuple[str, ...]] = ()
-
-    def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
-        """Carry the moment in place: M <- M Q, exactly."""
-        moments["exp_avg"].copy_(moments["exp_avg"] @ rotation)
-
-    def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
-        """Return 1: there is no bias correction."""
-        return 1.0
-
-    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
-        """Return False: the step count stays on the host."""
-        return False
-
-    def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
-        """Leave all undone: torch has no functional form of these with decoupled decay."""
-        return jobs
-
-
-@dataclass(frozen=True)
-class Lion(_OneMoment):
-    """Sign of an interpolated momentum.
-
-    N = sgn(b1 M + (1-b1) g),  M <- b2 M + (1-b2) g
-
-    Reads `betas` of the group; the paper's are (0.9, 0.99), with an lr 3 to 10 times below Adam's.
-
-    Reference: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
-    """
-
-    def direction(
-        self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
-    ) -> Tensor:
-        """Update the moment in place and return the sign of the interpolation."""
-        beta1, beta2 = group["betas"]
-        moment = moments["exp_avg"]
-        sign = moment.lerp(grad, 1 - beta1).sign_()
-        moment.lerp_(grad, 1 - beta2)
-        return sign
-
-
-@dataclass(frozen=True)
-class SGDM(_OneMoment):
-    """Gradient descent with momentum, undamped as in `torch.optim.SGD`.
-
-    M <- b1 M + g,  N = M,  with b1 the first of the group's `betas`.
-    """
-
-    def direction(
-        self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
-    ) -> Tensor:
-        """Update the moment in place and return a copy of it."""
-        return moments["exp_avg"].mul_(group["betas"][0]).add_(grad).clone()
-
-
-RULES: dict[str, Rule] = {"adam": Adam(), "lion": Lion(), "sgdm": SGDM()}

@@ -1,0 +1,67 @@
+"""Error feedback for the moments too: LDAdam's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..checks import is_real
+from ..plan import Group
+from ..protocols import Carried, Fed, Moments
+from .error_feedback import ErrorFeedback
+
+
+@dataclass(frozen=True)
+class GeneralErrorFeedback(ErrorFeedback):
+    """Carry what is lost of the gradient and, where the subspace moves, of the momentum.
+
+    A = G + E;  the subspace P' is learnt from B = rho m P^T + (1 - rho) A, m without bias;
+    E <- A - A P' P'^T + b1 / (1 - b1) (M P^T - M' P'^T)
+
+    with M the first moment before and M' after it is carried into P', which `on_refresh="rotate"`
+    does by M P^T P'. b1 is the first of the group's `betas`. The first B is A.
+
+    Args:
+        rho: share of the momentum in what the subspace is learnt from, in [0, 1].
+        keep, dtype: see `ErrorFeedback`; the paper has `keep` 0.
+
+    Raises:
+        ValueError: rho outside of [0, 1], or as `ErrorFeedback`.
+
+    Reference: Robert, Safaryan, Modoranu, Alistarh, "LDAdam: Adaptive Optimization from
+        Low-Dimensional Gradient Statistics", arXiv 2410.16103. The authors' code keeps E in the
+        gradient between steps; here it is state, so that gradients may be clipped, accumulated and
+        freed.
+    """
+
+    rho: float = 0.908
+    needs: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    captures: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_real(self.rho) or not 0 <= self.rho <= 1:
+            raise ValueError(f"rho must be a number in [0, 1], got {self.rho!r}")
+
+    def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
+        """Return A, B and A + b1 / (1 - b1) M P^T."""
+        fed = held["error"].add_(grad)
+        if carried.seen == 0:
+            return Fed(fed, fed, {"error": fed})
+        decay = group["betas"][0]
+        momentum = carried.lift(carried.moment("exp_avg"))
+        lesson = momentum * (self.rho / (1 - decay**carried.seen))
+        lesson.add_(fed, alpha=1 - self.rho)
+        return Fed(fed, lesson, {"error": momentum.mul_(ratio(group)).add_(fed)})
+
+    def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:
+        """Return A P' + b1 / (1 - b1) M'."""
+        return super().taken(low, moments, group).add_(moments["exp_avg"], alpha=ratio(group))
+
+
+def ratio(group: Group) -> float:
+    """Return b1 / (1 - b1)."""
+    decay: float = group["betas"][0]
+    return decay / (1 - decay)

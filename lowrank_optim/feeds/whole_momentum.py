@@ -1,0 +1,42 @@
+"""A first moment of full size, from which the subspace is learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..plan import Group
+from ..protocols import Carried, Fed, Moments
+
+
+@dataclass(frozen=True)
+class WholeMomentum:
+    """Keep Adam's first moment whole, learn the subspace from it, and show the rule its projection.
+
+    M <- b1 M + (1-b1) G;  P is learnt from M;  the rule sees G P, and M P in place of a first
+    moment of its own, which a change of P therefore never makes stale.
+
+    Args:
+        dtype: how M is stored, see `ErrorFeedback`; None for that of the other moments.
+
+    Reference: Wang et al., "Conda: Column-Normalized Adam for Training Large Language Models
+        Faster", arXiv 2509.24218, at full rank; SOAP, arXiv 2409.11321, keeps its first moment so.
+    """
+
+    dtype: str | None = None
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    needs: ClassVar[tuple[str, ...]] = ("exp_avg",)
+    on_refresh: ClassVar[tuple[str, ...] | None] = ("keep",)
+    full: ClassVar[bool] = True
+    captures: ClassVar[bool] = True
+
+    def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
+        """Return G, and the new M to learn from and to keep."""
+        momentum = torch.lerp(held["exp_avg"], grad, 1 - group["betas"][0])
+        return Fed(grad, momentum, {"exp_avg": momentum})
+
+    def taken(self, low: Tensor, moments: Moments, group: Group) -> None:
+        """Return None: nothing leaves M."""

@@ -1,0 +1,44 @@
+"""All columns, always: rules for whole matrices are methods of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..plan import Matrix, Site, State
+from ._basis import Basis
+
+
+@dataclass(frozen=True)
+class Identity(Basis):
+    """P = I: the matrix is its own projection, and the rank counts for nothing."""
+
+    keys: ClassVar[tuple[str, ...]] = ()
+    on_refresh: ClassVar[tuple[str, ...]] = ("keep",)
+    learns: ClassVar[bool] = False
+    whole: ClassVar[bool] = True
+    everything: ClassVar[bool] = True
+
+    def basis(self, state: State, site: Site) -> Tensor:
+        """Return the unit matrix, for inspection; nothing is multiplied by it."""
+        return torch.eye(site.cols, dtype=site.dtype, device=site.device)
+
+    def width(self, site: Site) -> int:
+        """Return the number of columns."""
+        return site.cols
+
+    def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
+        """Return no state."""
+        return {}
+
+    def refresh(self, matrices: Sequence[Matrix]) -> None:
+        """Do nothing: there is no other choice."""
+
+    def factor(self, state: State, site: Site) -> Tensor:
+        """Return all columns."""
+        key = ("columns", site.cols, site.device)
+        return site.shared.get(key, lambda: torch.arange(site.cols, device=site.device))

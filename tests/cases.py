@@ -14,23 +14,33 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_optim import (
+    RACS,
     SGDM,
     ApolloAdamW,
+    AutoRank,
     Blocks,
+    CompensatedAdamW,
+    CondaW,
     DCTAdamW,
+    ErrorFeedback,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
+    LDAdamW,
     Lion,
     LowRank,
     LowRankAdamW,
+    MuonW,
     NormScaled,
+    NorMuonW,
     Power,
     StateFree,
+    TrionW,
 )
 
 GAP = 4
 RANK = 3
+AUTO = AutoRank(share=0.7, least=0.2, most=0.9)
 SHAPES: dict[str, tuple[int, ...]] = {
     "tall": (13, 7),
     "wide": (5, 11),
@@ -44,32 +54,52 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 PRESETS = [
     ApolloAdamW,
+    CompensatedAdamW,
+    CondaW,
     DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
+    LDAdamW,
     LowRankAdamW,
+    MuonW,
+    NorMuonW,
+    RACS,
+    TrionW,
 ]
 """The methods that have a class of their own."""
+FULL = [CondaW, MuonW, NorMuonW, RACS, TrionW]
+"""Those that are not AdamW where the rank drops nothing."""
 PROJECTED = ("tall", "wide", "square", "stack", "conv")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table."""
+    """A row of the table.
+
+    `whole` says that the method works on whole matrices and takes neither rank nor interval;
+    `carries` that what it carries is rounded when it is stored.
+    """
 
     name: str
     factory: Callable[..., LowRank]
     settings: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
+    carries: bool = False
 
     def build(self, params: Any, **changes: Any) -> LowRank:
-        settings = {"lr": 1e-2, "rank": RANK, "update_proj_gap": GAP, **self.settings, **changes}
-        return self.factory(params, **settings)
+        size = {} if self.whole else {"rank": RANK, "update_proj_gap": GAP}
+        return self.factory(params, **{"lr": 1e-2, **size, **self.settings, **changes})
+
+    @property
+    def chooses(self) -> bool:
+        """Whether ranks follow from the gradient."""
+        return self.settings.get("rank") is AUTO
 
     @property
     def coarse(self) -> bool:
         """Whether moments are rounded when they are stored."""
-        return "state_dtype" in self.settings
+        return "state_dtype" in self.settings or self.carries
 
     def __str__(self) -> str:
         return self.name
@@ -101,6 +131,22 @@ CASES = [
     Case("lion-state-free", LowRank, {"rule": Lion(), "residual": StateFree(), "lr": 1e-3}),
     Case("sgdm-paper-fira", LowRank, {"rule": SGDM(), "residual": NormScaled(form="paper")}),
     Case("maximize", FiraAdamW, {"maximize": True}),
+    Case("error-feedback", GaLoreAdamW, {"feed": ErrorFeedback(dtype=None)}),
+    Case("error-feedback-bf16", FiraAdamW, {"feed": "error_feedback"}, carries=True),
+    Case("error-feedback-4bit", DCTAdamW, {"feed": ErrorFeedback(dtype="4bit")}, carries=True),
+    Case("trion", TrionW, {"update_proj_gap": 1}),
+    Case("trion-8bit", TrionW, {"momentum_dtype": "8bit"}, carries=True),
+    Case("muon", MuonW, whole=True),
+    Case("muon-8bit", MuonW, {"state_dtype": "8bit"}, whole=True),
+    Case("muon-power", LowRank, {"rule": "muon", "projector": "power", "on_refresh": "rotate"}),
+    Case("normuon", NorMuonW, whole=True),
+    Case("conda", CondaW, {"rank": 1.0}),
+    Case("conda-low", CondaW),
+    Case("ldadam", LDAdamW, {"update_proj_gap": 1, "error_dtype": None}),
+    Case("compensated", CompensatedAdamW),
+    Case("racs", RACS, whole=True),
+    Case("auto-rank", GaLoreAdamW, {"rank": AUTO, "on_refresh": "rotate"}),
+    Case("auto-rank-dct", FiraAdamW, {"rank": AUTO, "projector": "dct"}),
 ]
 
 

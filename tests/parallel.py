@@ -18,7 +18,10 @@ from lowrank_optim import (
     FiraAdamW,
     FrugalAdamW,
     GaLoreAdamW,
+    LDAdamW,
     LowRank,
+    NorMuonW,
+    TrionW,
     param_groups,
 )
 
@@ -38,6 +41,9 @@ METHODS: dict[str, tuple[type[LowRank], dict[str, Any]]] = {
     "fira-8bit": (FiraAdamW, {"state_dtype": "8bit"}),
     "frugal-8bit": (FrugalAdamW, {"state_dtype": "8bit"}),
     "apollo-8bit": (ApolloAdamW, {"state_dtype": "8bit"}),
+    "ldadam": (LDAdamW, {"update_proj_gap": 1}),
+    "trion-8bit": (TrionW, {"momentum_dtype": "8bit", "update_proj_gap": 1}),
+    "normuon": (NorMuonW, {"update_proj_gap": None}),
 }
 """The presets with float32 and 8-bit states, and the projector to recommend."""
 
@@ -85,7 +91,8 @@ def optimizer_of(model: nn.Module, method: str, **changes: Any) -> LowRank:
     """Build an optimizer that projects the matrices of the blocks and the experts."""
     cls, settings = METHODS[method]
     groups = param_groups(model, rank=0.4, side="right", weight_decay=0.1)
-    return cls(groups, **{"lr": 1e-2, "update_proj_gap": GAP, **settings, **changes})
+    settings = {"lr": 1e-2, "update_proj_gap": GAP, **settings, **changes}
+    return cls(groups, **{key: value for key, value in settings.items() if value is not None})
 
 
 def wrapped(model: Net, kind: str) -> nn.Module:

@@ -316,7 +316,15 @@ def test_a_setting_spoiled_between_steps_is_refused_before_anything_moves(key, v
     assert [float(optimizer.state[param]["step"]) for param in params] == counts
 
 
-@pytest.mark.parametrize("change", [{"projector": "dct"}, {"residual": "norm_scaled"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"projector": "dct"},
+        {"residual": "norm_scaled"},
+        {"feed": "error_feedback"},
+        {"rule": "row_column_scaled", "projector": "identity"},
+    ],
+)
 def test_parts_that_do_not_fit_the_state_are_refused(change):
     param = torch.nn.Parameter(torch.ones(8, 6))
     optimizer = GaLoreAdamW([param], rank=2)
@@ -324,6 +332,6 @@ def test_parts_that_do_not_fit_the_state_are_refused(change):
     optimizer.step()
     before = param.detach().clone()
     optimizer.param_groups[0].update(change)
-    with pytest.raises(RuntimeError, match="projector and residual cannot change"):
+    with pytest.raises(RuntimeError, match="feed, projector, rule and residual cannot change"):
         optimizer.step()
     assert torch.equal(param, before)

@@ -18,13 +18,26 @@ KEYS = {
     "frugal-blocks": {"step", "exp_avg", "exp_avg_sq", "age"},
     "apollo": {"step", "exp_avg", "exp_avg_sq", "drawn", "residual_norm"},
     "lion": {"step", "exp_avg", "basis", "pending", "unset"},
-}
+    "error-feedback-4bit": {
+        "step", "exp_avg", "exp_avg_sq", "error.packed", "error.scale", "index", "pending", "unset",
+    },
+    "trion-8bit": {"step", "error.codes", "error.scale", "index", "pending", "unset"},
+    "muon": {"step", "exp_avg"},
+    "normuon": {"step", "exp_avg", "row_sq", "column_sq"},
+    "conda": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset"},
+    "ldadam": {"step", "exp_avg", "exp_avg_sq", "error", "basis", "pending", "unset"},
+    "compensated": {
+        "step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset", "residual_sq",
+        "residual_norm",
+    },
+    "racs": {"step", "row_scale", "column_scale", "update_norm"},
+}  # fmt: skip
 GROUP_KEYS = {
     "grad_norm", "state_version",
-    "params", "lr", "betas", "eps", "weight_decay", "rank", "update_proj_gap", "scale",
-    "projector", "rule", "residual", "side", "on_refresh", "state_dtype", "stochastic_rounding",
-    "skip_nonfinite", "maximize", "capturable", "seed", "impl", "skipped_steps", "stagger",
-    "shard_basis",
+    "params", "lr", "betas", "eps", "weight_decay", "rank", "state_budget", "update_proj_gap",
+    "scale", "feed", "projector", "rule", "residual", "side", "on_refresh", "state_dtype",
+    "stochastic_rounding", "skip_nonfinite", "maximize", "capturable", "seed", "impl",
+    "skipped_steps", "stagger", "shard_basis",
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -96,7 +109,8 @@ def test_keys_are_frozen(case):
     optimizer = case.build(model.parameters())
     train(model, optimizer, range(1))
     assert set(optimizer.state[model.tall]) == KEYS[case.name]
-    assert set(optimizer.state[model.vector]) == {"step", "exp_avg", "exp_avg_sq"} & KEYS[case.name]
+    plain = {"step", "exp_avg"} if case.name == "lion" else {"step", "exp_avg", "exp_avg_sq"}
+    assert set(optimizer.state[model.vector]) == plain
     assert set(optimizer.state_dict()["param_groups"][0]) == GROUP_KEYS
 
 
@@ -111,7 +125,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_and_one_without_is_read():
     with pytest.raises(ValueError, match=r"state_version 2, this package reads 1: upgrade"):
         optimizer.load_state_dict(saved)
     assert torch.equal(optimizer.state[model.tall]["basis"], before["state"][0]["basis"])
-    for key in ("state_version", "grad_norm"):
+    for key in ("state_version", "grad_norm", "feed", "state_budget"):
         del before["param_groups"][0][key]
     optimizer.load_state_dict(before)
     assert optimizer.state_dict()["param_groups"][0]["state_version"] == 1

@@ -13,8 +13,9 @@ from cases import GAP, Model, train
 from lowrank_optim import SGDM, Columns, Drop, LowRank, Update
 
 PROJECTORS = ["svd", "power", "dct", "random", "columns", "blocks"]
-RESIDUALS = ["drop", "norm_scaled", "state_free", "grad_scaled"]
-RULES = ["adam", "lion", "sgdm"]
+RESIDUALS = ["drop", "norm_scaled", "state_free", "grad_scaled", "compensated"]
+RULES = ["adam", "lion", "sgdm", "muon", "orthogonal"]
+FEEDS = ["error_feedback", "general_error_feedback", "whole_momentum"]
 ON_REFRESH = ["keep", "reset", "rotate", "align"]
 REFUSED_ON_REFRESH = {
     "dct": {"align"},
@@ -43,16 +44,54 @@ def test_every_combination_runs_or_says_why_not(projector, residual, rule, on_re
         with pytest.raises(ValueError, match=f"on_refresh='{on_refresh}' does not go with"):
             LowRank(model.parameters(), **settings)
         return
-    if projector == "blocks" and residual in ("norm_scaled", "grad_scaled"):
+    if projector == "blocks" and residual in ("norm_scaled", "grad_scaled", "compensated"):
         with pytest.raises(ValueError, match="does not go with the projector Blocks"):
             LowRank(model.parameters(), **settings)
         return
+    assert_runs(model, settings)
+
+
+def assert_runs(model, settings):
     optimizer = LowRank(model.parameters(), **settings)
     start = {name: param.detach().clone() for name, param in model.named_parameters()}
     train(model, optimizer, range(3 * GAP + 1))
     for name, param in model.named_parameters():
         assert param.isfinite().all()
         assert torch.equal(param, start[name]) == (param.numel() == 0), name
+
+
+@pytest.mark.parametrize(
+    ("feed", "projector", "rule", "residual", "rank"),
+    list(
+        itertools.product(
+            FEEDS,
+            ["svd", "power", "dct", "random", "columns"],
+            ["adam", "lion", "muon", "orthogonal"],
+            RESIDUALS,
+            [0.4, "auto"],
+        )
+    ),
+)
+def test_every_feed_goes_with_the_rest_or_says_why_not(feed, projector, rule, residual, rank):
+    model = Model()
+    settings = {
+        "lr": 1e-3,
+        "rank": rank,
+        "update_proj_gap": GAP,
+        "feed": feed,
+        "projector": projector,
+        "residual": residual,
+        "rule": rule,
+        "on_refresh": "keep",
+    }
+    if feed != "error_feedback" and rule == "orthogonal":
+        with pytest.raises(ValueError, match="the rule Orthogonal, which has no 'exp_avg'"):
+            LowRank(model.parameters(), **settings)
+    elif rank == "auto" and projector in ("random", "columns"):
+        with pytest.raises(ValueError, match="which learns nothing of the gradient"):
+            LowRank(model.parameters(), **settings)
+    else:
+        assert_runs(model, settings)
 
 
 def test_blocks_take_a_share_not_a_rank():

@@ -141,13 +141,18 @@ def test_strides_do_not_matter(case):
 
 @pytest.mark.parametrize(
     "case",
-    [case for case in CASES if case.name not in ("frugal-blocks", "galore-rounding")],
+    [
+        case
+        for case in CASES
+        if case.name not in ("frugal-blocks", "galore-rounding") and not case.chooses
+    ],
     ids=str,
 )
 def test_stack_is_projected_matrix_by_matrix(case):
     """A stack moves as its matrices would on their own.
 
-    Not so for blocks and stochastic rounding: turns and noise go by parameter, and it is one.
+    Not so for blocks and stochastic rounding: turns and noise go by parameter, and it is one; nor
+    for ranks that are chosen, of which a stack has one.
     Rounded moments differ by that noise.
     """
     stack = torch.nn.Parameter(Model(torch.float64).stack.detach().clone())

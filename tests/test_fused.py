@@ -25,6 +25,19 @@ NO_KERNEL = {
     "lion": "rule Lion",
     "lion-state-free": "rule Lion",
     "sgdm-paper-fira": "rule SGDM",
+    "error-feedback": "feed ErrorFeedback",
+    "error-feedback-bf16": "feed ErrorFeedback",
+    "error-feedback-4bit": "feed ErrorFeedback",
+    "ldadam": "feed GeneralErrorFeedback",
+    "conda": "feed WholeMomentum",
+    "conda-low": "feed WholeMomentum",
+    "trion": "rule Orthogonal",
+    "trion-8bit": "rule Orthogonal",
+    "muon": "rule Muon",
+    "muon-8bit": "rule Muon",
+    "muon-power": "rule Muon",
+    "normuon": "rule NorMuon",
+    "racs": "rule RowColumnScaled",
 }
 FUSED = [case for case in CASES if case.name not in NO_KERNEL]
 

@@ -26,8 +26,8 @@ from lowrank_optim import (
     LowRankAdamW,
     NormScaled,
 )
+from lowrank_optim.limiter import limit
 from lowrank_optim.plan import Shared
-from lowrank_optim.residuals import limit
 from lowrank_optim.settings import plan_of
 from lowrank_optim.sites import sites_of
 

@@ -34,7 +34,11 @@ EIGHT = [
     if case.name in PRESETS
 ]
 MAIN = ("fsdp-2", "fsdp-4")
-FEW = ("galore-align", "galore-power-rotate", "dct", "fira", "frugal-blocks", "apollo-mini")
+FEW = (
+    "galore-align", "galore-power-rotate", "dct", "fira", "frugal-blocks", "apollo-mini",
+    "error-feedback", "trion", "normuon", "muon-power", "conda", "ldadam", "compensated", "racs",
+    "auto-rank",
+)  # fmt: skip
 """Cases for layouts that differ from the main ones in where parts are, not in what is summed."""
 
 

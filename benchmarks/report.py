@@ -20,7 +20,7 @@ from pretraining.ledger import Ledger
 from pretraining.runner import RESULTS, ROOT
 from reporting import figures, tables
 
-DOCS = ("README.md", "benchmarks/README.md")
+DOCS = ("README.md", "benchmarks/README.md", "docs/choosing.md")
 BLOCK = re.compile(r"<!-- report: (\S+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -132,5 +132,5 @@ def finish(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES: dict[str, Figure] = {}
+FIGURES: dict[str, Figure] = {"pretrain.png": pretraining("3m")}
 """Name in docs/ and figure."""

@@ -95,32 +95,32 @@ def pretraining(task: str, steps: int | None = None) -> Figure:
 
 
 def draw_pretraining(drawing: Any, content: Any) -> None:
-    """Draw three plots with one axis of losses."""
-    curves, states, times = drawing.subplots(1, 3, sharey=True)
+    """Draw losses by step, by state and, where it was measured, by wall time; one legend."""
     shown = content["methods"]
+    timed = any(found["ms"] is not None for found in shown.values())
+    curves, states, *rest = drawing.subplots(1, 3 if timed else 2)
     for name, found in shown.items():
-        colour, label = COLOURS[name], METHODS[name].label
+        colour = COLOURS[name]
         steps, losses = zip(*found["curve"], strict=True)
-        curves.plot(steps, losses, color=colour, lw=1.6, label=label)
+        curves.plot(steps, losses, color=colour, lw=1.6, label=METHODS[name].label)
         low, mean, high = min(found["losses"]), fmean(found["losses"]), max(found["losses"])
-        at = found["state"] / 2**20
         states.errorbar(
-            at, mean, [[mean - low], [high - mean]],
-            fmt="o", ms=6, color=colour, capsize=3,
+            found["state"] / 2**20, mean, [[mean - low], [high - mean]],
+            fmt="o", ms=7, color=colour, capsize=3,
         )  # fmt: skip
-        states.annotate(label, (at, mean), (7, 3), textcoords="offset points", fontsize=8)
-        if found["ms"] is not None:
+        for times in rest if found["ms"] is not None else ():
             times.plot([step * found["ms"] / 1e3 for step in steps], losses, color=colour, lw=1.6)
     curves.set_title("Loss, nats a token, by step", loc="left", fontsize=10)
-    states.set_title("At the end, by state in MiB", loc="left", fontsize=10)
-    times.set_title("By wall time, seconds", loc="left", fontsize=10)
+    states.set_title("At the end, by state in MiB; bars: seeds", loc="left", fontsize=10)
+    states.margins(0.15)
+    for times in rest:
+        times.set_title("By wall time, seconds", loc="left", fontsize=10)
     if shown:
         last = [losses[-1][1] for losses in (found["curve"] for found in shown.values())]
-        curves.set_ylim(min(last) - 0.1, min(last) + 1.5)
+        for axes in (curves, *rest):
+            axes.set_ylim(min(last) - 0.1, min(last) + 1.5)
         curves.legend(fontsize=8, frameon=False)
-        states.set_xlim(left=0)
-        states.margins(x=0.25)
-    for axes in (curves, states, times):
+    for axes in (curves, states, *rest):
         finish(axes)
 
 

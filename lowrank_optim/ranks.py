@@ -26,21 +26,25 @@ def set_ranks(
         SettingError: the least ranks take more than `state_budget`.
     """
     auto: AutoRank = group["rank"]
-    projected = [(param, site) for param, site in sites if site is not None]
-    bounds = [(min(auto.bounds(site.cols)[0], site.rank), site.rank) for _, site in projected]
-    most = [high for _, high in bounds]
+    for _, site in sites:
+        if site is not None:
+            site.most = site.rank
+    trained = [(x, site) for x, site in sites if site is not None and x.requires_grad]
     budget = group["state_budget"]
     if budget is not None:
-        kinds = tuple((tuple(x.shape), x.dtype, site.layout.wide) for x, site in projected)
-        cols = tuple(site.cols for _, site in projected)
+        kinds = tuple((tuple(x.shape), x.dtype, site.layout.wide) for x, site in trained)
+        bounds = tuple((min(auto.bounds(s.cols)[0], s.rank), s.rank) for _, s in trained)
         try:
-            most = budgeted(kinds, tuple(bounds), cols, plan, budget)
+            ranks = budgeted(kinds, bounds, tuple(site.cols for _, site in trained), plan, budget)
         except ValueError as error:
             raise SettingError(f"state_budget={budget}: {error}") from None
-    for (param, site), (least, _), high in zip(projected, bounds, most, strict=True):
-        state = states.get(param)
-        site.most = high
-        site.rank = state[plan.projector.keys[0]].shape[-1] if state else least
+        for (_, site), most in zip(trained, ranks, strict=True):
+            site.most = most
+    for param, site in sites:
+        if site is not None and site.most is not None:
+            state = states.get(param)
+            least = min(auto.bounds(site.cols)[0], site.most)
+            site.rank = state[plan.projector.keys[0]].shape[-1] if state else least
 
 
 @lru_cache(maxsize=64)

@@ -160,11 +160,12 @@ def test_a_gradient_that_says_nothing_keeps_rank_and_subspace(bad):
 def test_the_state_stays_within_the_budget_and_uses_it(state_dtype):
     shapes = [(40, 30), (30, 70), (4, 24, 30)]
     params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    frozen = torch.nn.Parameter(torch.zeros(500, 400), requires_grad=False)
     common = {"update_proj_gap": 2, "projector": "power", "state_dtype": state_dtype}
     auto = AutoRank(0.999, 0.1, 1.0)
     free = GaLoreAdamW(params, rank=auto, **common)
     budget = predicted_bytes(free) // 2
-    optimizer = GaLoreAdamW(params, rank=auto, state_budget=budget, **common)
+    optimizer = GaLoreAdamW([*params, frozen], rank=auto, state_budget=budget, **common)
     assert 0.9 * budget < predicted_bytes(optimizer) <= budget
     for _ in range(5):
         for param in params:

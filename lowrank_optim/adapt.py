@@ -64,7 +64,7 @@ def narrow(
     energies, total = summed[..., :-1], summed[..., -1]
     wanted = torch.where(total > 0, smallest(energies, total, auto.share), 0)
     wanted = torch.where(summed.isfinite().all(-1), wanted, 0)
-    wanted = wanted.reshape(len(matrices), -1).amax(-1)
+    wanted = pad(wanted.flatten(1) if wanted.ndim > 1 else wanted.unsqueeze(1), (0, 1)).amax(-1)
     wanted = site.layout.stack_team.max_(wanted)
     ranks = []
     for place, (rank, own, old) in enumerate(zip(wanted.tolist(), learnt, before, strict=True)):

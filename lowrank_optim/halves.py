@@ -69,6 +69,7 @@ def run(halves: Iterable[Half]) -> None:
             half.finish(half.sums)
         else:
             waiting.setdefault(half.team, []).append(half)
+        del half
     for team in sorted(waiting, key=lambda team: min(map(first_place, waiting[team]))):
         add_up(waiting[team], team)
         for half in waiting[team]:

@@ -107,16 +107,22 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Do one step of projected parameters, in place; return which may lack a subspace."""
     waiting: list[Waiting] = []
     for some in servings(jobs, plan):
-        lessons = some
-        if plan.feed.slots:
-            lessons, some = fed(some, group, plan)
-        waiting += move_subspaces([job for job in lessons if job.low is None], group, plan)
-        del lessons
-        count(some)
-        for part in portions(some, group, plan):
-            with_kernels, others = divided(part, group, plan)
-            eager = begin_eagerly(others, group, plan)
-            run(chain(eager, fused.begin(with_kernels, group, plan)))
+        waiting += step_together(some, group, plan)
+    return waiting
+
+
+def step_together(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
+    """Do what `step_projected` says with parameters whose feeds may be held at once."""
+    lessons = jobs
+    if plan.feed.slots:
+        lessons, jobs = fed(jobs, group, plan)
+    waiting = move_subspaces([job for job in lessons if job.low is None], group, plan)
+    del lessons
+    count(jobs)
+    for part in portions(jobs, group, plan):
+        with_kernels, others = divided(part, group, plan)
+        eager = begin_eagerly(others, group, plan)
+        run(chain(eager, fused.begin(with_kernels, group, plan)))
     return waiting
 
 
@@ -178,8 +184,8 @@ def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
     for some in together_whole(jobs, plan):
         begun = [begin(job, group, plan) for job in some]
         directions = plan.rule.complete([each.direction for each in begun], some, group)
-        for each, direction in zip(begun, directions, strict=True):
-            yield half_of(each._replace(direction=direction), group, plan)
+        while begun:  # what is done is let go of before the next are begun
+            yield half_of(begun.pop()._replace(direction=directions.pop()), group, plan)
 
 
 def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:

@@ -318,6 +318,8 @@ def test_resume_on_and_between_refreshes(case, tmp_path):
         return trainer(llama(), args, trainer_optimizer(case.factory, args, **settings))
 
     assert_resumes(tmp_path, make, [4, 6])
+    if case.whole:
+        return
     assert not same(subspaces(tmp_path, 4), subspaces(tmp_path, 6))
     if settings["update_proj_gap"] == GAP:
         assert same(subspaces(tmp_path, 6), subspaces(tmp_path, 8))

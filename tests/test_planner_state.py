@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_optim
-from lowrank_optim import LowRank, estimate_memory, param_groups, presets, state_bytes
+from lowrank_optim import LowRank, estimate_memory, presets, state_bytes
 from lowrank_optim.memory import shared_bytes
 from lowrank_optim.planner.methods import METHODS, needs_of, refresh_workspace, with_state
 from lowrank_optim.planner.models import MODELS, build
@@ -101,7 +101,7 @@ def test_state_of_llama_60m_is_that_after_a_step(name, state):
     model = build("60m", torch.bfloat16)[0]
     needs = needs_of(OURS[name], model, 128, state)
     real = model.to_empty(device="cpu")
-    optimizer = stepped(OURS[name].build(param_groups(real, rank=128), state_dtype=state))
+    optimizer = stepped(OURS[name].build(OURS[name].groups(real, 128), state_dtype=state))
     assert needs.state == state_bytes(optimizer)
     assert needs.shared == shared_bytes(optimizer)
 
@@ -121,12 +121,19 @@ def by_hand(name, size, rank, state):
     total = 4 * (len(shapes) + len(plain) + len(vectors))  # step counts
     total += sum(2 * rows * (cols * width + block(cols)) for rows, cols in plain)
     total += sum(2 * length * (4 if state == "8bit" else width) for length in vectors)
+    moments = {"trion": 0, "muon": 0, "normuon": 0, "racs": 0, "conda": 0}.get(name, 2)
+    whole = {"trion": 1, "muon": 1, "normuon": 1, "conda": 2}.get(name, 0)
     for rows, cols in shapes:
-        total += 2 * rows * (rank * width + block(rank))
-        if name in ("galore", "fira", "lowrank"):
-            total += cols * rank * (4 if state is None else 2)
+        total += moments * rows * (rank * width + block(rank))
+        total += whole * rows * (cols * width + block(cols))
+        if name in ("galore", "fira", "lowrank", "ldadam", "compensated", "conda"):
+            total += cols * (cols if name == "conda" else rank) * (4 if state is None else 2)
         total += {"galore": 1, "lowrank": 1, "fira": 4 + 1, "dct": 8 * rank + 1, "apollo": 4,
-                  "frugal": 8 * rank + 4}[name]  # fmt: skip
+                  "frugal": 8 * rank + 4, "trion": 8 * rank + 1, "muon": 0, "normuon": 0,
+                  "ldadam": 2 * rows * cols + 1, "compensated": 4 * rows + 4 + 1, "conda": 1,
+                  "racs": 4 * (rows + cols + 1)}[name]  # fmt: skip
+    if name == "normuon":
+        total += 4 * layers * (5 * hidden + 2 * inner)  # outputs of q, k, v, o, down; gate, up
     return total
 
 
@@ -136,7 +143,7 @@ def by_hand(name, size, rank, state):
 def test_state_of_presets_is_what_the_methods_say(size, name, state):
     model = build(size, torch.bfloat16)[0]
     rank = 1024 if model.config.hidden_size >= 4096 else 128
-    optimizer = OURS[name].build(param_groups(model, rank=rank), state_dtype=state)
+    optimizer = OURS[name].build(OURS[name].groups(model, rank), state_dtype=state)
     expected = by_hand(name, size, rank, state)
     assert lowrank_optim.predicted_bytes(optimizer) == expected
     if (size, state) in (("llama-1b", None), ("llama-7b", "8bit")):
@@ -163,7 +170,8 @@ def test_every_preset_is_a_method():
 def test_workspace_of_a_refresh_is_what_a_refresh_makes(name, state):
     """On real tensors: what moves, and what is carried over, when subspaces are learnt anew."""
     # Of several matrices, power makes some products at once, but on a CPU one by one.
-    shapes = [(160, 96)] * (1 if name in ("lowrank", "galore", "fira") else 5)
+    alone = ("lowrank", "galore", "fira", "ldadam", "compensated")
+    shapes = [(160, 96)] * (1 if name in alone else 5)
 
     def jobs(device):
         params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]

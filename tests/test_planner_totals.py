@@ -8,7 +8,7 @@ from test_memory import Peak
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_optim import LowRank, estimate_memory, param_groups, state_bytes
+from lowrank_optim import LowRank, estimate_memory, state_bytes
 from lowrank_optim.memory import shared_bytes
 from lowrank_optim.planner.methods import METHODS
 from lowrank_optim.planner.models import build, token_loss
@@ -34,7 +34,7 @@ def optimizer_of(name, model):
     """Return the optimizer that the planner means by a name."""
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), fused=True)
-    return METHODS[name].build(param_groups(model, rank=RANK))
+    return METHODS[name].build(METHODS[name].groups(model, RANK))
 
 
 def measured(model, optimizer, batch, seq, layerwise=False):
@@ -220,8 +220,10 @@ def test_total_on_a_gpu(size, name, layerwise):
     elif name == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     else:
-        groups = param_groups(model, rank=rank)
-        optimizer = METHODS[name].build(groups, lr=1e-4, state_dtype=state, update_proj_gap=2)
+        method = METHODS[name]
+        gap = {} if method.whole else {"update_proj_gap": 2}
+        groups = method.groups(model, rank)
+        optimizer = method.build(groups, lr=1e-4, state_dtype=state, **gap)
     if layerwise:
         optimizer.step_in_backward()
     torch.cuda.reset_peak_memory_stats()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -173,8 +175,12 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
                 several += (together - len(some)) * more
             own = max(single, step_workspace(some[:1], 1, group, plan))
             alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
-            workspace = max(workspace, several, step_workspace(some, len(jobs), group, plan))
+            beside = step_workspace(some, len(jobs), group, plan)
+            workspace = max(workspace, several, beside)
             moved.append((some[0], plan))
+        if plan.feed.slots:
+            everyone = sorted(chain(*kinds.values()), key=lambda job: job.position)
+            workspace = max(workspace, fed_workspace(everyone, group, plan))
     made = memory.shared_bytes(optimizer)
     optimizer._shared.sweep()  # what a step of all has not asked for is dropped at its end
     for job, plan in moved:
@@ -214,19 +220,28 @@ def step_workspace(jobs: list[Job], count: int, group: Group, plan: Plan) -> int
     """Return what a step of `count` parameters like these makes besides a refresh, in bytes.
 
     Where there is no kernel for a plan, plain torch does the step, of as many parameters at once as
-    it does for a GPU.
+    a rule looks at whole.
     """
     if dispatch.missing(plan, True) is None:
         return launch_workspace(jobs[0], count, group, plan)
     layout, site = jobs[0].layout, site_of(jobs[0])
-    size = layout.matrices * layout.rows
-    held = [1]
-    if plan.feed.slots:
-        held.append(feeding.AT_ONCE // max(1, size * site.cols))
+    held = 1
     if plan.rule.whole:
-        held.append(update.WHOLE // max(1, size * site.rank))
-    one = dropped_by(lambda: update.step_projected(jobs[:1], group, plan))
-    return one * min(count, max(held))
+        held = min(count, update.WHOLE // max(1, layout.matrices * layout.rows * site.rank))
+    one, several = (
+        dropped_by(partial(update.step_projected, some, group, plan)) for some in (jobs[:1], jobs)
+    )
+    more = max(0, several - one) // max(1, len(jobs) - 1)
+    return one + (max(1, held) - 1) * more
+
+
+def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
+    """Return what a later step of parameters makes that are fed at once: of the first ones."""
+    first = next(feeding.servings(jobs, plan), [])
+    some = [with_state(job, group, plan) for job in first]
+    for job in some:
+        site_of(job).step = 1
+    return dropped_by(partial(update.step_projected, some, group, plan))
 
 
 def launch_workspace(job: Job, count: int, group: Group, plan: Plan) -> int:

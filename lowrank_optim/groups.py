@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from .auto_rank import AutoRank
 from .geometry import subspace_of
 from .settings import SettingError
 
@@ -27,7 +28,7 @@ EMBEDDING = re.compile(r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|r
 
 def param_groups(
     model: nn.Module,
-    rank: int | float = 0.25,
+    rank: int | float | str | AutoRank = 0.25,
     *,
     lr: float | None = None,
     rest_lr: float | None = None,
@@ -51,7 +52,8 @@ def param_groups(
     Args:
         model: any module.
         rank: as in the optimizer: an int, or a share of the projected axis. 1.0 takes every matrix,
-            for methods that work on whole ones (MuonW, NorMuonW, CondaW, RACS).
+            for methods that work on whole ones (MuonW, NorMuonW, CondaW, RACS); "auto" or an
+            `AutoRank` chooses as training goes.
         lr: learning rate of the projected matrices; None leaves it to the optimizer.
         rest_lr: learning rate of all others; None for the same as `lr`. Methods whose `scale` is
             below 1 train the others faster than the matrices: tune both.
@@ -72,6 +74,7 @@ def param_groups(
     plain: dict[str, Any] = {"rank": None, **_rate(rest), **decay}
     no_decay: dict[str, Any] = {"rank": None, **_rate(rest), "weight_decay": 0.0}
 
+    space = AutoRank() if isinstance(rank, str) else rank
     side, full = settings.get("side", "auto"), isinstance(rank, float) and rank == 1
 
     special = _not_projected(model)
@@ -86,7 +89,7 @@ def param_groups(
             group = no_decay
         elif (
             kind is not None
-            or subspace_of(tuple(param.shape), rank, side, full=full) is None
+            or subspace_of(tuple(param.shape), space, side, full=full) is None
             or (include is not None and not re.search(include, name))
             or (exclude is not None and re.search(exclude, name))
         ):

@@ -20,6 +20,7 @@ from lowrank_optim import (
     LowRank,
     LowRankAdamW,
     TrionW,
+    param_groups,
     predicted_bytes,
     state_bytes,
 )
@@ -118,6 +119,18 @@ def test_ranks_change_and_a_resumed_run_is_the_same_to_the_bit(make):
         other.load_state_dict(state)
         train(resumed, other, range(step, 4 * GAP))
         assert_same(weights(resumed), weights(model))
+
+
+def test_groups_of_a_model_take_it_as_the_optimizer_does():
+    model = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.LayerNorm(40))
+    groups = param_groups(model, rank="auto", lr=1e-2, rest_lr=1e-3)
+    assert groups[0]["param_names"] == ["0.weight"]
+    optimizer = GaLoreAdamW(groups, projector="power", state_budget="30KiB")
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert 2 <= rank_of(optimizer, model[0].weight) <= 10
+    assert optimizer.param_groups[0]["rank"] == AutoRank()
 
 
 def test_moments_are_carried_into_a_subspace_of_another_rank():

@@ -128,25 +128,14 @@ PEERS = [
 
 def ours(cls: Callable[..., LowRank], **fixed: Any) -> Callable[..., LowRank]:
     """Return a builder of one of our optimizers; all matrices refresh together."""
-    if "stagger" in signature(LowRank.__init__).parameters:
-        fixed["stagger"] = False
 
     def build(matrices: list[Tensor], rest: list[Tensor], *, rank: int, gap: int, **more: Any):
         groups = [{"params": matrices, "rank": rank}, {"params": rest, "rank": None}]
         if not more.get("state_dtype"):
             more.pop("state_dtype", None)
-        return cls(groups, update_proj_gap=gap, **fixed, **more)
-
-    return build
-
-
-def whole(cls: Callable[..., LowRank]) -> Callable[..., LowRank]:
-    """Return a builder of one of our optimizers that takes neither rank nor gap."""
-
-    def build(matrices: list[Tensor], rest: list[Tensor], *, rank: int, gap: int, **more: Any):
-        if not more.get("state_dtype"):
-            more.pop("state_dtype", None)
-        return cls([{"params": matrices, "rank": 1.0}, {"params": rest, "rank": None}], **more)
+        takes_gap = "update_proj_gap" in signature(cls).parameters
+        gaps = {"update_proj_gap": gap} if takes_gap else {}
+        return cls(groups, stagger=False, **gaps, **fixed, **more)
 
     return build
 
@@ -174,11 +163,11 @@ OURS = [
     Method("ldadam", ours(LDAdamW), 1, ours=True, carried=1, products=6, draws=True),
     Method("trion", ours(TrionW), 1, ours=True, moments=0, carried=1, products=3, orthogonal=True,
            allowed=0.15, spectrum=True),
-    Method("muon", whole(MuonW), 0, ours=True, moments=1, products=0, full=True,
+    Method("muon", ours(MuonW), 0, ours=True, moments=1, products=0, full=True,
            orthogonal=True, allowed=0.15),
-    Method("normuon", whole(NorMuonW), 0, ours=True, moments=1, products=0, full=True,
+    Method("normuon", ours(NorMuonW), 0, ours=True, moments=1, products=0, full=True,
            orthogonal=True, allowed=0.15),
-    Method("racs", whole(RACS), 0, ours=True, reads=2, moments=0, products=0, full=True),
+    Method("racs", ours(RACS), 0, ours=True, reads=2, moments=0, products=0, full=True),
     Method("plain", plain, 0, ours=True, projects=False),
 ]  # fmt: skip
 METHODS = {method.name: method for method in [*OURS, *PEERS]}

@@ -1,19 +1,17 @@
-"""Refreshes at which ranks change: more columns are learnt, some are kept, moments are carried."""
+"""Refreshes at which ranks change: more columns are learnt, and some are kept."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .auto_rank import AutoRank, gather_columns, largest, padded, smallest
-from .functional import Noise, down, row_norms
-from .plan import Group, Job, Matrix, Plan, Site, State
-from .storage import load_moments, moments_of, shape_of, store_moments
+from .auto_rank import AutoRank, gather_columns, largest, smallest
+from .functional import down, row_norms
+from .plan import Group, Matrix, Plan, State
 
 
 def widened(matrix: Matrix, plan: Plan) -> Matrix:
@@ -74,31 +72,3 @@ def narrow(
             matrices[place].state[key] = own[key]
         ranks.append(own[plan.projector.keys[0]].shape[-1])
     return ranks
-
-
-def resize(
-    job: Job, site: Site, old: State, new: State, noise: Noise, group: Group, plan: Plan
-) -> None:
-    """Carry the moments of a matrix into a subspace of another rank.
-
-    With "rotate" as into one of the same rank, whatever is missing being zero; else the first
-    columns stay.
-    """
-    if not plan.slots:
-        return
-    rank = new[plan.projector.keys[0]].shape[-1]
-    shape = shape_of(job.state, plan.slots[0])
-    both = max(rank, shape[-1])
-    loaded = load_moments(moments_of(job.state, plan.slots), plan.rule, site.dtype)
-    moments = {slot: pad(moment, (0, both - shape[-1])) for slot, moment in loaded.items()}
-    if plan.on_refresh == "rotate" and site.step > 0:
-        ends = [
-            {key: padded(state[key], both, site.cols * far) for key in plan.projector.keys}
-            for far, state in ((1, old), (2, new))
-        ]
-        plan.projector.transport(plan.rule, moments, ends[0], ends[1], site, group)
-    for slot in plan.slots:
-        job.state.update(plan.storage.zeros(slot, (*shape[:-1], rank), job.param))
-    carried: dict[str, Any] = {slot: value[..., :rank] for slot, value in moments.items()}
-    held = moments_of(job.state, plan.slots)
-    store_moments(held, carried, plan.rule, noise, carried=True)

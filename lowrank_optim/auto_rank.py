@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +10,6 @@ from torch import Tensor
 
 from .checks import is_real
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)\s*")
 STEPS = 1024
 """Steps of the share of all axes that a budget is turned into."""
 
@@ -107,24 +103,6 @@ def within(
         middle = (good + bad) // 2
         good, bad = (middle, bad) if bytes_at(ranks(middle)) <= budget else (good, middle)
     return ranks(good)
-
-
-def bytes_of(text: str | int) -> int:
-    """Return a number of bytes that is given as such, or as "2GiB".
-
-    Raises:
-        ValueError: neither.
-    """
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    found = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B|B|)\s*", text)
-        if isinstance(text, str)
-        else None
-    )
-    if found is None or not float(found[1]):
-        raise ValueError('a number of bytes above 0, or a text such as "2GiB"')
-    return int(float(found[1]) * UNITS[found[2]])
 
 
 def gather_columns(basis: Tensor, places: Tensor) -> Tensor:

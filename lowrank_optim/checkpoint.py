@@ -95,7 +95,7 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
                 "upgrade lowrank-optim"
             )
         for key, value in described(group).items():
-            if key in saved and kind_of(saved[key]) != kind_of(value):
+            if key in saved and kind_of(str(saved[key])) != kind_of(value):
                 raise SettingError(
                     f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
                     f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
@@ -104,13 +104,15 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
         merged = {k: saved.get(k, v) if k not in STRUCTURE else v for k, v in group.items()}
         merged["params"] = group["params"]
         plan = plan_of(merged)
-        for place, (saved_id, (param, site)) in enumerate(
-            zip(saved["params"], sites_of(merged, plan, optimizer._shared), strict=True)
+        states = {
+            param: state_dict["state"].get(saved_id) or {}
+            for param, saved_id in zip(group["params"], saved["params"], strict=True)
+        }
+        for place, (param, site) in enumerate(
+            sites_of(merged, plan, optimizer._shared, states=states)
         ):
             name, shape = name_of(group, index, place), tuple(param.shape)
-            state = state_dict["state"].get(saved_id)
-            if site is not None and site.most is not None and state:
-                site.rank = rank_in(state, plan)
+            state = states[param]
             ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
             if "rank" in saved and not same_rank(shape, saved["rank"], group["rank"], plan):
                 raise SettingError(f"the ranks of {name} differ: {ranks}")
@@ -127,12 +129,6 @@ def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
         for rank in (there, here)
     ]
     return spaces[0] == spaces[1]
-
-
-def rank_in(state: State, plan: Plan) -> int:
-    """Return the rank of a saved state; 0 if it has no subspace."""
-    subspace = state.get(plan.projector.keys[0])
-    return int(subspace.shape[-1]) if isinstance(subspace, Tensor) and subspace.ndim else 0
 
 
 def check_state(

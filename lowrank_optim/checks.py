@@ -1,10 +1,22 @@
-"""Checks of single values."""
+"""What single values say, and whether they may."""
 
 from __future__ import annotations
 
 import math
 import numbers
+import re
 from typing import Any
+
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B?|B)\s*", re.I)
+UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 2**10, "M": 2**20, "G": 2**30}
+UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def bytes_in(text: str) -> int | None:
+    """Return the bytes that a text such as "24GiB", "24GB" or "24G" stands for, if it is one."""
+    size = SIZE.fullmatch(text)
+    unit = "" if size is None else size[2].upper()
+    return int(float(size[1]) * UNITS[unit]) if size is not None and unit in UNITS else None
 
 
 def is_real(value: Any) -> bool:

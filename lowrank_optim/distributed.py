@@ -247,20 +247,25 @@ class Layout:
     @cached_property
     def _column_lengths(self) -> list[tuple[int, int]]:
         """Mesh dimensions that cut rows, with what each leaves of a basis cut before it."""
-        found, length = [], self.cols
-        for dim, placement in enumerate(self.placements):
-            if self.mesh is not None and axis_of(placement) == self.axis:
-                found.append((dim, length))
-                length = chunk(length, self.mesh.size(dim), self.mesh.get_local_rank(dim))[1]
-        return found
+        return self._levels(sorted(self._row_cuts), self.cols)
 
     @cached_property
     def row_levels(self) -> list[tuple[Any, int]]:
         """Process groups that cut rows, with the rows that each cuts, the outermost first."""
-        found, length = [], self.rows
-        for dim in cuts(self.placements, self.axis) if self.axis is not None else ():
+        levels = self._levels(self._row_cuts, self.rows)
+        return [(self.mesh.get_group(dim), length) for dim, length in levels if self.mesh]
+
+    @property
+    def _row_cuts(self) -> list[int]:
+        """Mesh dimensions that cut rows, the outermost first."""
+        return [] if self.axis is None else cuts(self.placements, self.axis)
+
+    def _levels(self, dims: list[int], length: int) -> list[tuple[int, int]]:
+        """Return mesh dimensions with the lengths that they cut, one after the other."""
+        found = []
+        for dim in dims:
             assert self.mesh is not None
-            found.append((self.mesh.get_group(dim), length))
+            found.append((dim, length))
             length = chunk(length, self.mesh.size(dim), self.mesh.get_local_rank(dim))[1]
         return found
 

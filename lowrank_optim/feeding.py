@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from .functional import Noise, bits_of, lift_, load, store
+from .halves import batches
 from .plan import Group, Job, Plan
 from .protocols import Carried
 from .storage import stored
@@ -25,27 +26,20 @@ def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
     if not plan.feed.slots:
         yield jobs
         return
-    some: list[Job] = []
-    held = 0
-    for job in jobs:
+
+    def size(job: Job) -> int:
         layout = job.layout
-        size = layout.matrices * layout.rows * layout.cols // layout.team.size
-        if some and held + size > AT_ONCE:
-            yield some
-            some, held = [], 0
-        some.append(job)
-        held += size
-    if some:
-        yield some
+        return layout.matrices * layout.rows * layout.cols // layout.team.size
+
+    yield from batches(jobs, size, AT_ONCE)
 
 
 def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]]:
     """Return jobs whose gradients are what subspaces learn from, and what is projected."""
     lessons, others = [], []
     for job in jobs:
-        site = site_of(job)
         held = {slot: load_whole(job, slot) for slot in plan.feed.slots}
-        made = plan.feed.feed(grad_of(job).to(site.dtype), held, carried_by(job, plan), group)
+        made = plan.feed.feed(grad_of(job), held, carried_by(job, plan), group)
         lessons.append(job._replace(grad=turned(made.lesson, job)))
         others.append(job._replace(grad=turned(made.grad, job), kept=made.kept))
     return lessons, others

@@ -10,6 +10,7 @@ from torch import nn
 from .auto_rank import AutoRank
 from .geometry import subspace_of
 from .settings import SettingError
+from .settings import rank as checked_rank
 
 HEADS = frozenset(
     {"lm_head", "head", "output", "output_layer", "embed_out", "classifier", "score", "fc_out"}
@@ -70,11 +71,11 @@ def param_groups(
     """
     rest = lr if rest_lr is None else rest_lr
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    projected: dict[str, Any] = {"rank": rank, **_rate(lr), **decay, **settings}
+    share = checked_rank("rank", rank, "") if isinstance(rank, str) else rank
+    projected: dict[str, Any] = {"rank": share, **_rate(lr), **decay, **settings}
     plain: dict[str, Any] = {"rank": None, **_rate(rest), **decay}
     no_decay: dict[str, Any] = {"rank": None, **_rate(rest), "weight_decay": 0.0}
 
-    space = AutoRank() if isinstance(rank, str) else rank
     side, full = settings.get("side", "auto"), isinstance(rank, float) and rank == 1
 
     special = _not_projected(model)
@@ -89,7 +90,7 @@ def param_groups(
             group = no_decay
         elif (
             kind is not None
-            or subspace_of(tuple(param.shape), space, side, full=full) is None
+            or subspace_of(tuple(param.shape), share, side, full=full) is None
             or (include is not None and not re.search(include, name))
             or (exclude is not None and re.search(exclude, name))
         ):

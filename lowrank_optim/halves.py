@@ -35,30 +35,38 @@ class Half:
         return self.places[0][0].layout.team
 
 
+def batches(jobs: list[Job], size: Callable[[Job], int], most: int) -> Iterator[list[Job]]:
+    """Yield jobs in lists whose sizes come to at most `most`, and at least one in each."""
+    some: list[Job] = []
+    held = 0
+    for job in jobs:
+        if some and held + size(job) > most:
+            yield some
+            some, held = [], 0
+        some.append(job)
+        held += size(job)
+    if some:
+        yield some
+
+
 def portions(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
     """Yield jobs in lists, the same on all processes, of which no more than `HELD` bytes wait.
 
     One list, unless processes have to sum something: then it takes one collective each.
     """
     want = plan.residual.want
-    some: list[Job] = []
-    held = 0
     kinds = want.low + want.direction
     cuts = bool(plan.each(group).cut)
-    for job in jobs:
+
+    def size(job: Job) -> int:
         site = job.site
         assert site is not None
-        size = 0
-        if want.norms and site.team.size > 1:
-            lines = kinds * job.layout.rows // site.team.size + cuts * site.cols
-            size = lines * job.layout.matrices * site.rank * site.dtype.itemsize
-        if some and held + size > HELD:
-            yield some
-            some, held = [], 0
-        some.append(job)
-        held += size
-    if some:
-        yield some
+        if not want.norms or site.team.size == 1:
+            return 0
+        lines = kinds * job.layout.rows // site.team.size + cuts * site.cols
+        return lines * job.layout.matrices * site.rank * site.dtype.itemsize
+
+    yield from batches(jobs, size, HELD)
 
 
 def run(halves: Iterable[Half]) -> None:
@@ -69,7 +77,7 @@ def run(halves: Iterable[Half]) -> None:
             half.finish(half.sums)
         else:
             waiting.setdefault(half.team, []).append(half)
-        del half
+        del half  # what it holds is not needed while the next one is made
     for team in sorted(waiting, key=lambda team: min(map(first_place, waiting[team]))):
         add_up(waiting[team], team)
         for half in waiting[team]:

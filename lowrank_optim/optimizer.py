@@ -45,10 +45,13 @@ class LowRank(LayerWise):
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
         scale: factor of the projected update (GradScaled: of its square).
-        projector: "svd", "power", "dct", "random", "columns", "blocks" or a `Projector`.
-        feed: what is projected: "gradient", "error_feedback" or a `Feed`.
-        rule: "adam", "lion", "sgdm", "muon", "normuon", "orthogonal" or a `Rule`.
-        residual: "drop", "norm_scaled", "state_free", "grad_scaled" or a `Residual`.
+        projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
+            `Projector`.
+        feed: what is projected: "gradient", "error_feedback", "general_error_feedback",
+            "whole_momentum" or a `Feed`.
+        rule: "adam", "lion", "sgdm", "muon", "normuon", "orthogonal", "row_column_scaled" or a
+            `Rule`.
+        residual: "drop", "norm_scaled", "state_free", "grad_scaled", "compensated" or a `Residual`.
         side: the axis that is projected: "auto" the shorter one (columns of a square matrix),
             "right" the columns, "left" the rows, "reverse" the longer one.
         on_refresh: what becomes of the moments when the subspace moves: "keep" them as they are,

@@ -221,7 +221,7 @@ class Feed(Protocol):
         """Return what is fed, before the subspace moves; `held` may be changed in place.
 
         Args:
-            grad: the gradient, `(..., rows, cols)`.
+            grad: the gradient in its own dtype, `(..., rows, cols)`, never widened whole.
             held: the slots in the dtype of the arithmetic.
             carried: the moments in the subspace as it is.
             group: its settings.

@@ -44,7 +44,13 @@ def set_ranks(
         if site is not None and site.most is not None:
             state = states.get(param)
             least = min(auto.bounds(site.cols)[0], site.most)
-            site.rank = state[plan.projector.keys[0]].shape[-1] if state else least
+            site.rank = rank_in(state, plan) if state else least
+
+
+def rank_in(state: State, plan: Plan) -> int:
+    """Return the rank that a state has; 0 if it lacks a subspace."""
+    subspace = state.get(plan.projector.keys[0])
+    return int(subspace.shape[-1]) if isinstance(subspace, Tensor) and subspace.ndim else 0
 
 
 @lru_cache(maxsize=64)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .auto_rank import AutoRank, bytes_of
-from .checks import is_real
+from .auto_rank import AutoRank
+from .checks import bytes_in, is_real
 from .feeds import FEEDS, Feed
 from .plan import Group, Plan
 from .projectors import PROJECTORS
@@ -115,10 +115,13 @@ def rank(key: str, value: Any, where: str) -> int | float | AutoRank | None:
 
 def state_budget(key: str, value: Any, where: str) -> int | None:
     """Check state_budget and return it in bytes."""
-    try:
-        return None if value is None else bytes_of(value)
-    except ValueError as error:
-        raise fail(where, key, value, f"None, {error}") from None
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    found = int(value) if number else bytes_in(value) if isinstance(value, str) else None
+    if not found or found < 0:
+        raise fail(where, key, value, 'None, a number of bytes above 0, or a text such as "2GiB"')
+    return found
 
 
 def integer(least: int) -> Callable[[str, Any, str], Any]:

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .adapt import narrow, resize, widened
+from .adapt import narrow, widened
+from .auto_rank import padded
 from .distributed import Layout
 from .functional import BLOCK, Noise, row_chunks, usable
 from .geometry import oriented
@@ -144,27 +146,47 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     for (job, matrix), old, new, rank in zip(part, before, moved, ranks, strict=True):
         same = rank == matrix.site.rank
         matrix.site.rank = rank
+        turns = plan.on_refresh == "rotate" and matrix.site.step > 0
         if plan.on_refresh == "reset":
             reset(job, plan, matrix.site)
-        elif not same:
-            resize(job, matrix.site, old, new, noise_before(job, group), group, plan)
-        elif plan.on_refresh == "rotate" and matrix.site.step > 0:
-            carry(job, old, new, group, plan)
+        elif plan.slots and (turns or not same):
+            carry(job, old, new, turns, group, plan)
 
 
-def carry(job: Job, old: State, new: State, group: Group, plan: Plan) -> None:
-    """Carry the moments into a subspace that has moved, some rows at a time, in place."""
+def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Plan) -> None:
+    """Carry the moments into a subspace that has moved, some rows at a time, in place.
+
+    Args:
+        job: whose moments they are.
+        old, new: the subspace before and after, perhaps of another rank: then what is missing of
+            either counts as zero, and the moments are others in the state.
+        turns: whether they turn with the subspace; else the first columns stay.
+        group, plan: its own.
+    """
     site, rule, noise = site_of(job), plan.rule, noise_before(job, group)
-    if not plan.slots:
-        return
-    held = moments_of(job.state, plan.slots)
+    held = kept = moments_of(job.state, plan.slots)
     *batch, count, rank = shape_of(job.state, plan.slots[0])
-    padded = -(-rank // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
-    for rows in row_chunks(count, padded * prod(batch)):
+    most = max(rank, site.rank)
+    if rank != site.rank:
+        for slot in plan.slots:
+            shape = (*batch, count, site.rank)
+            job.state.update(plan.storage.zeros(slot, shape, job.param))
+        kept = moments_of(job.state, plan.slots)
+        old, new = (
+            {key: padded(state[key], most, site.cols * far) for key in plan.projector.keys}
+            for far, state in ((1, old), (2, new))
+        )
+    filled = -(-most // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
+    for rows in row_chunks(count, filled * prod(batch)):
         some = {slot: rows_of(moment, rows) for slot, moment in held.items()}
         moments = load_moments(some, rule, site.dtype)
-        plan.projector.transport(rule, moments, old, new, site, group)
+        if rank != site.rank:
+            moments = {slot: pad(moment, (0, most - rank)) for slot, moment in moments.items()}
+        if turns:
+            plan.projector.transport(rule, moments, old, new, site, group)
         here = noise._replace(stream=noise.stream + rows.start)
+        moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}
+        some = {slot: rows_of(moment, rows) for slot, moment in kept.items()}
         store_moments(some, moments, rule, here, carried=True)
 
 

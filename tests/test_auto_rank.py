@@ -24,7 +24,8 @@ from lowrank_optim import (
     predicted_bytes,
     state_bytes,
 )
-from lowrank_optim.auto_rank import bytes_of, largest, smallest, within
+from lowrank_optim.auto_rank import largest, smallest, within
+from lowrank_optim.checks import bytes_in
 
 AUTO = AutoRank(share=0.6, least=0.1, most=0.9)
 MAKES = {
@@ -61,7 +62,8 @@ def of_spectrum(values, rows=13):
 @settings(deadline=None)
 def test_smallest_is_the_first_sum_that_holds_the_share(energies, more, share):
     total = sum(energies) + more
-    found = int(smallest(torch.tensor(energies).double(), torch.tensor(total).double(), share))
+    given = (torch.tensor(numbers, dtype=torch.float64) for numbers in (energies, total))
+    found = int(smallest(*given, share))
     sums = list(itertools.accumulate(sorted(energies, reverse=True)))
     slack = 1e-9 * total
     assert 1 <= found <= len(energies)
@@ -207,10 +209,19 @@ def test_within_is_as_large_as_the_budget_allows(bounds, data):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10KB", 10**4), (512, 512), ("512", 512)],
+    [("2GiB", 2 << 30), ("1.5 MiB", 3 << 19), ("10KB", 10**4), ("2g", 2 << 30), ("512 B", 512)],
 )
 def test_bytes_are_read(text, size):
-    assert bytes_of(text) == size
+    assert bytes_in(text) == size
+    parameter = torch.nn.Parameter(torch.zeros(6, 5))
+    for budget in (text, size):
+        (group,) = LowRank([parameter], rank="auto", state_budget=budget).param_groups
+        assert group["state_budget"] == size
+
+
+@pytest.mark.parametrize("text", ["GiB", "2 lots", "2XB", "-1GiB", "512"])
+def test_what_is_no_number_of_bytes_is_none(text):
+    assert bytes_in(text) is None
 
 
 @pytest.mark.parametrize(
@@ -242,3 +253,7 @@ def test_a_checkpoint_says_what_it_was_made_with_and_fits_no_fixed_rank():
     assert saved["param_groups"][0]["rank"] == repr(AUTO)
     with pytest.raises(ValueError, match="rank"):
         GaLoreAdamW(Model().parameters(), rank=3, on_refresh="rotate").load_state_dict(saved)
+    fixed = GaLoreAdamW(model.parameters(), rank=3, on_refresh="rotate", update_proj_gap=GAP)
+    train(model, fixed, range(2))
+    with pytest.raises(ValueError, match="made with rank=3 in group 0, this optimizer has A"):
+        optimizer.load_state_dict(fixed.state_dict())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..plan import Group
@@ -35,7 +34,8 @@ class WholeMomentum:
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
         """Return G, and the new M to learn from and to keep."""
-        momentum = torch.lerp(held["exp_avg"], grad, 1 - group["betas"][0])
+        decay = group["betas"][0]
+        momentum = held["exp_avg"].mul(decay).add_(grad, alpha=1 - decay)
         return Fed(grad, momentum, {"exp_avg": momentum})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> None:

@@ -6,6 +6,7 @@ import difflib
 import re
 from typing import NamedTuple
 
+from ..checks import bytes_in
 from .models import PlanError
 
 GIB = 2**30
@@ -43,8 +44,6 @@ CARDS = {
 """GiB that torch reports (`total_memory`): less than the nominal, by what the driver keeps and, on
 data-centre cards with GDDR, by error correction. Rounded down; drivers differ by some 0.1 GiB."""
 
-UNITS = {"GIB": 2**30, "MIB": 2**20, "GB": 10**9, "MB": 10**6, "G": 2**30, "M": 2**20}
-
 
 class Card(NamedTuple):
     """A card by name, with all the bytes it shows."""
@@ -64,9 +63,9 @@ def card_of(text: str) -> Card:
     Raises:
         PlanError: neither; the message has the nearest names.
     """
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM](?:i?B)?)", text.strip(), re.I)
+    size = bytes_in(text)
     if size is not None:
-        return Card(text.strip(), int(float(size[1]) * UNITS[size[2].upper()]))
+        return Card(text.strip(), size)
     plain = {_plain(name): name for name in CARDS}
     wanted = _plain(text)
     found = [plain[wanted]] if wanted in plain else [

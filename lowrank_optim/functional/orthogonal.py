@@ -36,9 +36,10 @@ def newton_schulz(x: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfl
     """
     a, b, c = QUINTIC
     wide = x.shape[-2] < x.shape[-1]
-    y = x.mT if wide else x
+    y: Tensor = x.mT if wide else x
     y = (y / (torch.linalg.matrix_norm(y, keepdim=True) + TINY)).to(dtype)
     for _ in range(iterations):
         square = y.mT @ y
-        y = torch.add(a * y, y @ (b * square + c * (square @ square)))
+        moved: Tensor = y @ (b * square + c * (square @ square))
+        y = moved.add_(y, alpha=a)
     return (y.mT if wide else y).to(x.dtype)

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from .. import functional
 from ..plan import Group, Job
 from ..protocols import Moments
-from ._elementwise import Elementwise
+from ._base import Elementwise
 
 PIECE = 1 << 16
 """Elements that are updated at once on a CPU."""

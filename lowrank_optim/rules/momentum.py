@@ -5,40 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..plan import Group, Job
+from ..plan import Group
 from ..protocols import Moments
-from ._elementwise import Elementwise
+from ._base import Linear
 
 
 @dataclass(frozen=True)
-class _OneMoment(Elementwise):
-    """What rules with one, linear moment have in common."""
-
-    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
-    squares: ClassVar[tuple[str, ...]] = ()
-
-    def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
-        """Carry the moment in place: M <- M Q, exactly."""
-        moments["exp_avg"].copy_(moments["exp_avg"] @ rotation)
-
-    def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
-        """Return 1: there is no bias correction."""
-        return 1.0
-
-    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
-        """Return False: the step count stays on the host."""
-        return False
-
-    def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
-        """Leave all undone: torch has no functional form of these with decoupled decay."""
-        return jobs
-
-
-@dataclass(frozen=True)
-class Lion(_OneMoment):
+class Lion(Linear):
     """Sign of an interpolated momentum.
 
     N = sgn(b1 M + (1-b1) g),  M <- b2 M + (1-b2) g
@@ -47,6 +22,8 @@ class Lion(_OneMoment):
 
     Reference: Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675.
     """
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     def direction(
         self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
@@ -60,11 +37,13 @@ class Lion(_OneMoment):
 
 
 @dataclass(frozen=True)
-class SGDM(_OneMoment):
+class SGDM(Linear):
     """Gradient descent with momentum, undamped as in `torch.optim.SGD`.
 
     M <- b1 M + g,  N = M,  with b1 the first of the group's `betas`.
     """
+
+    slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
 
     def direction(
         self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group

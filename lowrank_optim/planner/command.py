@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         metavar="A,B,...",
-        help="comma-separated, adamw and adamw8bit too, or all (those most asked for)",
+        help="comma-separated, adamw and adamw8bit too, or all (default: those most asked for)",
     )
     parser.add_argument("--state", choices=STATES, help="state dtype of our methods (float32)")
     parser.add_argument(

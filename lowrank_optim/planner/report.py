@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cards import GIB, RESERVE
-from .estimate import Plans
+from .estimate import Estimate, Plans
 from .phases import Parts
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.table import Table
 
 PARTS = [field.name for field in fields(Parts)]
+ACROSS = 8
+"""Methods side by side in a table of 100 columns."""
 
 # Okabe and Ito's palette, told apart under every common colour blindness.
 COLOURS = {
@@ -58,37 +61,46 @@ def notes(plans: Plans) -> str:
     return said
 
 
-def table(plans: Plans) -> Table:
-    """Lay out the parts, a column a method."""
+def table(plans: Plans) -> Group:
+    """Lay out the parts, a column a method; more than `ACROSS` methods go on below."""
+    from rich.console import Group
+
+    starts = range(0, len(plans.rows), ACROSS)
+    tables = [_block(plans, plans.rows[start : start + ACROSS]) for start in starts]
+    tables[0].title = _broken(heading(plans))
+    tables[-1].caption = notes(plans)
+    return Group(*tables)
+
+
+def _block(plans: Plans, rows: list[Estimate]) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     shown = Table(
-        title=_broken(heading(plans)),
-        caption=notes(plans),
         caption_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
+        min_width=60,
     )
     shown.add_column("GiB", no_wrap=True)
-    for row in plans.rows:
+    for row in rows:
         shown.add_column(row.label, justify="right", no_wrap=True)
     last = PARTS[-1]
     for part in PARTS:
-        cells = [f"{getattr(row.parts, part) / GIB:.2f}" for row in plans.rows]
+        cells = [f"{getattr(row.parts, part) / GIB:.2f}" for row in rows]
         shown.add_row(part, *cells, end_section=part == last)
-    shown.add_row("total", *(f"{row.total / GIB:.2f}" for row in plans.rows), style="bold")
+    shown.add_row("total", *(f"{row.total / GIB:.2f}" for row in rows), style="bold")
     for phase, label in (("backward", "in backward"), ("step", "in the step")):
-        shown.add_row(label, *(f"{row.phases[phase].total / GIB:.2f}" for row in plans.rows))
+        shown.add_row(label, *(f"{row.phases[phase].total / GIB:.2f}" for row in rows))
     shown.add_section()
     if plans.card is not None:
         usable = f"in {plans.card.usable / GIB:.2f}"
-        shown.add_row(usable, *("fits" if row.fits else "no" for row in plans.rows), style="bold")
-        shown.add_row("spare", *(f"{(row.spare or 0) / GIB:.2f}" for row in plans.rows))
-        shown.add_row("largest rank", *(_number(row.largest_rank) for row in plans.rows))
-        shown.add_row("largest batch", *(_number(row.largest_batch) for row in plans.rows))
+        shown.add_row(usable, *("fits" if row.fits else "no" for row in rows), style="bold")
+        shown.add_row("spare", *(f"{(row.spare or 0) / GIB:.2f}" for row in rows))
+        shown.add_row("largest rank", *(_number(row.largest_rank) for row in rows))
+        shown.add_row("largest batch", *(_number(row.largest_batch) for row in rows))
     return shown
 
 
@@ -106,7 +118,7 @@ def figure(plans: Plans, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(9, 4.8), layout="constrained")
+    drawing = Figure(figsize=(max(9, 0.9 * len(plans.rows)), 4.8), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots()
     names = [row.label for row in plans.rows]
@@ -138,7 +150,10 @@ def figure(plans: Plans, path: Path) -> None:
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper right")
+    axes.legend(
+        handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )  # fmt: skip
     axes.set_title(_broken(heading(plans)), fontsize=11, fontweight="bold")
     drawing.savefig(path, dpi=160)
 

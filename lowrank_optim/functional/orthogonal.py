@@ -38,8 +38,8 @@ def newton_schulz(x: Tensor, iterations: int = 5, dtype: torch.dtype = torch.bfl
     wide = x.shape[-2] < x.shape[-1]
     y: Tensor = x.mT if wide else x
     y = (y / (torch.linalg.matrix_norm(y, keepdim=True) + TINY)).to(dtype)
+    y = y.reshape(-1, *y.shape[-2:])
     for _ in range(iterations):
         square = y.mT @ y
-        moved: Tensor = y @ (b * square + c * (square @ square))
-        y = moved.add_(y, alpha=a)
-    return (y.mT if wide else y).to(x.dtype)
+        y = torch.baddbmm(y, y, torch.baddbmm(square, square, square, beta=b, alpha=c), beta=a)
+    return (y.mT if wide else y).to(x.dtype).reshape(x.shape)

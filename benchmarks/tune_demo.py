@@ -36,6 +36,14 @@ STARTS = {
     "fira": (3e-3, 1e-2),
     "frugal": (1e-3, 1e-2),
     "apollo": (3e-3, 1e-2),
+    "lowrank": (1.7e-3, 1e-2),
+    "ldadam": (1e-3, 1e-2),
+    "trion": (1.7e-2, 1e-2),
+    "compensated": (1e-2, 1e-2),
+    "conda": (1e-2, 1e-2),
+    "muon": (1.7e-2, 1e-2),
+    "normuon": (3e-3, 1e-2),
+    "racs": (1.7e-2, 1e-2),
 }
 
 

@@ -1,4 +1,4 @@
-"""The six methods of the demo, each with its paper's settings and its own two learning rates."""
+"""The methods of the demo, each with its paper's settings and its own two learning rates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ class Recipe:
         lr: peak learning rate of the projected matrices (AdamW's too: the same matrices).
         rest_lr: peak learning rate of embeddings, head and norms.
         settings: what the optimizer is built with besides.
-        every_step: refresh the subspace at every step, not a few times a run.
+        betas: of the projected matrices; all other parameters have `BETAS`.
+        own_gap: refresh as often as the method does by itself, not three times a run.
+        whole: works on whole matrices, whatever the rank.
     """
 
     name: str
@@ -35,7 +37,9 @@ class Recipe:
     lr: float
     rest_lr: float
     settings: Mapping[str, object] = field(default_factory=dict)
-    every_step: bool = False
+    betas: tuple[float, float] = BETAS
+    own_gap: bool = False
+    whole: bool = False
 
 
 # Rates: the best of twelve runs a method in benchmarks/results/tune_demo.csv, by
@@ -47,10 +51,27 @@ RECIPES = {
         Recipe(
             "galore", "GaLore", "GaLoreAdamW", 1.7e-2, 3e-2, {"scale": 0.25, "projector": "svd"}
         ),
-        Recipe("dct", "DCT", "DCTAdamW", 3e-3, 1.7e-2, {"scale": 1.0}, every_step=True),
+        Recipe("dct", "DCT", "DCTAdamW", 3e-3, 1.7e-2, {"scale": 1.0}, own_gap=True),
         Recipe("fira", "Fira", "FiraAdamW", 5.5e-3, 1e-1, {"scale": 0.25, "projector": "svd"}),
         Recipe("frugal", "FRUGAL", "FrugalAdamW", 1e-3, 1e-2, {"state_free": "sign"}),
         Recipe("apollo", "APOLLO", "ApolloAdamW", 3e-3, 1e-1, {"scale": 1.0}),
+        Recipe("lowrank", "LowRank", "LowRankAdamW", 1.7e-3, 1e-2, own_gap=True),
+        Recipe("ldadam", "LDAdam", "LDAdamW", 1e-3, 1e-2, betas=(0.908, 0.99), own_gap=True),
+        Recipe("trion", "Trion", "TrionW", 1.7e-2, 1e-2, own_gap=True),
+        Recipe("compensated", "Compens.", "CompensatedAdamW", 1e-2, 1e-2, betas=(0.9, 0.9)),
+        Recipe("conda", "Conda", "CondaW", 1e-2, 1e-2, betas=(0.9, 0.99), whole=True),
+        Recipe("muon", "Muon", "MuonW", 1.7e-2, 1e-2, own_gap=True, whole=True),
+        Recipe(
+            "normuon",
+            "NorMuon",
+            "NorMuonW",
+            3e-3,
+            1e-2,
+            betas=(0.9, 0.95),
+            own_gap=True,
+            whole=True,
+        ),
+        Recipe("racs", "RACS", "RACS", 1.7e-2, 1e-2, own_gap=True, whole=True),
     )
 }
 
@@ -84,13 +105,18 @@ def build_optimizer(
         seed: of the random projectors.
     """
     groups = lowrank_optim.param_groups(
-        model, rank=rank, lr=recipe.lr, rest_lr=recipe.rest_lr, weight_decay=WEIGHT_DECAY
+        model,
+        rank=1.0 if recipe.whole else rank,
+        lr=recipe.lr,
+        rest_lr=recipe.rest_lr,
+        weight_decay=WEIGHT_DECAY,
+        betas=recipe.betas,
     )
     if recipe.optimizer == "AdamW":
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=recipe.lr, betas=BETAS)
     settings = dict(recipe.settings)
-    if not recipe.every_step:
+    if not recipe.own_gap:
         settings["update_proj_gap"] = max(1, min(PAPERS_GAP, steps // 3))
     make = getattr(lowrank_optim, recipe.optimizer)
     optimizer: torch.optim.Optimizer = make(

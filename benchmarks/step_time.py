@@ -218,11 +218,11 @@ class Bench:
 def facts(device: str, dtype: torch.dtype) -> Row:
     """Return the columns that are the same in every row, the machine's two rates among them."""
     cuda = device == "cuda"
-    source = torch.zeros((1 << 30 if cuda else 1 << 28) // 4, device=device)
+    source = torch.randn((1 << 30 if cuda else 1 << 28) // 4, device=device)
     target = torch.zeros_like(source)
     copy = timed(lambda: target.copy_(source), device, 10, warm=2)
     n = 8192 if cuda else 1024
-    left, right = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
+    left, right = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     product = timed(lambda: left @ right, device, 10, warm=2)
     query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     cpuinfo = output("grep", "-m1", "model name", "/proc/cpuinfo").partition(": ")[2]

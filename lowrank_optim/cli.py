@@ -57,7 +57,10 @@ def add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     )
     parser.add_argument("--steps", type=_positive, default=150, help="steps a method (%(default)s)")
     parser.add_argument(
-        "--methods", default=METHODS, metavar="A,B,...", help="comma-separated (%(default)s)"
+        "--methods",
+        default=METHODS,
+        metavar="A,B,...",
+        help="comma-separated, or all, which takes some ten minutes (%(default)s)",
     )
     parser.add_argument(
         "--rank",

@@ -197,7 +197,8 @@ def test_every_recipe_splits_the_model_the_same_way_with_its_own_rates() -> None
         groups = optimizer.param_groups
         assert groups[0]["lr"] == recipe.lr
         assert {group["lr"] for group in groups[1:]} == {recipe.rest_lr}
-        assert all(group["betas"] == (0.9, 0.999) for group in groups)
+        assert groups[0]["betas"] == recipe.betas
+        assert all(group["betas"] == (0.9, 0.999) for group in groups[1:])
         splits.append(
             [([id(p) for p in group["params"]], group["weight_decay"]) for group in groups]
         )
@@ -215,7 +216,11 @@ def test_training_repeats_and_all_methods_start_alike(folder: Path) -> None:
     assert len({run.curve[0] for run in first.values()}) == 1
     assert len({run.curve[1].train for run in first.values()}) == 1
     assert len({run.validation_loss for run in first.values()}) == len(first)
-    assert all(run.state_bytes < first["adamw"].state_bytes for run in list(first.values())[1:])
+    assert all(
+        run.state_bytes < first["adamw"].state_bytes
+        for name, run in first.items()
+        if name not in ("adamw", "conda")  # whose states are as large as AdamW's, and bases besides
+    )
     assert all(run.validation_loss < run.curve[0].validation for run in first.values())
     other = train(RECIPES["adamw"], corpus, replace(TINY, seed=1))
     assert other.curve[0] != first["adamw"].curve[0]
@@ -349,7 +354,8 @@ def test_ranks_are_columns_or_shares() -> None:
 def test_defaults_of_the_command_are_those_of_the_settings() -> None:
     args = cli.build_parser().parse_args(["demo"])
     assert (args.steps, args.rank, args.seed) == (Settings.steps, Settings.rank, Settings.seed)
-    assert choose(args.methods.split(",")) == list(RECIPES.values())
+    assert choose(args.methods.split(",")) == list(RECIPES.values())[:6]
+    assert choose(["all"]) == list(RECIPES.values())
 
 
 def test_missing_extra_is_named(

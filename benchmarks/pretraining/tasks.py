@@ -4,7 +4,7 @@ The GaLore protocol (Zhao et al., arXiv 2403.03507, appendix C): LLaMA, untied, 
 10 % of warm-up, cosine to a tenth, no decay, no clipping. Ours differs in its text and its packing,
 in batches and steps, which are what the device can do, and in the vocabulary of the small tasks.
 The tasks on bytes are those of the demo: almost all parameters are in projected matrices there, as
-they are in large models. On a GPU, products of float32 matrices are TF32.
+they are in large models. The tasks for a GPU have float32 weights and take their products in bf16.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Task:
         points: number of points of a curve, each the loss on `curve_windows` held-out windows.
         clip: largest norm of all gradients together; None for the protocol's none.
         weight_decay: of all but norms.
+        mixed: whether the forward pass takes its products in bf16, whatever the weights are.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     points: int = 10
     clip: float | None = None
     weight_decay: float = 0.0
+    mixed: bool = False
 
 
 TASKS = {
@@ -54,8 +56,8 @@ TASKS = {
         Task("bytes-128", 256, 128, 344, 4, 4, 128, 16, 400, clip=1.0, weight_decay=0.1),
         Task("bytes-192", 256, 192, 512, 4, 6, 128, 16, 400, clip=1.0, weight_decay=0.1),
         Task("3m", 8192, 128, 344, 4, 4, 256, 4, 400, windows=128),
-        Task("60m", 32000, 512, 1376, 8, 8, 256, 64, 1000, text=128),
-        Task("130m", 32000, 768, 2048, 12, 12, 256, 64, 1000, text=128),
+        Task("60m", 32000, 512, 1376, 8, 8, 256, 64, 1000, text=128, mixed=True),
+        Task("130m", 32000, 768, 2048, 12, 12, 256, 64, 1000, text=128, mixed=True),
     )
 }
 
@@ -64,7 +66,6 @@ def build_model(task: Task, seed: int, weights: str, device: str) -> Any:
     """Make the task's LLaMA with weights that depend on the seed alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_float32_matmul_precision("high")
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=task.vocab,

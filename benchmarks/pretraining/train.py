@@ -94,7 +94,8 @@ def train(
     for step in range(progress.step + 1, spec.steps + 1):
         tokens = batch(text.splits["train"], task, spec.seed, step).to(device)
         optimizer.zero_grad()
-        loss = mean_loss(model, tokens)
+        with torch.autocast(device, torch.bfloat16, enabled=task.mixed):
+            loss = mean_loss(model, tokens)
         loss.backward()
         if task.clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), task.clip)
@@ -107,7 +108,7 @@ def train(
             break
         if step % every == 0 or step == spec.steps:
             mean = math.fsum(progress.sums) / len(progress.sums)
-            progress.curve.append((step, mean, evaluate(model, some, task.batch)))
+            progress.curve.append((step, mean, evaluate(model, some, task)))
             progress.sums.clear()
         started = time.monotonic()
         if started > deadline and step < spec.steps:
@@ -116,7 +117,7 @@ def train(
         if started - last_saved > SAVE_EVERY:
             save(saved, parts, progress)
             last_saved = started = time.monotonic()
-    loss_now = evaluate(model, held, task.batch)
+    loss_now = evaluate(model, held, task)
     saved.unlink(missing_ok=True)
     return Result(
         spec,
@@ -169,9 +170,10 @@ def mean_loss(model: Any, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, held: Tensor, size: int) -> float:
+def evaluate(model: nn.Module, held: Tensor, task: Task) -> float:
     """Return the mean loss over all tokens of the windows, whatever the batch size."""
     model.eval()
-    total = math.fsum(mean_loss(model, part).item() * len(part) for part in held.split(size))
+    with torch.autocast(held.device.type, torch.bfloat16, enabled=task.mixed):
+        losses = [mean_loss(model, part).item() * len(part) for part in held.split(task.batch)]
     model.train()
-    return total / len(held)
+    return math.fsum(losses) / len(held)

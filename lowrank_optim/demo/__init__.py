@@ -1,1 +1,1 @@
-"""The demo: six optimizers train the same small LLaMA on text found on this machine."""
+"""The demo: optimizers train the same small LLaMA on text found on this machine."""

@@ -77,7 +77,7 @@ RECIPES = {
 
 
 def choose(names: Sequence[str]) -> list[Recipe]:
-    """Look recipes up by name, in the order given.
+    """Look recipes up by name, in the order given; the name all stands for all of them.
 
     Raises:
         ValueError: a name is unknown, given twice, or there is none.
@@ -85,6 +85,8 @@ def choose(names: Sequence[str]) -> list[Recipe]:
     known = ", ".join(RECIPES)
     if not names:
         raise ValueError(f"no method given; choose among {known}")
+    if list(names) == ["all"]:
+        return list(RECIPES.values())
     for place, name in enumerate(names):
         if name not in RECIPES:
             raise ValueError(f"unknown method '{name}'; choose among {known}")

@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from .corpus import Corpus
-from .recipes import BETAS, WEIGHT_DECAY
+from .recipes import BETAS, RECIPES, WEIGHT_DECAY
 from .train import Run, Settings
 
 MIB = 2**20
@@ -27,15 +27,10 @@ CEILING = 1.1 * math.log(256)
 # Spread of a method's loss over three seeds at the default settings:
 # benchmarks/results/demo_seeds.csv.
 SEED_NOISE = 0.05
-# Okabe and Ito's palette, told apart under every common colour blindness.
-COLOURS = {
-    "adamw": "#000000",
-    "galore": "#0072B2",
-    "dct": "#E69F00",
-    "fira": "#009E73",
-    "frugal": "#CC79A7",
-    "apollo": "#D55E00",
-}
+# Okabe and Ito's palette, told apart under every common colour blindness; dashed the second time.
+PALETTE = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+COLOURS = {name: PALETTE[place % len(PALETTE)] for place, name in enumerate(RECIPES)}
+DASHED = frozenset(tuple(RECIPES)[len(PALETTE) :])
 
 
 def results(runs: Sequence[Run], corpus: Corpus, settings: Settings) -> dict[str, Any]:
@@ -128,7 +123,7 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows, c = found["rows"], found["conditions"]
-    drawing = Figure(figsize=(10, 4.4), layout="constrained")
+    drawing = Figure(figsize=(10, max(4.4, 0.45 * len(rows))), layout="constrained")
     FigureCanvasAgg(drawing)
     curves, bars = drawing.subplots(1, 2, width_ratios=(3, 2), gridspec_kw={"wspace": 0.08})
     _draw_curves(curves, rows, c["steps"])
@@ -151,9 +146,9 @@ def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], steps: int) -> No
         points = [(p["step"], p["validation"]) for p in row["curve"] if p["validation"] is not None]
         if not points:
             continue
-        colour = COLOURS[row["name"]]
+        colour, dash = COLOURS[row["name"]], "--" if row["name"] in DASHED else "-"
         steps_at, losses = zip(*points, strict=True)
-        axes.plot(steps_at, losses, color=colour, lw=1.8, marker="o", ms=3.5)
+        axes.plot(steps_at, losses, dash, color=colour, lw=1.8, marker="o", ms=3.5)
         ends.append((points[-1][1], points[-1][0], row["label"], colour))
         early.append(points[min(len(points) - 1, max(1, len(points) // 4))][1])
     axes.set_xlim(0, 1.01 * steps)
@@ -200,10 +195,14 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
     sizes = [row["state_mib"] for row in rows]
     colours = [COLOURS[row["name"]] for row in rows]
     drawn = axes.barh([row["label"] for row in rows], sizes, color=colours, height=0.62)
+    for bar, row in zip(drawn, rows, strict=True):
+        bar.set_hatch("//" if row["name"] in DASHED else None)
+        bar.set_edgecolor("white")
     notes = [f"{row['state_mib']:.2f}" for row in rows]
     for place, row in enumerate(rows):
         if row["saved"] is not None:
-            notes[place] += f"  ({row['saved']:.0%} saved)"
+            more = "saved" if row["saved"] >= 0 else "more"
+            notes[place] += f"  ({abs(row['saved']):.0%} {more})"
     axes.bar_label(drawn, notes, padding=4, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(sizes))
@@ -215,7 +214,7 @@ def _draw_bars(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
 def _shared(found: Mapping[str, Any]) -> str:
     """Name what a method keeps once for all layers beside its state."""
     shares = [(row["label"], row["shared_bytes"] / MIB) for row in found["rows"]]
-    notes = [f"{label}'s shared basis, {size:.2f} MiB" for label, size in shares if size]
+    notes = [f"{label}'s shared basis, {size:.2f} MiB" for label, size in shares if size >= 0.01]
     return f" ({' and '.join(notes)}, not counted)" if notes else ""
 
 

@@ -4,6 +4,7 @@
   python benchmarks/pretrain.py tune final --task 60m --device cuda --budget 560   again until done
 
 tune:  compass search over both rates and the betas, on texts that are used for nothing else.
+descend: lower rates than the best so far, while they help.
 final: several seeds at the best rates, which are those found in float32, whatever `--weights` and
 `--state` are.
 Rows go to results/pretrain.csv, curves beside it, the texts' hashes to results/pretrain_text.json.
@@ -24,7 +25,7 @@ from pretraining.ledger import Ledger
 from pretraining.methods import METHODS, Spec
 from pretraining.runner import Runs, add_options, each, run
 from pretraining.tasks import TASKS
-from pretraining.tune import POINTS, base, tuned, tuning
+from pretraining.tune import POINTS, base, descending, tuned, tuning
 from rich.console import Console
 
 
@@ -83,6 +84,13 @@ def tune(ledger: Ledger, args: argparse.Namespace) -> Iterator[Runs]:
         yield tuning(ledger, base(args.task, method, args.steps), args.points, near)
 
 
+def descend(ledger: Ledger, args: argparse.Namespace) -> Iterator[Runs]:
+    """Yield a search downwards for each method."""
+    for method in args.methods:
+        spec, _, _ = tuned(ledger, base(args.task, method, args.steps))
+        yield descending(ledger, spec, args.points)
+
+
 def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     """Return a run for each seed and method, at the rates that were found in float32."""
     wanted: list[Spec] = []
@@ -96,7 +104,7 @@ def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     return each(dict.fromkeys(wanted))
 
 
-PHASES = {"tune": tune, "final": final}
+PHASES = {"tune": tune, "descend": descend, "final": final}
 
 
 def note_text(ledger: Ledger, task: str, work: Path) -> None:

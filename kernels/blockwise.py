@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import peaks
+from .tables import upload
 
 BLOCK = 256
 LEVELS = 65536.0
@@ -28,7 +29,8 @@ def signed_tables(device: torch.device) -> Tensor:
     """Return the signed map and the 255 middles between its values, float32 `(2, 256)`."""
     table = dynamic_map(True)
     middles = (table[:-1] + table[1:]) * 0.5
-    return torch.stack((table, torch.cat((middles, middles.new_tensor([torch.inf]))))).to(device)
+    whole = torch.stack((table, torch.cat((middles, middles.new_tensor([torch.inf])))))
+    return upload(whole, device)
 
 
 @cache
@@ -36,7 +38,7 @@ def square_table(device: torch.device) -> Tensor:
     """Return the squares of the unsigned map, and 2^16 over their distances: `(2, 256)`."""
     squares = dynamic_map(False).square()
     gains = LEVELS / squares.diff()
-    return torch.stack((squares, torch.cat((gains, gains[-1:])))).to(device)
+    return upload(torch.stack((squares, torch.cat((gains, gains[-1:])))), device)
 
 
 def dynamic_map(signed: bool) -> Tensor:
@@ -78,7 +80,8 @@ def place_of(x, PER_DECADE: tl.constexpr):
 @triton.jit
 def codes_of(x, scale, tables):
     """Return codes, int32, of a tile of blocks of these scales, rounded to nearest."""
-    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), tl.maximum(scale, LEAST_SCALE))
+    least = tl.maximum(scale, tl.full(scale.shape, LEAST_SCALE, tl.float32))
+    inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), least)
     u = x * inverse[:, None]
     place = place_of(tl.minimum(tl.abs(u), 1.0), 1)
     guess = tl.where(u < 0, 126 - place, 128 + place)

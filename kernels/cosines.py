@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tables import upload
+
 LARGEST = (128, 64)
 """The largest n1 and n2: beyond them a tile no longer fits the registers of a program."""
 
@@ -75,7 +77,7 @@ def _rounded(matrices: Tensor, dtype: torch.dtype, split: bool, device: torch.de
     """
     high = matrices.to(dtype)
     both = torch.cat((high, (matrices - high).to(dtype))) if split else high
-    return both.to(device=device, dtype=torch.float32 if device.type == "cpu" else dtype)
+    return upload(both.float() if device.type == "cpu" else both, device)
 
 
 @lru_cache(maxsize=64)
@@ -113,6 +115,6 @@ def cosines(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, T
     first = torch.float16 if dtype == torch.float16 else torch.bfloat16
     return (
         _rounded(w, first, split, device),
-        t.to(device=device, dtype=torch.float32),
+        upload(t.float(), device),
         _rounded(m, torch.bfloat16, split, device),
     )

@@ -14,6 +14,13 @@ KEPT = 1024
 _tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without a wait of the host for it."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def pointers(tensors: Sequence[Tensor]) -> Tensor:
     """Return the addresses of the tensors, int64 `(len(tensors),)`, on their device.
 
@@ -42,8 +49,7 @@ def integers(values: Sequence[int], device: torch.device) -> Tensor:
     if kept is not None:
         _tables.move_to_end(key)
         return kept
-    host = torch.tensor(values, dtype=torch.int64, pin_memory=device.type == "cuda")
-    _tables[key] = host.to(device, non_blocking=True)
+    _tables[key] = upload(torch.tensor(values, dtype=torch.int64), device)
     if len(_tables) > KEPT:
         _tables.popitem(last=False)
     return _tables[key]

@@ -62,10 +62,11 @@ def load(
                 if saved_id not in kept["state"]:
                     continue
                 layout = plain_layout(param, group, plan) if site is None else site.layout
-                for key, value in kept["state"][saved_id].items():
+                state = kept["state"][saved_id]
+                counter = step_device(param, state if site is None else None, group, plan)
+                for key, value in state.items():
                     if isinstance(value, Tensor):
-                        counts = key in ("step", "age")
-                        home = step_device(param, site, group, plan) if counts else param.device
+                        home = counter if key in ("step", "age") else param.device
                         value = layout.kept(value.detach(), each.of(key), home)
                     optimizer.state[param][key] = value
 

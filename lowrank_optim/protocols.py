@@ -135,7 +135,7 @@ class Rule(Protocol):
     def uncorrected(self, count: int | Tensor, group: Group) -> float | Tensor:
         """Return the factor from the direction to the one without bias correction."""
 
-    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
+    def counts_on_device(self, param: Tensor, moments: State, group: Group) -> bool:
         """Return whether `step_plain` wants the step count of this parameter on its device."""
 
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:

@@ -48,12 +48,12 @@ def init_state(
         size: elements of the whole parameter, if that is more.
     """
     size = param.numel() if size is None else size
-    counter = step_device(param, site, group, plan)
-    state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float32, device=counter)}
     if site is None:
+        moments: State = {}
         for slot in plan.rule.plain.slots:
-            state.update(plan.storage.zeros(slot, tuple(param.shape), param, size or 1))
-        return state
+            moments.update(plan.storage.zeros(slot, tuple(param.shape), param, size or 1))
+        return {"step": zero_count(step_device(param, moments, group, plan)), **moments}
+    state: dict[str, Any] = {"step": zero_count(step_device(param, None, group, plan))}
     _, view = oriented(param, site.layout.wide)
     batch, rows = tuple(view.shape[:-2]), view.shape[-2]
     for slot in plan.slots:
@@ -72,13 +72,22 @@ def init_state(
     return state
 
 
-def step_device(param: Tensor, site: Site | None, group: Group, plan: Plan) -> torch.device:
-    """Return where the counts live: with the host, but where a kernel or a graph reads them."""
+def zero_count(device: torch.device) -> Tensor:
+    """Return a step count of none."""
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def step_device(param: Tensor, moments: State | None, group: Group, plan: Plan) -> torch.device:
+    """Return where the counts live: with the host, but where a kernel or a graph reads them.
+
+    Args:
+        param, group, plan: its own.
+        moments: of a parameter that is not projected, as they are stored; None for others.
+    """
     host = torch.device("meta" if param.device.type == "meta" else "cpu")
     if group["capturable"]:
         return param.device
-    dtype = plan.storage.dtype(param)
-    if site is None and plan.rule.plain.counts_on_device(param, dtype, group):
+    if moments is not None and plan.rule.plain.counts_on_device(param, moments, group):
         return param.device
     return host
 

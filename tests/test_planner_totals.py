@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_optim import LowRank, estimate_memory, state_bytes
 from lowrank_optim.memory import shared_bytes
+from lowrank_optim.planner.estimate import enable_checkpointing as checkpoint
 from lowrank_optim.planner.methods import METHODS
 from lowrank_optim.planner.models import build, token_loss
 from lowrank_optim.planner.phases import weight_bytes
@@ -26,7 +27,7 @@ def llama(dtype=torch.float32, kv_heads=4, vocab=320, checkpointing=False):
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(dtype).train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint(model)
     return model
 
 
@@ -212,7 +213,7 @@ def test_total_on_a_gpu(size, name, layerwise, record_property):
             tensor.normal_(std=0.02)
         for tensor in model.buffers():
             tensor.fill_(0.5)  # to_empty leaves what was there: no nan from angles
-    model.activation_checkpointing_enable()
+    checkpoint(model)
     if name == "adamw8bit":
         from bitsandbytes.optim import AdamW8bit
 

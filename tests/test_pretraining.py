@@ -105,6 +105,18 @@ def test_search_takes_a_diverged_run_for_no_bottom_and_stops_at_its_points():
     assert search.best(done) != (0, 0)
 
 
+def test_descent_goes_down_as_long_as_that_helps():
+    done = {(-4, -5, 1): bowl((-4, -5, 1)), (-3, -5, 1): bowl((-3, -5, 1))}
+    follow(search.descend(done, 20), bowl)
+    assert list(done)[2:] == [
+        (-4, -7, 1), (-4, -9, 1), (-4, -11, 1), (-4, -13, 1),
+        (-5, -11, 1), (-6, -11, 1), (-7, -11, 1), (-8, -11, 1),
+    ]  # fmt: skip
+    few = {(-4, -5, 1): bowl((-4, -5, 1))}
+    follow(search.descend(few, 3), bowl)
+    assert len(few) == 3
+
+
 @pytest.mark.parametrize(
     "change",
     [{}, {"method": "adamw", "gap": 1}, {"state": "8bit"}, {"weights": "bfloat16"},

@@ -52,6 +52,23 @@ def wanted(
             yield moved(at, {0: stride * first, 1: stride * second})
 
 
+def descend(done: dict[Place, float], points: int) -> Generator[Place, float, None]:
+    """Yield lower places than the best as long as they are better, until there are `points`.
+
+    First down the second axis with a stride of 2, then down the first with a stride of 1: larger
+    models want smaller rates than those that a search began at, of the rest most of all.
+    """
+    for axis, stride in ((1, 2), (0, 1)):
+        here = best(done)
+        while len(done) < points:
+            below = moved(here, {axis: -stride})
+            if below not in done:
+                done[below] = yield below
+            if best(done) == here:
+                break
+            here = best(done)
+
+
 def moved(place: Place, by: dict[int, int]) -> Place:
     """Return a place some steps away on some axes."""
     return tuple(at + by.get(axis, 0) for axis, at in enumerate(place))

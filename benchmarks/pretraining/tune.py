@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 
 from .ledger import Ledger
 from .methods import METHODS, Spec
 from .runner import Runs
-from .search import Place, best, index, search, value
+from .search import Place, best, descend, index, search, value
 from .tasks import TASKS
 
 SEED = 100
@@ -37,13 +38,22 @@ def tuning(ledger: Ledger, first: Spec, points: int = POINTS, near: Spec | None 
     done, strides = measured(ledger, first), (2, 1)
     if near is not None:
         first, strides = at(first, place_of(near)), (1,)
-    searching = search(
-        done, place_of(first), points, lambda at: at[2] in range(len(BETAS)), strides
+    return runs_of(
+        search(done, place_of(first), points, lambda at: at[2] in range(len(BETAS)), strides), first
     )
+
+
+def descending(ledger: Ledger, first: Spec, points: int = POINTS) -> Runs:
+    """Go on from the best that was measured to lower rates, see `search.descend`."""
+    return runs_of(descend(measured(ledger, first), points), first)
+
+
+def runs_of(searching: Generator[Place, float, None], like: Spec) -> Runs:
+    """Yield a run for each place that a search wants."""
     try:
         place = next(searching)
         while True:
-            place = searching.send((yield at(first, place)))
+            place = searching.send((yield at(like, place)))
     except StopIteration:
         return
 

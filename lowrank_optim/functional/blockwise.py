@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .rounding import upload
+
 BLOCK = 256
 """Values that share a scale."""
 
@@ -44,7 +46,7 @@ def dynamic_map(signed: bool, device: torch.device) -> Tensor:
         )
         middles = (ends[:-1] + ends[1:]) / 2 * 10.0 ** (k - 6)
         values += [middles, -middles] if signed else [middles]
-    return torch.cat(values).sort().values.to(device)
+    return upload(torch.cat(values).sort().values, device)
 
 
 @cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..plan import Group, Job, Site, State
@@ -50,7 +49,7 @@ class Linear(Elementwise):
         """Return 1: there is no bias correction."""
         return 1.0
 
-    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
+    def counts_on_device(self, param: Tensor, moments: State, group: Group) -> bool:
         """Return False: the step count stays on the host."""
         return False
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .. import functional
-from ..plan import Group, Job
+from ..plan import Group, Job, State
 from ..protocols import Moments
 from ._base import Elementwise
 
@@ -84,15 +84,18 @@ class Adam(Elementwise):
             )
         return [job for job in jobs if not self._is_native(job)]
 
-    def counts_on_device(self, param: Tensor, moments: torch.dtype, group: Group) -> bool:
+    def counts_on_device(self, param: Tensor, moments: State, group: Group) -> bool:
         """Return whether torch's fused kernel will read the step count."""
-        exact = param.dtype in (torch.float32, torch.float64) and moments == param.dtype
-        return exact and bool(wants_fused(param, group))
+        return self._agree(param.dtype, moments) and bool(wants_fused(param, group))
 
     def _is_native(self, job: Job) -> bool:
         dtype = job.param.dtype
-        exact = dtype in (torch.float32, torch.float64) and job.grad.dtype == dtype
-        stored = [job.state.get(slot) for slot in self.slots]
+        return job.grad.dtype == dtype and self._agree(dtype, job.state)
+
+    def _agree(self, dtype: torch.dtype, moments: State) -> bool:
+        """Return whether moments are plain tensors of a dtype that torch's loops are exact in."""
+        stored = [moments.get(slot) for slot in self.slots]
+        exact = dtype in (torch.float32, torch.float64)
         return exact and all(moment is not None and moment.dtype == dtype for moment in stored)
 
 

@@ -195,8 +195,9 @@ def dct_scores(grads: Sequence[Tensor], norm: str) -> Tensor:
     Float32 is split into two bfloat16 numbers, as the matrices are, and takes three products of
     such parts: about 4e-6 of a score, without the registers that TF32 would need for the same. A
     bfloat16 gradient is multiplied as it is; W, M and T Y are rounded to bfloat16, which leaves
-    7e-4 of a score on average and 3e-3 at most, as much as a product with Q in bfloat16. Columns
-    that carry next to nothing beside others are known less well; they are not chosen.
+    8e-4 of a score on average and 3.2e-3 at most, as much as a product with Q in bfloat16; of two
+    rows, over which nothing averages out, 1e-2. Columns that carry next to nothing beside others
+    are known less well; they are not chosen.
 
     A view whose rows are not contiguous is copied piece by piece through a buffer of `COPY`
     elements: it stays in the second-level cache, so that memory is still read about once, where

@@ -183,7 +183,9 @@ def codes(squares: bool) -> Variant:
     def call() -> None:
         x = torch.empty(4096, 4096)
         if squares:
-            kernels.quantize_squares(x, torch.empty(x.shape, dtype=torch.int32))
+            noise = functional.Noise(0, 1, 0)
+            bits = kernels.random_bits(noise, 2, slice(0, x.shape[0]), x.shape[1], x.device)
+            kernels.quantize_squares(x, bits)
             kernels.dequantize_squares(*moment(x.shape, "8bit", squares))
         else:
             kernels.quantize_blockwise(x)

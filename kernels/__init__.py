@@ -4,6 +4,7 @@ They import torch and triton and nothing of lowrank_optim, and run on CUDA devic
 on a CPU where TRITON_INTERPRET=1 is set before triton is imported.
 """
 
+from .bits import random_bits
 from .blockwise import (
     dequantize_blockwise,
     dequantize_squares,
@@ -25,5 +26,6 @@ __all__ = [
     "project_moments",
     "quantize_blockwise",
     "quantize_squares",
+    "random_bits",
     "supports",
 ]

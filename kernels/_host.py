@@ -1,16 +1,15 @@
-"""What the launches share on the host: types, run-time numbers, tables of streams."""
+"""What the launches share on the host: types, run-time numbers, places in memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from .tables import integers, pointers
+from .tables import addresses
 
 Stored = Tensor | tuple[Tensor, Tensor]
 """A moment as it lies in memory: a tensor, or 8-bit codes and their scales."""
@@ -36,16 +35,21 @@ def form_of(exp_avg: Stored, exp_avg_sq: Stored) -> tuple[tl.dtype, tl.dtype, bo
     return tl.uint8, tl.uint8, True
 
 
-def moment_tables(
+def places_of_moments(
     exp_avg: Sequence[Stored], exp_avg_sq: Sequence[Stored]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return tables of both moments and of their scales; without scales, the moments again."""
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Return where both moments and their scales begin; without scales, the moments again."""
     values = [[x if isinstance(x, Tensor) else x[0] for x in xs] for xs in (exp_avg, exp_avg_sq)]
     scales = [[x if isinstance(x, Tensor) else x[1] for x in xs] for xs in (exp_avg, exp_avg_sq)]
-    first, second = (pointers(tensors) for tensors in values)
+    first, second = map(addresses, values)
     if values[0][0] is scales[0][0]:
         return first, second, first, second
-    return first, second, pointers(scales[0]), pointers(scales[1])
+    return first, second, addresses(scales[0]), addresses(scales[1])
+
+
+def over(size: int, part: int) -> int:
+    """Return how many parts cover a size; triton's own costs ten times as much a call."""
+    return -(-size // part)
 
 
 def matrix_shape(like: Tensor) -> tuple[int, int]:
@@ -95,19 +99,9 @@ def rates(
     return both[0], both[1], True
 
 
-def streams(noises: Sequence[Any], device: torch.device) -> Tensor:
-    """Return the streams of random bits as a table."""
-    return integers([noise.stream for noise in noises], device)
-
-
-def aligned(*lists: Sequence[Stored]) -> bool:
+def aligned(*places: Sequence[int]) -> bool:
     """Return whether all tensors start at multiples of 16 bytes."""
-    return all(
-        piece.data_ptr() % 16 == 0
-        for tensors in lists
-        for tensor in tensors
-        for piece in ((tensor,) if isinstance(tensor, Tensor) else tensor)
-    )
+    return all(place % 16 == 0 for some in places for place in some)
 
 
 def precision() -> str:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import peaks
+from ._host import over
 from .tables import upload
 
 BLOCK = 256
@@ -194,7 +195,7 @@ def _launch_quantize(
     codes = torch.empty_like(x, dtype=torch.uint8)
     scale = torch.empty((*x.shape[:-1], blocks), dtype=torch.float32, device=x.device)
     if x.numel():
-        grid = (triton.cdiv(rows, 4) * blocks,)
+        grid = (over(rows, 4) * blocks,)
         _quantize[grid](
             x, bits, codes, scale, tables, rows, cols, blocks, squares, 4, BLOCK, num_warps=4
         )
@@ -209,7 +210,7 @@ def _launch_dequantize(
     rows, blocks = codes.numel() // max(1, cols), -(-cols // BLOCK)
     out = torch.empty_like(codes, dtype=dtype)
     if codes.numel():
-        grid = (triton.cdiv(rows, 4) * blocks,)
+        grid = (over(rows, 4) * blocks,)
         _dequantize[grid](
             codes, scale, out, tables, rows, cols, blocks, squares, 4, BLOCK, num_warps=4
         )

@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._host import over
 from .cosines import Plan, cosines, plan, supports
-from .tables import pointers
+from .tables import addresses, tables
 
 __all__ = ["dct_scores", "supports"]
 
@@ -262,7 +263,7 @@ def _programs(grad: Tensor, count: int, layout: Plan) -> int:
     processors = torch.cuda.get_device_properties(grad.device).multi_processor_count
     resident = processors * (warps // layout.warps)
     # At least 8 rows each, over which a program spreads its tables and the store of its sums.
-    return max(1, min(resident // count, triton.cdiv(rows, 8)))
+    return max(1, min(resident // count, over(rows, 8)))
 
 
 def _launch(grads: Sequence[Tensor], norm: str) -> Tensor:
@@ -277,7 +278,7 @@ def _launch(grads: Sequence[Tensor], norm: str) -> Tensor:
     middle = torch.empty(len(grads), rows, layout.b, dtype=middle_dtype, device=grad.device)
     element, first_type = TYPES[grad.dtype]
     _scores[(programs, len(grads))](
-        pointers(grads),
+        *tables(grad.device, addresses(grads)),
         partial,
         middle,
         *cosines(n, grad.dtype, grad.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import address, dot, halves, narrow, number, random_bits, stochastic_round
-from ._host import aligned, numbers, precision, rates, streams, tl_type
-from .tables import pointers
+from ._host import aligned, numbers, over, precision, rates, tl_type
+from .tables import addresses, tables
 
 WEIGHT = tl.constexpr(0)
 
@@ -37,6 +38,7 @@ class Tile(NamedTuple):
     stages: int
 
 
+@lru_cache(maxsize=256)
 def tile_of(shape: tuple[int, int], rank: int, half: bool, signed: bool, indexed: bool) -> Tile:
     """Return the tile: the one place that decides it.
 
@@ -229,24 +231,25 @@ def lift_write(
     indexed = factor.ndim == 1
     half = grad.dtype != torch.float32
     tile = tile_of((rows, cols), factor.shape[-1], half, bool(update.sign), indexed)
-    row_tiles, col_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(cols, tile.cols)
+    row_tiles, col_tiles = over(rows, tile.rows), over(cols, tile.cols)
     steps, counted = numbers([noise.step for noise in noises]) if noises else (0, False)
     step_size, decay, rated = rates(step_size, decay)
     b, phi = (
         x.contiguous() if isinstance(x, Tensor) else float(x) for x in (update.low, update.grad)
     )
     rounds = noises is not None and param.dtype == torch.bfloat16
+    places = addresses(params), addresses(grads), addresses(factors)
+    streams = [noise.stream for noise in noises] if noises else [0] * len(params)
+    *moved, stream_table = tables(device, *places, streams)
     _lift[(len(params) * row_tiles * col_tiles,)](
-        pointers(params), pointers(grads), pointers(factors),
-        places_of(factors, cols) if indexed else None,
-        streams(noises, device) if noises else None, low, direction,
+        *moved, places_of(factors, cols) if indexed else None, stream_table, low, direction,
         rows, cols, factor.shape[-1], row_tiles, col_tiles, *param.stride(), *grad.stride(),
         *((1, 1) if indexed else factor.stride()),
         noises[0].seed if noises else 0, steps, float(update.direction), b, phi,
         float(update.sign), step_size, decay,
         tl_type(param), tl_type(grad), tl_type(factor), indexed, uses_low, uses_direction,
         isinstance(b, Tensor), uses_grad, isinstance(phi, Tensor), bool(update.sign),
-        counted, rated, rounds, aligned(params, grads, factors), precision(),
+        counted, rated, rounds, aligned(*places), precision(),
         tile.rows, tile.cols, tile.rank, tile.piece, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

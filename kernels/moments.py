@@ -17,10 +17,10 @@ from ._host import (
     corrections,
     form_of,
     matrix_shape,
-    moment_tables,
     numbers,
+    over,
+    places_of_moments,
     rates,
-    streams,
     tl_type,
 )
 from .blockwise import (
@@ -31,7 +31,7 @@ from .blockwise import (
     signed_tables,
     square_table,
 )
-from .tables import pointers
+from .tables import addresses, tables
 
 EXP_AVG = tl.constexpr(1)
 EXP_AVG_SQ = tl.constexpr(2)
@@ -229,20 +229,20 @@ def _launch(
     if not grad.numel():
         return
     rows, cols = matrix_shape(grad)
-    m_table, v_table, m_scales, v_scales = moment_tables(exp_avg, exp_avg_sq)
+    places = addresses(params), addresses(grads), *places_of_moments(exp_avg, exp_avg_sq)
+    moved = tables(grad.device, *places, [noise.stream for noise in noises])
     m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
     step_size, decay, rated = rates(step_size, decay)
     device = grad.device
     height = 1 if rows == 1 else 4
-    row_tiles, blocks = triton.cdiv(rows, height), triton.cdiv(cols, WIDTH)
+    row_tiles, blocks = over(rows, height), over(cols, WIDTH)
     _adam[(len(grads) * row_tiles * blocks,)](
-        pointers(params), pointers(grads), m_table, v_table, m_scales, v_scales,
-        streams(noises, device), out, signed_tables(device), square_table(device),
+        *moved, out, signed_tables(device), square_table(device),
         rows, cols, blocks, row_tiles, noises[0].seed, steps,
         float(beta1), float(beta2), float(eps), correction1, correction2, step_size, decay,
         tl_type(params[0]), tl_type(grad), m_type, v_type,
         eight, counted, rated, out is None, rounds,
-        aligned(params, grads, exp_avg, exp_avg_sq), height, WIDTH, num_warps=4,
+        aligned(*places), height, WIDTH, num_warps=4,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,15 +18,15 @@ from ._host import (
     aligned,
     corrections,
     form_of,
-    moment_tables,
     numbers,
+    over,
+    places_of_moments,
     precision,
-    streams,
     tl_type,
 )
 from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
-from .tables import pointers
+from .tables import addresses, tables
 
 HEIGHT = 4
 """Rows of a tile of 8-bit moments."""
@@ -67,6 +68,7 @@ class Tile(NamedTuple):
     stages: int
 
 
+@lru_cache(maxsize=256)
 def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool) -> Tile:
     """Return the tile: the one place that decides it.
 
@@ -317,7 +319,7 @@ def project_moments(
     m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
     indexed = factor.ndim == 1
     tile = tile_of(rows, rank, half, eight, indexed)
-    row_tiles, rank_tiles = triton.cdiv(rows, tile.rows), triton.cdiv(rank, tile.rank)
+    row_tiles, rank_tiles = over(rows, tile.rows), over(rank, tile.rank)
     shape = (len(grads), rows, rank)
     out_dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32
     low, direction = (
@@ -327,17 +329,16 @@ def project_moments(
     squares = None
     if want[2]:
         squares = torch.empty((3, len(grads), rows, rank_tiles), dtype=torch.float32, device=device)
-    m_table, v_table, m_scales, v_scales = moment_tables(exp_avg, exp_avg_sq)
+    places = addresses(grads), addresses(factors), *places_of_moments(exp_avg, exp_avg_sq)
+    *moved, streams = tables(device, *places, [noise.stream for noise in noises])
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
     maps = signed_tables(device), square_table(device)
-    moved = streams(noises, device), *maps
     adams = noises[0].seed, steps, float(beta1), float(beta2), float(eps), correction1, correction2
     sums = torch.empty(shape, dtype=torch.float32, device=device) if eight else low
-    known = aligned(grads, factors, exp_avg, exp_avg_sq)
+    known = aligned(*places)
     _project[(len(grads) * row_tiles * rank_tiles,)](
-        pointers(grads), pointers(factors), m_table, v_table, m_scales, v_scales, *moved,
-        sums, direction, squares,
+        *moved, streams, *maps, sums, direction, squares,
         rows, cols, rank, row_tiles, rank_tiles, len(grads), *grad.stride(),
         *((1, 1) if indexed else factor.stride()), *adams,
         tl_type(grad), tl_type(factor), m_type, v_type, TYPES[out_dtype], indexed, eight, counted,
@@ -345,9 +346,9 @@ def project_moments(
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if eight:
-        row_tiles = triton.cdiv(rows, HEIGHT)
+        row_tiles = over(rows, HEIGHT)
         _project_eight[(len(grads) * row_tiles * rank_tiles,)](
-            sums, m_table, v_table, m_scales, v_scales, *moved, low, direction, squares,
+            sums, *moved[2:], streams, *maps, low, direction, squares,
             rows, rank, row_tiles, rank_tiles, len(grads), *adams,
             TYPES[out_dtype], counted, *want, known, HEIGHT, tile.rank, num_warps=4,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Tables of pointers and numbers, by which one launch serves many tensors."""
+"""Tables of addresses and numbers, by which one launch serves many tensors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KEPT = 1024
-"""Tables that are kept; the one that was not used for longest is dropped first."""
+KEPT = 4096
+"""Uploads that are kept, two a launch of a step; the one not used for longest goes first."""
 
-_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
+_tables: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -21,35 +21,37 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
-def pointers(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the addresses of the tensors, int64 `(len(tensors),)`, on their device.
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where tensors begin; the caller keeps them alive."""
+    return [tensor.data_ptr() for tensor in tensors]
 
-    Args:
-        tensors: at least one, all on one device; the caller keeps them alive.
+
+def tables(device: torch.device, *columns: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return lists of numbers, of one length, as int64 tensors on a device, by one upload.
+
+    Each is followed by a number that means nothing where the length is odd, so that all start at
+    multiples of 16 bytes. Gradients and states mostly lie where they lay in the step before, so
+    tables are kept under what they hold and uploaded, from pinned memory and in the order of the
+    current stream, only when something in them is new; they belong to that stream. In the capture
+    of a graph, where an upload would be replayed from memory that is gone, the values are written
+    by kernels and not kept.
     """
-    return integers([tensor.data_ptr() for tensor in tensors], tensors[0].device)
-
-
-def integers(values: Sequence[int], device: torch.device) -> Tensor:
-    """Return the values, int64, on a device, without a wait of the host.
-
-    Gradients and states mostly lie where they lay in the step before, so a table is kept under what
-    it holds and uploaded, from pinned memory and in the order of the current stream, only when
-    something in it is new; it belongs to that stream. In the capture of a graph, where an upload
-    would be replayed from memory that is gone, the values are written by kernels and not kept.
-    """
+    length = len(columns[0])
+    shape = (len(columns), length + length % 2)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        table = torch.empty(len(values), dtype=torch.int64, device=device)
-        for place, value in zip(table.unbind(), values, strict=True):
-            place.fill_(value)
-        return table
+        table = torch.zeros(shape, dtype=torch.int64, device=device)
+        for row, values in zip(table.unbind(), columns, strict=True):
+            for place, value in zip(row.unbind(), values, strict=False):
+                place.fill_(value)
+        return table.unbind()
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, tuple(values))
+    key = (device, stream, *map(tuple, columns))
     kept = _tables.get(key)
     if kept is not None:
         _tables.move_to_end(key)
         return kept
-    _tables[key] = upload(torch.tensor(values, dtype=torch.int64), device)
+    rows = [[*values, 0] if length % 2 else list(values) for values in columns]
+    _tables[key] = upload(torch.tensor(rows, dtype=torch.int64), device).unbind()
     if len(_tables) > KEPT:
         _tables.popitem(last=False)
     return _tables[key]

@@ -6,10 +6,8 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,14 +93,14 @@ def dct_scores(grads: Sequence[Tensor], norm: str, site: Site) -> Tensor:
     empty = grads[0].numel() == 0
     if empty or not site.kernels or not kernels().supports(site.cols, grads[0].dtype):
         return functional.dct_scores(grads, norm)
-    with on_device(grads[0].device):
+    with functional.on_device(grads[0].device):
         scores: Tensor = kernels().dct_scores(grads, norm)
         return scores
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make launches go to a device: triton takes the current one's, torch the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def formats(site: Site) -> ModuleType:
+    """Return who reads and writes moments in 8 bits and draws bits: kernels, or plain torch."""
+    return kernels() if site.kernels and site.dtype == torch.float32 else functional
 
 
 @cache

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .dispatch import kernels, on_device
-from .functional import Noise, Stored, is_index
+from .dispatch import kernels
+from .functional import Noise, Stored, is_index, on_device
 from .geometry import oriented
 from .halves import Half
 from .plan import Group, Job, Plan
@@ -19,6 +19,10 @@ from .subspace import site_of
 
 AT_ONCE = 48 << 20
 """Bytes of projected gradients, directions and bases that a step makes beside the parameters."""
+
+SHARE = 64
+"""The gradients over this, where that is more: else a large model's step has many small launches,
+and takes as long as the host needs for those."""
 
 READ_OFTEN = 1 << 18
 """Elements from which on a basis is narrowed once, not at each of its many reads."""
@@ -62,12 +66,23 @@ def begin(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
         copy = matrix if matrix.data_ptr() != job.param.data_ptr() else None
         for part in parts_of(job, view, copy, group, plan):
             parts.setdefault(kind_of(part), []).append(part)
+    room = at_once(jobs)
     for alike in parts.values():
         part = alike[0]
         size = held_bytes(part, plan)
-        for together in chunks(alike, max(1, AT_ONCE // max(1, size))):
+        for together in chunks(alike, max(1, room // max(1, size))):
             with on_device(part.param.device):
                 yield launch(together, group, plan)
+
+
+def at_once(jobs: list[Job]) -> int:
+    """Return the bytes that a launch for some of these parameters may make."""
+    total = 0
+    for job in jobs:
+        layout = job.layout
+        values = layout.matrices * layout.rows * layout.cols // layout.team.size
+        total += values * job.param.element_size()
+    return max(AT_ONCE, total // SHARE)
 
 
 def parts_of(

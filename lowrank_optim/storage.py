@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from . import functional
 from .functional import BLOCK, BLOCK_4BIT, Noise, Stored, bits_of, compute_dtype, load, store
 from .plan import State
 from .protocols import Moments, Rule, Storage
@@ -127,9 +129,18 @@ def rows_of(moment: Stored, rows: slice) -> Stored:
     return codes[..., rows, :], scale[..., rows, :]
 
 
-def load_moments(held: Held, rule: Rule, dtype: torch.dtype) -> Moments:
-    """Return moments in the dtype of the arithmetic; a stored tensor itself where it has that."""
-    return {slot: load(moment, dtype, slot in rule.squares) for slot, moment in held.items()}
+def load_moments(
+    held: Held, rule: Rule, dtype: torch.dtype, ops: ModuleType = functional
+) -> Moments:
+    """Return moments in the dtype of the arithmetic; a stored tensor itself where it has that.
+
+    Args:
+        held: the moments as they lie in memory.
+        rule: whose moments they are.
+        dtype: of the arithmetic.
+        ops: who reads the 8-bit format, see `dispatch.formats`.
+    """
+    return {slot: load(moment, dtype, slot in rule.squares, ops) for slot, moment in held.items()}
 
 
 def store_moments(
@@ -140,6 +151,7 @@ def store_moments(
     *,
     whole: bool = False,
     carried: bool = False,
+    ops: ModuleType = functional,
 ) -> None:
     """Write loaded and changed moments back, in place.
 
@@ -150,11 +162,13 @@ def store_moments(
         noise: source of random bits.
         whole: whether they are those of a whole parameter.
         carried: whether they were carried into a new subspace, which draws bits of its own.
+        ops: who writes the 8-bit format and draws bits, see `dispatch.formats`.
     """
     for place, (slot, value) in enumerate(moments.items()):
         kind = 1 + place + len(moments) * carried
         square = slot in rule.squares
-        store(held[slot], value, square, partial(bits_of, noise, kind, value, whole))
+        bits = partial(bits_of, noise, kind, value, whole, ops.random_bits)
+        store(held[slot], value, square, bits, ops)
 
 
 def shape_of(state: State, slot: str) -> torch.Size:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from .adapt import narrow, widened
 from .auto_rank import padded
+from .dispatch import formats
 from .distributed import Layout
 from .functional import BLOCK, Noise, row_chunks, usable
 from .geometry import oriented
@@ -176,10 +177,11 @@ def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Pla
             {key: padded(state[key], most, site.cols * far) for key in plan.projector.keys}
             for far, state in ((1, old), (2, new))
         )
+    ops = formats(site)
     filled = -(-most // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
     for rows in row_chunks(count, filled * prod(batch)):
         some = {slot: rows_of(moment, rows) for slot, moment in held.items()}
-        moments = load_moments(some, rule, site.dtype)
+        moments = load_moments(some, rule, site.dtype, ops)
         if rank != site.rank:
             moments = {slot: pad(moment, (0, most - rank)) for slot, moment in moments.items()}
         if turns:
@@ -187,7 +189,7 @@ def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Pla
         here = noise._replace(stream=noise.stream + rows.start)
         moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}
         some = {slot: rows_of(moment, rows) for slot, moment in kept.items()}
-        store_moments(some, moments, rule, here, carried=True)
+        store_moments(some, moments, rule, here, carried=True, ops=ops)
 
 
 def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> list[State]:

@@ -218,14 +218,16 @@ def begin(job: Job, group: Group, plan: Plan) -> Begun:
     factor = plan.projector.factor(state, site)
     low = down(grad_of(job), factor, site.dtype) if job.low is None else job.low
     held = moments_of(state, plan.slots)
-    moments = load_moments(held, rule, site.dtype)
+    ops = dispatch.formats(site)
+    moments = load_moments(held, rule, site.dtype, ops)
     for slot in rule.slots:
         if slot in plan.feed.slots:
-            whole = load(stored(state, slot), site.dtype, slot in rule.squares)
+            whole = load(stored(state, slot), site.dtype, slot in rule.squares, ops)
             moments[slot] = down(whole, factor, site.dtype)
     taken = None if job.kept is None else plan.feed.taken(low, moments, group)
     direction = rule.direction(low, moments, age_of(job, group), group)
-    store_moments(held, {slot: moments[slot] for slot in held}, rule, noise_of(job, group))
+    kept = {slot: moments[slot] for slot in held}
+    store_moments(held, kept, rule, noise_of(job, group), ops=ops)
     return Begun(job, factor, low, direction, taken)
 
 

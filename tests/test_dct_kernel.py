@@ -185,11 +185,19 @@ def test_tables_are_kept_and_bounded(device, monkeypatch):
     monkeypatch.setattr(tables, "KEPT", 2)
     monkeypatch.setattr(tables, "_tables", type(tables._tables)())
     a, b, c = (torch.zeros(2, device=device) for _ in range(3))
-    table = tables.pointers([a, b])
-    assert table.tolist() == [a.data_ptr(), b.data_ptr()]
-    assert tables.pointers([a, b]) is table
-    assert tables.pointers([b, a]).tolist() == [b.data_ptr(), a.data_ptr()]
-    assert tables.pointers([a, b]) is table
-    tables.pointers([c])
+    pair, other = tables.addresses([a, b]), tables.addresses([b, a])
+    table = tables.tables(a.device, pair, other)
+    assert [row.tolist() for row in table] == [pair, other]
+    assert tables.tables(a.device, pair, other) is table
+    assert [row.tolist() for row in tables.tables(a.device, other)] == [other]
+    assert tables.tables(a.device, pair, other) is table
+    tables.tables(a.device, tables.addresses([c]))
     assert len(tables._tables) == 2
-    assert tables.pointers([a, b]) is table
+    assert tables.tables(a.device, pair, other) is table
+
+
+def test_tables_of_any_length_start_where_wide_loads_can(device):
+    numbers = [1 << 40, -3, 5]
+    for row in tables.tables(torch.empty(0, device=device).device, numbers, numbers[::-1]):
+        assert row[:3].tolist() in (numbers, numbers[::-1])
+        assert row.data_ptr() % 16 == 0

@@ -247,6 +247,11 @@ def test_matrices_of_one_shape_share_launches(monkeypatch, device):
     monkeypatch.setattr(fused, "AT_ONCE", 2 * a_matrix)
     optimizer.step()
     assert [count for name, count in launches if name == "lift_write"] == [2, 2, 1, 1]
+    launches.clear()
+    monkeypatch.setattr(fused, "AT_ONCE", 1)
+    monkeypatch.setattr(fused, "SHARE", 1)
+    optimizer.step()
+    assert [count for name, count in launches if name == "lift_write"] == [4, 1, 1]
 
 
 @pytest.mark.slow

@@ -185,6 +185,20 @@ def test_project_moments(size, dtype, kind, layout, form, device):
     assert_stored(stored[1], other[1], True, 1e-4)
 
 
+@pytest.mark.parametrize("kind", [0, 2, 6])
+@pytest.mark.parametrize(("rows", "cols"), [((0, 5), 21), ((3, 20), 256), ((7, 9), 700)])
+@pytest.mark.parametrize("counted", [False, True])
+def test_random_bits(rows, cols, kind, counted, device):
+    where = draw((1,), torch.float32, device, 0).device
+    step = torch.tensor(70000.0, device=where) if counted else 70000
+    noise = functional.Noise(2**40 + 7, step, functional.stream_of(3, 2**31 + 11))
+    arguments = (noise, kind, slice(*rows), cols, where)
+    bits = kernels.random_bits(*arguments)
+    assert bits.dtype == torch.int32
+    assert torch.equal(bits, functional.random_bits(*arguments))
+    assert kernels.random_bits(noise, kind, slice(2, 2), cols, where).shape == (0, cols)
+
+
 def test_project_moments_gives_what_is_wanted_and_no_more(device):
     grads, factors = (
         matrices(1, 9, 7, torch.float32, device, ""),

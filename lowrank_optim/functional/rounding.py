@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,11 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make launches go to a device: triton takes the current one's, torch the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class Noise(NamedTuple):
@@ -105,8 +112,19 @@ def random_bits(noise: Noise, kind: int, rows: slice, cols: int, device: torch.d
     return bits
 
 
+Draw = Callable[[Noise, int, slice, int, torch.device], Tensor]
+"""What `random_bits` is, and the kernel that does the same."""
+
+
 def stack_bits(
-    noise: Noise, kind: int, count: int, rows: slice, length: int, cols: int, device: torch.device
+    noise: Noise,
+    kind: int,
+    count: int,
+    rows: slice,
+    length: int,
+    cols: int,
+    device: torch.device,
+    draw: Draw = random_bits,
 ) -> Tensor:
     """Return `random_bits` for the same rows of each matrix of a stack, `(count * rows, cols)`.
 
@@ -115,14 +133,15 @@ def stack_bits(
         count: matrices.
         rows: which rows of each, of those that are here.
         length: rows of each that are here.
+        draw: `random_bits`, or a kernel that does the same.
     """
     height = length if noise.height is None else noise.height
     if count == 1:
-        return random_bits(noise, kind, rows, cols, device)
+        return draw(noise, kind, rows, cols, device)
     bits = torch.empty(count, rows.stop - rows.start, cols, dtype=torch.int32, device=device)
     for place in range(count):
         lines = slice(place * height + rows.start, place * height + rows.stop)
-        bits[place] = random_bits(noise, kind, lines, cols, device)
+        bits[place] = draw(noise, kind, lines, cols, device)
     return bits.flatten(0, 1)
 
 

@@ -15,7 +15,17 @@ from torch import Tensor
 from .factors import down
 from .moments import adam
 from .products import compute_dtype, row_norms
-from .rounding import EXP_AVG, EXP_AVG_SQ, WEIGHT, Noise, round_into_, stack_bits
+from .rounding import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    WEIGHT,
+    Draw,
+    Noise,
+    on_device,
+    random_bits,
+    round_into_,
+    stack_bits,
+)
 from .stored import Stored, load, store
 
 
@@ -49,18 +59,21 @@ class Want(NamedTuple):
     norms: bool = True
 
 
-def bits_of(noise: Noise, kind: int, like: Tensor, whole: bool = False) -> Tensor:
+def bits_of(
+    noise: Noise, kind: int, like: Tensor, whole: bool = False, draw: Draw = random_bits
+) -> Tensor:
     """Return random bits for a moment or a weight, int32 of its shape.
 
     Rows are numbered over all axes but the last, for a `whole` parameter over the first alone; a
-    vector is one row.
+    vector is one row. `draw` is `random_bits`, or a kernel that does the same.
     """
     count, rows = 1, 1
     if like.ndim > 1:
         rows = like.shape[0] if whole else like.shape[-2]
         count = 1 if whole else like.shape[:-2].numel()
     cols = like.numel() // max(1, count * rows)
-    bits = stack_bits(noise, kind, count, slice(0, rows), rows, cols, like.device)
+    with on_device(like.device):
+        bits = stack_bits(noise, kind, count, slice(0, rows), rows, cols, like.device, draw)
     return bits.view(like.shape)
 
 

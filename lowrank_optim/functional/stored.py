@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .blockwise import (
-    dequantize_blockwise,
-    dequantize_squares,
-    quantize_blockwise,
-    quantize_squares,
-)
+from . import blockwise
 from .fourbit import dequantize_4bit, quantize_4bit
-from .rounding import stochastic_round
+from .rounding import on_device, stochastic_round
 
 Stored = Tensor | tuple[Tensor, Tensor]
 Bits = Callable[[], Tensor]
 """Gives 16 random bits for each element of a moment, of its shape; drawn only if called."""
 
 
-def load(stored: Stored, dtype: torch.dtype, square: bool) -> Tensor:
+def load(stored: Stored, dtype: torch.dtype, square: bool, ops: ModuleType = blockwise) -> Tensor:
     """Return a moment in `dtype`; the stored tensor itself where it has that.
 
     Args:
@@ -29,20 +25,24 @@ def load(stored: Stored, dtype: torch.dtype, square: bool) -> Tensor:
             even number of columns.
         dtype: of the arithmetic.
         square: whether the moment is an average of squares, never negative.
+        ops: has the functions of the 8-bit format; a module of kernels has them too.
     """
     if isinstance(stored, Tensor):
         return stored.to(dtype)
     codes, scale = by_rows(*stored)
     if codes.dtype == torch.int8:
         return dequantize_4bit(codes, scale, dtype)
-    if square:
-        value = dequantize_squares(codes, scale, dtype)
-    else:
-        value = dequantize_blockwise(codes, scale, True, dtype)
+    with on_device(codes.device):
+        if square:
+            value: Tensor = ops.dequantize_squares(codes, scale, dtype)
+        else:
+            value = ops.dequantize_blockwise(codes, scale, True, dtype)
     return value.view(stored[0].shape)
 
 
-def store(stored: Stored, value: Tensor, square: bool, bits: Bits) -> None:
+def store(
+    stored: Stored, value: Tensor, square: bool, bits: Bits, ops: ModuleType = blockwise
+) -> None:
     """Write a loaded and changed moment back, in place.
 
     bfloat16, four bits, and squares in 8 bits, are rounded stochastically: an average with a decay
@@ -52,7 +52,7 @@ def store(stored: Stored, value: Tensor, square: bool, bits: Bits) -> None:
     Args:
         stored: what `load` was given.
         value: the moment, of its shape.
-        square: as in `load`.
+        square, ops: as in `load`.
         bits: random bits for the rounding.
     """
     if isinstance(stored, Tensor):
@@ -66,10 +66,11 @@ def store(stored: Stored, value: Tensor, square: bool, bits: Bits) -> None:
             piece.copy_(new)
         return
     rows = value.reshape(codes.shape)
-    if square:
-        fresh = quantize_squares(rows, bits().view(codes.shape))
-    else:
-        fresh = quantize_blockwise(rows, True)
+    with on_device(codes.device):
+        if square:
+            fresh = ops.quantize_squares(rows, bits().view(codes.shape))
+        else:
+            fresh = ops.quantize_blockwise(rows, True)
     codes.copy_(fresh[0])
     scale.copy_(fresh[1])
 

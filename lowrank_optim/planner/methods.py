@@ -163,6 +163,8 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             kind = (tuple(param.shape), site.rank, param.dtype)
             job = Job(param, param, {}, site, position, layout, param)
             kinds.setdefault(kind, []).append(job)
+        everyone = sorted(chain(*kinds.values()), key=lambda job: job.position)
+        room = fused.at_once(everyone)
         for jobs in kinds.values():
             site = site_of(jobs[0])
             size = site.cols * site.rank * jobs[0].layout.matrices
@@ -173,13 +175,12 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             if len(some) < together:
                 more = max(0, several - single) // (len(some) - 1)
                 several += (together - len(some)) * more
-            own = max(single, step_workspace(some[:1], 1, group, plan))
+            own = max(single, step_workspace(some[:1], 1, fused.AT_ONCE, group, plan))
             alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
-            beside = step_workspace(some, len(jobs), group, plan)
+            beside = step_workspace(some, len(jobs), room, group, plan)
             workspace = max(workspace, several, beside)
             moved.append((some[0], plan))
         if plan.feed.slots:
-            everyone = sorted(chain(*kinds.values()), key=lambda job: job.position)
             workspace = max(workspace, fed_workspace(everyone, group, plan))
     made = memory.shared_bytes(optimizer)
     optimizer._shared.sweep()  # what a step of all has not asked for is dropped at its end
@@ -216,14 +217,15 @@ def factor_of(job: Job, plan: Plan) -> torch.Tensor:
     return plan.projector.factor(job.state, site_of(job))
 
 
-def step_workspace(jobs: list[Job], count: int, group: Group, plan: Plan) -> int:
+def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: Plan) -> int:
     """Return what a step of `count` parameters like these makes besides a refresh, in bytes.
 
-    Where there is no kernel for a plan, plain torch does the step, of as many parameters at once as
-    a rule looks at whole.
+    Launches of kernels make no more than `room`, and at least what one matrix takes. Where there is
+    no kernel for a plan, plain torch does the step, of as many parameters at once as a rule looks
+    at whole.
     """
     if dispatch.missing(plan, True) is None:
-        return launch_workspace(jobs[0], count, group, plan)
+        return launch_workspace(jobs[0], count, room, group, plan)
     layout, site = jobs[0].layout, site_of(jobs[0])
     held = 1
     if plan.rule.whole:
@@ -244,12 +246,12 @@ def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
     return dropped_by(partial(update.step_projected, some, group, plan))
 
 
-def launch_workspace(job: Job, count: int, group: Group, plan: Plan) -> int:
+def launch_workspace(job: Job, count: int, room: int, group: Group, plan: Plan) -> int:
     """Return what the kernels' launches for `count` parameters like this one make, in bytes."""
     _, view = oriented(job.param, job.layout.wide)
     parts = list(fused.parts_of(job, view, None, group, plan))
     each = fused.held_bytes(parts[0], plan)
-    return each * min(count * len(parts), max(1, fused.AT_ONCE // max(1, each)))
+    return each * min(count * len(parts), max(1, room // max(1, each)))
 
 
 def with_state(job: Job, group: Group, plan: Plan) -> Job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,20 +12,18 @@ from pathlib import Path
 from pretraining.ledger import Ledger
 from pretraining.methods import METHODS, Spec
 from pretraining.tasks import TASKS
-from pretraining.tune import SEED, base, measured, tuned
+from pretraining.tune import SEED, base, edges, measured, tuned
 
+from lowrank_optim.cli import METHODS as SHOWN
+from lowrank_optim.demo.recipes import RECIPES
+
+from . import gpu
 from .groups import Runs, all_at_best, at_best, conditions, finals
+from .layout import NOTHING, table
 
 MIB = 2**20
 RESULTS = Path(__file__).parents[1] / "results"
-NOTHING = "Not measured yet."
 LR_HEADS = ("lr / 3", "lr", "3 lr")
-
-
-def table(heads: list[str], lines: list[list[str]]) -> str:
-    """Lay out a table: the first column to the left, the others to the right."""
-    rule = ["---", *["---:"] * (len(heads) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *lines))
 
 
 def spread(losses: list[float]) -> str:
@@ -235,24 +234,75 @@ def rates(tasks: tuple[str, ...]) -> Callable[[Ledger], str]:
     return made
 
 
-def demo_seeds(ledger: Ledger) -> str:
-    """Show the range of the demo's losses over seeds, from the csv beside the ledger."""
+def searched(task: str, steps: int) -> Callable[[Ledger], str]:
+    """Return the table of single runs of a search, all methods at their best rates so far."""
+
+    def made(ledger: Ledger) -> str:
+        lines, reference = [], math.nan
+        for name, method in METHODS.items():
+            with contextlib.suppress(LookupError):
+                spec, loss, runs = tuned(ledger, base(task, name, steps))
+                reference = loss if name == "adamw" else reference
+                open_ends = " and ".join(edges(ledger, spec)) or "-"
+                lines.append([
+                    method.label, f"{loss:.3f}",
+                    "-" if name == "adamw" else f"{loss / reference - 1:+.1%}",
+                    f"{spec.lr:g}", f"{spec.rest_lr:g}", str(runs), open_ends,
+                ])  # fmt: skip
+        heads = ["method", "loss", "to AdamW", "lr", "rest lr", "runs", "best at the edge of"]
+        return table(heads, lines) if lines else NOTHING
+
+    return made
+
+
+def demo_runs() -> dict[str, list[dict[str, str]]]:
+    """Return the runs of the demo by method, from the csv beside the ledger."""
     with (RESULTS / "demo_seeds.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    losses: dict[str, list[float]] = {}
-    for row in rows:
-        losses.setdefault(METHODS[row["method"]].label, []).append(float(row["val_loss"]))
+    return {name: [row for row in rows if row["method"] == name] for name in RECIPES}
+
+
+def demo_seeds(ledger: Ledger) -> str:
+    """Show the range of the demo's losses over seeds, for those methods that it runs unasked."""
+    runs = demo_runs()
+    losses = {
+        RECIPES[name].label: [float(row["val_loss"]) for row in runs[name]]
+        for name in SHOWN.split(",")
+    }
     ranges = [f"{min(found):.3f} - {max(found):.3f}" for found in losses.values()]
     return table(list(losses), [ranges])
 
 
+def demo_all(ledger: Ledger) -> str:
+    """Show all methods of the demo: losses over seeds, state, and rates."""
+    lines, runs = [], demo_runs()
+    mean = {k: statistics.fmean(float(row["val_loss"]) for row in v) for k, v in runs.items() if v}
+    for name in sorted(mean, key=lambda name: mean[name]):
+        rows, recipe = runs[name], RECIPES[name]
+        state, reference = (float(some[0]["state_mib"]) for some in (rows, runs["adamw"]))
+        lines.append([
+            recipe.label, spread([float(row["val_loss"]) for row in rows]),
+            f"{mean[name] - mean['adamw']:+.3f}", f"{state:.2f}", f"{state / reference:.0%}",
+            f"{recipe.lr:g}", f"{recipe.rest_lr:g}",
+        ])  # fmt: skip
+    heads = [
+        "method", "loss, nats a byte", "to AdamW", "state MiB", "of AdamW's", "lr", "rest lr",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
 TABLES: dict[str, Callable[[Ledger], str]] = {
+    "demo-all": demo_all,
     "demo-seeds": demo_seeds,
     "quality-3m": quality("3m"),
     "quality-60m": quality("60m"),
+    "searched-60m": searched("60m", 400),
     "small-states-3m": small_states("3m"),
     "recipe": recipe,
     "tries-1600": tries("bytes-128", 1600),
+    "planned-gpu": gpu.planned,
+    "steps-gpu": gpu.steps,
+    "fits-gpu": gpu.fits,
     "parts": parts("bytes-128", 400),
     "sensitivity": sensitivity("bytes-128", ("lowrank", "galore", "fira", "frugal")),
     "rates": rates(("bytes-128", "bytes-192", "3m")),

@@ -1,0 +1,109 @@
+"""The tables of what was measured on a GPU, from the csv files beside the ledger."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from pretraining.ledger import Ledger
+
+from lowrank_optim.planner.methods import METHODS
+
+from .layout import NOTHING, table
+
+RESULTS = Path(__file__).parents[1] / "results"
+GIB = 2**30
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a csv, none if there is no such file."""
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def source(rows: list[dict[str, Any]]) -> str:
+    """Return the conditions in a line."""
+    parts = (
+        ", ".join(sorted({row["device"] for row in rows})),
+        f"torch {rows[0]['torch']}, triton {rows[0]['triton']}",
+        "commit " + ", ".join(dict.fromkeys(row["commit"] for row in rows)),
+        max(row["date"] for row in rows),
+    )
+    return ", ".join(parts) + "."
+
+
+def planned(ledger: Ledger) -> str:
+    """Show what was planned and what was measured, a line a method."""
+    rows = read("planner_gpu.csv")
+    if not rows:
+        return NOTHING
+    at = {(row["method"], row["size"], row["layerwise"]): row for row in rows}
+    lines = []
+    for name, method in METHODS.items():
+        cells = []
+        for size in ("1b", "7b"):
+            for layerwise in ("no", "yes"):
+                row = at.get((name, size, layerwise))
+                if row is None:
+                    cells.append("-")
+                    continue
+                plan, found = int(row["planned_bytes"]), int(row["measured_bytes"])
+                cells.append(f"{plan / GIB:.2f}, {found / GIB:.2f} ({plan / found - 1:+.1%})")
+        if any(cell != "-" for cell in cells):
+            lines.append([method.label, *cells])
+    heads = ["planned, measured, GiB", "1B", "1B, layer-wise", "7B", "7B, layer-wise"]
+    return f"{table(heads, lines)}\n\n{source(rows)}"
+
+
+def steps(ledger: Ledger) -> str:
+    """Show the times of a step of 7B beside AdamW's and beside the floors, ms."""
+    rows = read("step_time_h200.csv")
+    if not rows:
+        return NOTHING
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(row["method"], {})[row["kind"]] = row
+    lines = []
+    for name, at in sorted(kinds.items(), key=lambda item: float(item[1]["between"]["ms"])):
+        row = at["between"]
+        state = (
+            int(row["state_bytes"]) / GIB if row["state_bytes"] else 4 * int(row["params"]) / GIB
+        )
+        lines.append([
+            name, row["state"], f"{state:.2f}", f"{float(row['ms']):.0f}", row["host_ms"] or "-",
+            f"{float(row['floor_ms']):.0f}", f"{float(row['floor_flop_ms']):.0f}",
+            at["refresh"]["ms"] if "refresh" in at else "-",
+            f"{float(row['ratio']):.1f}",
+        ])  # fmt: skip
+    heads = [
+        "method", "states", "GiB", "ms a step", "of the host", "floor: bytes", "floor: flops",
+        "a step that refreshes all", "to AdamW",
+    ]  # fmt: skip
+    return f"{table(heads, lines)}\n\n{source(rows)}"
+
+
+def fits(ledger: Ledger) -> str:
+    """Show which trainings of 7B fitted a card."""
+    rows = read("fit_7b.csv")
+    if not rows:
+        return NOTHING
+    lines = []
+    for row in rows:
+        card = f"{row['card']} GiB" if int(row["card"]) else "no cap"
+        sizes = (row["predicted_peak"], row["peak_allocated"], row["peak_reserved"])
+        trained = row["outcome"] == "trained"
+        lines.append([
+            METHODS[row["method"]].label, card, row["rank"], row["batch"],
+            *(f"{int(size) / GIB:.2f}" for size in sizes),
+            f"{float(row['tokens_per_s']):.0f}" if trained else row["outcome"],
+            f"{row['loss_first']} - {row['loss_last']}" if trained else "-",
+        ])  # fmt: skip
+    heads = [
+        "method", "card", "rank", "texts a step", "planned", "allocated", "reserved",
+        "tokens/s", "loss, first and 20th step",
+    ]  # fmt: skip
+    return f"{table(heads, lines)}\n\n{source(rows)}"

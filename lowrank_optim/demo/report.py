@@ -163,7 +163,8 @@ def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], steps: int) -> No
     margin = 0.06 * max(high - low, 0.1)
     axes.set_ylim(low - margin, high + margin)
     ends = sorted((min(loss, high + margin), *rest) for loss, *rest in ends)
-    heights = _apart([end[0] for end in ends], 0.055 * (high - low + 2 * margin))
+    line_height = 0.24 / axes.figure.get_figheight()  # of the axes, for 9 points
+    heights = _apart([end[0] for end in ends], line_height * (high - low + 2 * margin))
     for (loss, step, label, colour), height in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "color": colour, "lw": 0.7, "relpos": (0, 0.5)}
         axes.annotate(

@@ -118,7 +118,7 @@ def figure(plans: Plans, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(max(9, 0.9 * len(plans.rows)), 4.8), layout="constrained")
+    drawing = Figure(figsize=(max(9, 1.05 * len(plans.rows)), 4.8), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.subplots()
     names = [row.label for row in plans.rows]
@@ -130,7 +130,7 @@ def figure(plans: Plans, path: Path) -> None:
             edgecolor="white", linewidth=0.5,
         )  # fmt: skip
         bottom = [low + size for low, size in zip(bottom, sizes, strict=True)]
-    top = max(bottom)
+    top, below = max(bottom), False
     for place, row in enumerate(plans.rows):
         axes.annotate(
             f"{row.total / GIB:.1f}", (place, bottom[place]), (0, 3), textcoords="offset points",
@@ -142,17 +142,19 @@ def figure(plans: Plans, path: Path) -> None:
         top = max(top, line)
         axes.axhline(line, color="#222222", lw=1.2, ls="--")
         axes.annotate(
-            f"{plans.card.name}: {line:.1f} GiB usable", (1, line), (-2, 4), ha="right",
+            f"{plans.card.name}:\n{line:.1f} GiB usable", (1, line), (6, 0), va="center",
             xycoords=axes.get_yaxis_transform(), textcoords="offset points", fontsize=9,
+            annotation_clip=False,
         )  # fmt: skip
+        below = line > 0.5 * top
     axes.set_ylim(0, 1.12 * top)
     axes.set_ylabel("GiB at the peak")
     axes.tick_params(axis="x", length=0)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(
-        handles[::-1], labels[::-1], frameon=False, fontsize=9, loc="upper left",
-        bbox_to_anchor=(1, 1),
+        handles[::-1], labels[::-1], frameon=False, fontsize=9,
+        loc="lower left" if below else "upper left", bbox_to_anchor=(1, 0 if below else 1),
     )  # fmt: skip
     axes.set_title(_broken(heading(plans)), fontsize=11, fontweight="bold")
     drawing.savefig(path, dpi=160)

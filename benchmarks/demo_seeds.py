@@ -6,13 +6,13 @@ One row a run goes to results/demo_seeds.csv; runs already there are not repeate
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
 import transformers
 from provenance import provenance
 from rich.console import Console
+from rows import append, read
 
 from lowrank_optim.demo.corpus import load_corpus
 from lowrank_optim.demo.recipes import choose
@@ -53,27 +53,9 @@ def main(argv: list[str] | None = None) -> None:
             found |= {"state_mib": f"{run.state_bytes / 2**20:.3f}", "windows": settings.windows}
             found |= {"transformers": transformers.__version__, "threads": args.threads}
             source = provenance()
-            add(found | {"torch": source["torch"], "date": source["date"]}, args.results)
+            found |= {"torch": source["torch"], "date": source["date"]}
+            append(found, FIELDS, args.results)
             console.print(f"{recipe.name}, seed {seed}: {run.validation_loss:.4f}")
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of the csv, none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def add(row: dict[str, object], path: Path) -> None:
-    """Write a row at the end."""
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

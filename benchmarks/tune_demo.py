@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from pretraining.search import Place, best, index, search, value
 from provenance import provenance
 from rich.console import Console
+from rows import append, read
 
 from lowrank_optim.demo.corpus import Corpus, load_corpus
 from lowrank_optim.demo.recipes import RECIPES, choose
@@ -104,22 +104,8 @@ def run(
         "threads": THREADS,
         **provenance(),
     }
-    new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    append(row, FIELDS, path)
     return loss
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Rows of the csv, none if it does not exist."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def known(rows: list[dict[str, str]], name: str, steps: int) -> dict[Place, float]:

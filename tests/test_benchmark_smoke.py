@@ -108,6 +108,22 @@ def test_tune_demo(script, tmp_path, monkeypatch, capsys):
     assert best == ["adamw", "galore"]
 
 
+def test_demo_seeds(script, tmp_path, monkeypatch):
+    demo_seeds, path = script("demo_seeds"), tmp_path / "new" / "seeds.csv"
+    command = ["--methods", "adamw,muon", "--seeds", "0", "1", "--results", str(path)]
+    demo_seeds.main(command)
+    rows = rows_of(path)
+    assert list(rows[0]) == list(demo_seeds.FIELDS)
+    assert [(row["method"], row["seed"]) for row in rows] == [
+        ("adamw", "0"), ("muon", "0"), ("adamw", "1"), ("muon", "1"),
+    ]  # fmt: skip
+    for row in rows:
+        assert_a_loss(row["val_loss"])
+    monkeypatch.setattr(demo_seeds, "train", forbidden)
+    demo_seeds.main(command)
+    assert rows_of(path) == rows
+
+
 def test_refresh(script, tmp_path, monkeypatch):
     refresh, path = script("refresh"), tmp_path / "new" / "refresh.csv"
     changed = {"SMALL": Tiny(steps=24, layers=2), "BIG": Tiny(steps=2), "BIG_RANK": 4, "EVERY": 3}

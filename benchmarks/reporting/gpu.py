@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
 from pretraining.ledger import Ledger
+from rows import read
 
 from lowrank_optim.planner.methods import METHODS
 
@@ -14,15 +14,6 @@ from .layout import NOTHING, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 GIB = 2**30
-
-
-def read(name: str) -> list[dict[str, Any]]:
-    """Return the rows of a csv, none if there is no such file."""
-    path = RESULTS / name
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def source(rows: list[dict[str, Any]]) -> str:
@@ -38,7 +29,7 @@ def source(rows: list[dict[str, Any]]) -> str:
 
 def planned(ledger: Ledger) -> str:
     """Show what was planned and what was measured, a line a method."""
-    rows = read("planner_gpu.csv")
+    rows = read(RESULTS / "planner_gpu.csv")
     if not rows:
         return NOTHING
     at = {(row["method"], row["size"], row["layerwise"]): row for row in rows}
@@ -61,7 +52,7 @@ def planned(ledger: Ledger) -> str:
 
 def steps(ledger: Ledger) -> str:
     """Show the times of a step of 7B beside AdamW's and beside the floors, ms."""
-    rows = read("step_time_h200.csv")
+    rows = read(RESULTS / "step_time_h200.csv")
     if not rows:
         return NOTHING
     kinds: dict[str, dict[str, dict[str, Any]]] = {}
@@ -88,7 +79,7 @@ def steps(ledger: Ledger) -> str:
 
 def fits(ledger: Ledger) -> str:
     """Show which trainings of 7B fitted a card."""
-    rows = read("fit_7b.csv")
+    rows = read(RESULTS / "fit_7b.csv")
     if not rows:
         return NOTHING
     lines = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import statistics
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pretraining.ledger import Ledger
 from pretraining.methods import METHODS, Spec
 from pretraining.tasks import TASKS
 from pretraining.tune import SEED, base, edges, measured, tuned
+from rows import read
 
 from lowrank_optim.cli import METHODS as SHOWN
 from lowrank_optim.demo.recipes import RECIPES
@@ -257,8 +257,7 @@ def searched(task: str, steps: int) -> Callable[[Ledger], str]:
 
 def demo_runs() -> dict[str, list[dict[str, str]]]:
     """Return the runs of the demo by method, from the csv beside the ledger."""
-    with (RESULTS / "demo_seeds.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(RESULTS / "demo_seeds.csv")
     return {name: [row for row in rows if row["method"] == name] for name in RECIPES}
 
 

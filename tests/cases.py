@@ -118,6 +118,7 @@ CASES = [
     Case("galore-rounding", GaLoreAdamW, {"stochastic_rounding": True}),
     Case("dct", DCTAdamW, {"update_proj_gap": 1}),
     Case("dct-gap", DCTAdamW, {}),
+    Case("dct-8bit", DCTAdamW, {"update_proj_gap": 1, "state_dtype": "8bit"}),
     Case("fira", FiraAdamW),
     Case("fira-dct", FiraAdamW, {"projector": "dct", "on_refresh": "rotate"}),
     Case("frugal", FrugalAdamW),

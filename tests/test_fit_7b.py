@@ -155,7 +155,7 @@ def test_a_case_in_a_process_of_its_own(fit, tiny, monkeypatch):
 def test_the_computed_table_of_the_readme_is_the_plan(fit):
     """Weights, states, what lies beside, and the sum, in GiB."""
     rows = re.findall(
-        r"^\| (\w+) \| (\d+) GiB \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|",
+        r"^\| (\w+) \| (\d+) GiB \| (\d+) \| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$",
         (FOLDER / "README.md").read_text(),
         re.M,
     )

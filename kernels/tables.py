@@ -39,7 +39,7 @@ def tables(device: torch.device, *columns: Sequence[int]) -> tuple[Tensor, ...]:
     length = len(columns[0])
     shape = (len(columns), length + length % 2)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        table = torch.zeros(shape, dtype=torch.int64, device=device)
+        table = torch.empty(shape, dtype=torch.int64, device=device)
         for row, values in zip(table.unbind(), columns, strict=True):
             for place, value in zip(row.unbind(), values, strict=False):
                 place.fill_(value)

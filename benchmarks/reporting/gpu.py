@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pretraining.ledger import Ledger
 from rows import read
@@ -14,9 +14,10 @@ from .layout import NOTHING, table
 
 RESULTS = Path(__file__).parents[1] / "results"
 GIB = 2**30
+Row = dict[str, str]
 
 
-def source(rows: list[dict[str, Any]]) -> str:
+def source(rows: list[Row]) -> str:
     """Return the conditions in a line."""
     parts = (
         ", ".join(sorted({row["device"] for row in rows})),
@@ -27,11 +28,18 @@ def source(rows: list[dict[str, Any]]) -> str:
     return ", ".join(parts) + "."
 
 
-def planned(ledger: Ledger) -> str:
+def table_of(name: str, show: Callable[[list[Row]], str]) -> Callable[[Ledger], str]:
+    """Return the table that `show` makes of the rows of a csv, with its conditions."""
+
+    def made(ledger: Ledger) -> str:
+        rows = read(RESULTS / name)
+        return f"{show(rows)}\n\n{source(rows)}" if rows else NOTHING
+
+    return made
+
+
+def planned(rows: list[Row]) -> str:
     """Show what was planned and what was measured, a line a method."""
-    rows = read(RESULTS / "planner_gpu.csv")
-    if not rows:
-        return NOTHING
     at = {(row["method"], row["size"], row["layerwise"]): row for row in rows}
     lines = []
     for name, method in METHODS.items():
@@ -47,15 +55,12 @@ def planned(ledger: Ledger) -> str:
         if any(cell != "-" for cell in cells):
             lines.append([method.label, *cells])
     heads = ["planned, measured, GiB", "1B", "1B, layer-wise", "7B", "7B, layer-wise"]
-    return f"{table(heads, lines)}\n\n{source(rows)}"
+    return table(heads, lines)
 
 
-def steps(ledger: Ledger) -> str:
+def steps(rows: list[Row]) -> str:
     """Show the times of a step of 7B beside AdamW's and beside the floors, ms."""
-    rows = read(RESULTS / "step_time_h200.csv")
-    if not rows:
-        return NOTHING
-    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    kinds: dict[str, dict[str, Row]] = {}
     for row in rows:
         kinds.setdefault(row["method"], {})[row["kind"]] = row
     lines = []
@@ -74,14 +79,11 @@ def steps(ledger: Ledger) -> str:
         "method", "states", "GiB", "ms a step", "of the host", "floor: bytes", "floor: flops",
         "a step that refreshes all", "to AdamW",
     ]  # fmt: skip
-    return f"{table(heads, lines)}\n\n{source(rows)}"
+    return table(heads, lines)
 
 
-def fits(ledger: Ledger) -> str:
+def fits(rows: list[Row]) -> str:
     """Show which trainings of 7B fitted a card."""
-    rows = read(RESULTS / "fit_7b.csv")
-    if not rows:
-        return NOTHING
     lines = []
     for row in rows:
         card = f"{row['card']} GiB" if int(row["card"]) else "no cap"
@@ -97,4 +99,11 @@ def fits(ledger: Ledger) -> str:
         "method", "card", "rank", "texts a step", "planned", "allocated", "reserved",
         "tokens/s", "loss, first and 20th step",
     ]  # fmt: skip
-    return f"{table(heads, lines)}\n\n{source(rows)}"
+    return table(heads, lines)
+
+
+TABLES = {
+    "planned-gpu": table_of("planner_gpu.csv", planned),
+    "steps-gpu": table_of("step_time_h200.csv", steps),
+    "fits-gpu": table_of("fit_7b.csv", fits),
+}

@@ -175,7 +175,7 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             if len(some) < together:
                 more = max(0, several - single) // (len(some) - 1)
                 several += (together - len(some)) * more
-            own = max(single, step_workspace(some[:1], 1, fused.AT_ONCE, group, plan))
+            own = max(single, step_workspace(some[:1], 1, fused.at_once(some[:1]), group, plan))
             alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
             beside = step_workspace(some, len(jobs), room, group, plan)
             workspace = max(workspace, several, beside)

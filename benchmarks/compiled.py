@@ -194,6 +194,16 @@ def codes(squares: bool) -> Variant:
     return Variant("codes", "squares" if squares else "signed", call)
 
 
+def columns(squares: bool, rank: int) -> Variant:
+    """Return a variant of moving the columns of 8-bit moments."""
+
+    def call() -> None:
+        places = torch.arange(rank)
+        kernels.move_columns(moment((4096, rank), "8bit", squares), places, squares, noise()[0], 4)
+
+    return Variant("columns", f"{'squares' if squares else 'signed'}, r {rank}", call)
+
+
 FIRA = Update(direction=0.25, low=torch.empty(1, 4096, 1), grad=torch.empty(1, 4096, 1))
 APOLLO = Update(grad=torch.empty(1, 4096, 1))
 SIGN = Update(direction=1.0, sign=0.5)
@@ -216,6 +226,8 @@ def variants(every: bool) -> list[Variant]:
         adam(half, "8bit", True),
         codes(False),
         codes(True),
+        columns(False, 1024),
+        columns(True, 1024),
         scores(half, 4096),
     ]
     if not every:

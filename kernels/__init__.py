@@ -11,6 +11,7 @@ from .blockwise import (
     quantize_blockwise,
     quantize_squares,
 )
+from .columns import move_columns
 from .dct import dct_scores, supports
 from .lift import lift_write
 from .moments import adam_moments, adam_step
@@ -23,6 +24,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_squares",
     "lift_write",
+    "move_columns",
     "project_moments",
     "quantize_blockwise",
     "quantize_squares",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -102,6 +104,15 @@ def rates(
 def aligned(*places: Sequence[int]) -> bool:
     """Return whether all tensors start at multiples of 16 bytes."""
     return all(place % 16 == 0 for some in places for place in some)
+
+
+@cache
+def roomy(device: torch.device) -> bool:
+    """Return whether a program may take 192 KiB of shared memory, as on H100 and H200."""
+    if device.type != "cuda":
+        return False
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return bool(properties["max_shared_mem"] >= 192 << 10)
 
 
 def precision() -> str:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import address, dot, halves, narrow, number, random_bits, stochastic_round
-from ._host import aligned, numbers, over, precision, rates, tl_type
+from ._host import aligned, numbers, over, precision, rates, roomy, tl_type
 from .tables import addresses, tables
 
 WEIGHT = tl.constexpr(0)
@@ -39,7 +39,9 @@ class Tile(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def tile_of(shape: tuple[int, int], rank: int, half: bool, signed: bool, indexed: bool) -> Tile:
+def tile_of(
+    shape: tuple[int, int], rank: int, half: bool, signed: bool, indexed: bool, room: bool
+) -> Tile:
     """Return the tile: the one place that decides it.
 
     Per parameter: 2 r flops; from memory W twice, 4 bytes, and N, 2 r / n; from the second-level
@@ -230,7 +232,7 @@ def lift_write(
     uses_grad = isinstance(update.grad, Tensor) or update.grad != 0
     indexed = factor.ndim == 1
     half = grad.dtype != torch.float32
-    tile = tile_of((rows, cols), factor.shape[-1], half, bool(update.sign), indexed)
+    tile = tile_of((rows, cols), factor.shape[-1], half, bool(update.sign), indexed, roomy(device))
     row_tiles, col_tiles = over(rows, tile.rows), over(cols, tile.cols)
     steps, counted = numbers([noise.step for noise in noises]) if noises else (0, False)
     step_size, decay, rated = rates(step_size, decay)

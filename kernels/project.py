@@ -22,6 +22,7 @@ from ._host import (
     over,
     places_of_moments,
     precision,
+    roomy,
     tl_type,
 )
 from .blockwise import signed_tables, square_table
@@ -69,7 +70,7 @@ class Tile(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool) -> Tile:
+def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool, room: bool) -> Tile:
     """Return the tile: the one place that decides it.
 
     Of G with n columns, per parameter, a program of (rows x width) reads from the second-level
@@ -318,7 +319,7 @@ def project_moments(
     half = grad.dtype != torch.float32
     m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
     indexed = factor.ndim == 1
-    tile = tile_of(rows, rank, half, eight, indexed)
+    tile = tile_of(rows, rank, half, eight, indexed, roomy(device))
     row_tiles, rank_tiles = over(rows, tile.rows), over(rank, tile.rank)
     shape = (len(grads), rows, rank)
     out_dtype = torch.bfloat16 if grad.dtype == torch.bfloat16 else torch.float32

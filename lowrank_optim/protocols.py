@@ -77,6 +77,9 @@ class Projector(Protocol):
     def factor(self, state: State, site: Site) -> Tensor:
         """Return P, `(..., cols, rank)`, or `(rank,)` integers: P is a choice of columns."""
 
+    def places(self, before: State, state: State) -> Tensor | None:
+        """Return where each column of P was in the P of `before`, or -1; None if P is no subset."""
+
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:

@@ -165,10 +165,15 @@ def store_moments(
         ops: who writes the 8-bit format and draws bits, see `dispatch.formats`.
     """
     for place, (slot, value) in enumerate(moments.items()):
-        kind = 1 + place + len(moments) * carried
+        kind = kind_of(place, len(moments), carried)
         square = slot in rule.squares
         bits = partial(bits_of, noise, kind, value, whole, ops.random_bits)
         store(held[slot], value, square, bits, ops)
+
+
+def kind_of(place: int, count: int, carried: bool) -> int:
+    """Return what the random bits of one of `count` moments are for; those of weights are 0."""
+    return 1 + place + count * carried
 
 
 def shape_of(state: State, slot: str) -> torch.Size:

@@ -20,11 +20,22 @@ from .geometry import oriented
 from .plan import Group, Job, Matrix, Plan, Site, State
 from .projectors import peaks_of
 from .rates import stream_and_height
-from .storage import load_moments, moments_of, rows_of, shape_of, store_moments, stored
+from .storage import (
+    kind_of,
+    load_moments,
+    moments_of,
+    rows_of,
+    shape_of,
+    store_moments,
+    stored,
+)
 from .team import agreed
 
 TOGETHER = 1 << 22
 """Elements of bases that are moved together: what a refresh may use beside grows with them."""
+
+CHOICE = 64
+"""Numbers a column that a choice of columns may make."""
 
 ABREAST = 8
 """So many times as much is moved together by processes of which each learns some."""
@@ -74,9 +85,9 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
                 due.append(job)
             elif is_tried_again(job):
                 late.append(job)
-    for part in together(due):
+    for part in together(due, plan):
         move(part, group, plan)
-    for part in together(late):
+    for part in together(late, plan):
         try_again(part, plan)
     tried = (job for job in (*due, *late) if site_of(job).gap > 1)
     return [(job.state, job.layout) for job in tried if job.state.get("pending")]
@@ -99,15 +110,17 @@ def is_tried_again(job: Job) -> bool:
     return bool(job.state.get("pending")) and step > 0 and step & (step - 1) == 0
 
 
-def together(jobs: Iterable[Job]) -> Iterator[list[tuple[Job, Matrix]]]:
+def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix]]]:
     """Yield matrices that are `alike`, with their jobs, not too many at a time.
 
     Each process learns the subspaces of some: the more there are, the more matrices are taken.
+    What chooses columns makes numbers of columns, no bases.
     """
     for same in alike(jobs):
         matrices = [(job, Matrix(grad_of(job), job.state, site_of(job))) for job in same]
         grad, _, site = matrices[0][1]
-        size = site.cols * (site.most or site.rank) * grad.shape[:-2].numel()
+        lanes = (site.most or site.rank) if plan.projector.decomposes else CHOICE
+        size = site.cols * lanes * grad.shape[:-2].numel()
         count = max(1, TOGETHER // max(1, size)) * min(site.team.size, ABREAST)
         for start in range(0, len(matrices), count):
             yield matrices[start : start + count]
@@ -178,6 +191,13 @@ def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Pla
             for far, state in ((1, old), (2, new))
         )
     ops = formats(site)
+    places = plan.projector.places(old, new) if turns and rank == site.rank else None
+    eight = [moment for moment in held.values() if not isinstance(moment, Tensor)]
+    if places is not None and len(eight) == len(held):
+        for place, (slot, moment) in enumerate(zip(held, eight, strict=True)):
+            kind = kind_of(place, len(held), True)
+            ops.move_columns(moment, places, slot in rule.squares, noise, kind)
+        return
     filled = -(-most // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
     for rows in row_chunks(count, filled * prod(batch)):
         some = {slot: rows_of(moment, rows) for slot, moment in held.items()}

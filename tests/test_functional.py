@@ -19,6 +19,7 @@ from lowrank_optim.functional import (
     gram,
     orthonormal_,
     philox,
+    places_of,
     random_bits,
     select_moment,
     stochastic_round,
@@ -87,7 +88,7 @@ def test_selecting_moments_is_the_product_with_the_selection(n, seed):
     eye = torch.eye(n)
     moment = torch.rand(2, 5, rank, generator=rng)
     expected = moment @ (eye[:, old].mT @ eye[:, new])
-    select_moment(moment, old.repeat(2, 1), new.repeat(2, 1))
+    select_moment(moment, places_of(old, new).expand(2, -1))
     assert torch.equal(moment, expected)
 
 

@@ -18,7 +18,7 @@ from .blockwise import (
 from .cosine import dct, dct_scores
 from .factors import down, drop_, is_index, lift_
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
-from .moments import adam, bias_corrections, rotate_moments, select_moment
+from .moments import adam, bias_corrections, places_of, rotate_moments, select_moment
 from .orthogonal import newton_schulz
 from .products import NEAR, compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
 from .rounding import (
@@ -35,7 +35,16 @@ from .rounding import (
     stream_of,
     upload,
 )
-from .steps import Norms, Projected, Want, adam_moments, adam_step, bits_of, project_moments
+from .steps import (
+    Norms,
+    Projected,
+    Want,
+    adam_moments,
+    adam_step,
+    bits_of,
+    move_columns,
+    project_moments,
+)
 from .stored import Stored, load, store
 from .write import lift_write
 
@@ -73,11 +82,13 @@ __all__ = [
     "lift_",
     "lift_write",
     "load",
+    "move_columns",
     "newton_schulz",
     "on_device",
     "orthonormal_",
     "peaks",
     "philox",
+    "places_of",
     "product",
     "product_t",
     "project_moments",

@@ -72,17 +72,26 @@ def rotate_moments(
     exp_avg_sq.copy_(second.abs_().mul_(correction2))
 
 
-def select_moment(moment: Tensor, old: Tensor, new: Tensor) -> None:
+def places_of(old: Tensor, new: Tensor) -> Tensor:
+    """Return where each column of a subset was in another, int64 of the shape of `new`; or -1.
+
+    Args:
+        old, new: `(..., rank)` integers, sorted and distinct.
+    """
+    place = torch.searchsorted(old, new).clamp_(max=old.shape[-1] - 1)
+    return torch.where(old.gather(-1, place) == new, place, -1)
+
+
+def select_moment(moment: Tensor, places: Tensor) -> None:
     """Carry a moment between two subsets of one basis, in place.
 
-    The columns of indices that stay are copied, those of new indices become zero: the product
-    with the 0/1 matrix `P_old^T P_new`, without the product.
+    The columns that stay are copied, new ones become zero: the product with the 0/1 matrix
+    `P_old^T P_new`, without the product.
 
     Args:
         moment: `(..., rows, rank)`; modified in place.
-        old, new: `(..., rank)` integers, sorted and distinct; may lack leading axes of `moment`.
+        places: `(..., rank)`, see `places_of`; may lack leading axes of `moment`.
     """
-    place = torch.searchsorted(old, new).clamp_(max=old.shape[-1] - 1)
-    stays = old.gather(-1, place) == new
-    columns = place.unsqueeze(-2).expand(moment.shape)
-    moment.copy_(moment.gather(-1, columns).mul_(stays.unsqueeze(-2)))
+    columns = places.unsqueeze(-2)
+    taken = moment.gather(-1, columns.clamp_min(0).expand(moment.shape))
+    moment.copy_(taken.masked_fill_(columns < 0, 0))

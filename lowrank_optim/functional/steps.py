@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blockwise import BLOCK
 from .factors import down
-from .moments import adam
-from .products import compute_dtype, row_norms
+from .moments import adam, select_moment
+from .products import compute_dtype, row_chunks, row_norms
 from .rounding import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -75,6 +76,28 @@ def bits_of(
     with on_device(like.device):
         bits = stack_bits(noise, kind, count, slice(0, rows), rows, cols, like.device, draw)
     return bits.view(like.shape)
+
+
+def move_columns(
+    stored: tuple[Tensor, Tensor], places: Tensor, square: bool, noise: Noise, kind: int
+) -> None:
+    """Give a moment in 8 bits other columns, in place: see `select_moment`.
+
+    Args:
+        stored: codes `(..., rows, rank)` and their scales.
+        places: `(..., rank)`, where each column is now, -1 for one that begins with zeros.
+        square: whether it is an average of squares.
+        noise, kind: source of the random bits that squares are rounded by.
+    """
+    codes, scale = stored
+    *batch, count, rank = codes.shape
+    filled = -(-rank // BLOCK) * BLOCK
+    for rows in row_chunks(count, filled * torch.Size(batch).numel()):
+        some = codes[..., rows, :], scale[..., rows, :]
+        moment = load(some, torch.float32, square)
+        select_moment(moment, places)
+        here = noise._replace(stream=noise.stream + rows.start)
+        store(some, moment, square, partial(bits_of, here, kind, moment))
 
 
 def adam_moments(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..functional import peaks, select_moment
+from ..functional import peaks, places_of, select_moment
 from ..plan import Group, Matrix, Site, State
 from ..protocols import Moments, Rule
 
@@ -56,6 +56,10 @@ class Basis:
         """Return P."""
         return self.basis(state, site)
 
+    def places(self, before: State, state: State) -> Tensor | None:
+        """Return None: moments turn by a product."""
+        return None
+
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:
@@ -83,12 +87,17 @@ class IndexTransport:
     `align` has no meaning there and is not offered.
     """
 
+    def places(self, before: State, state: State) -> Tensor:
+        """Return where the columns were, see `functional.places_of`."""
+        return places_of(before["index"], state["index"])
+
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:
         """Copy the moments of the indices that stay and zero those of new ones, in place."""
+        places = self.places(before, state)
         for moment in moments.values():
-            select_moment(moment, before["index"], state["index"])
+            select_moment(moment, places)
 
     def align(self, before: State, state: State) -> None:
         """Raise: a subset cannot be turned; `Plan` refuses the setting."""

@@ -79,6 +79,10 @@ class Blocks:
         """Return all columns, or none."""
         return torch.arange(self.width(site), device=site.device)
 
+    def places(self, before: State, state: State) -> Tensor | None:
+        """Return None: nothing is carried."""
+        return None
+
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
@@ -157,8 +158,9 @@ class Bench:
         before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
         settings = {"state_dtype": state, "impl": self.args.impl} if method.ours else {}
         sides = (problem.matrices, problem.rest)
-        optimizer = method.build(*sides, rank=rank, gap=1 if method.ours else NEVER, **settings)
-        note = "first basis from a QR stand-in for torch.linalg.svd" if method.svd else ""
+        build = partial(method.build, rank=1.0 if method.full else rank, **settings)
+        optimizer = build(*sides, gap=1 if method.ours else NEVER)
+        note = "first basis from a QR stand-in for the SVD" if method.svd else ""
         with cheap_svd(rank) if method.svd else nullcontext():
             first = timed(optimizer.step, self.device)
         held = torch.cuda.memory_allocated() - before if self.device == "cuda" else ""
@@ -172,13 +174,13 @@ class Bench:
             step_ms = median(between.ms)
         if method.svd:
             del optimizer
-            added, note = self.svd_refresh(problem, method, rank)
+            added, note = self.svd_refresh(problem, build)
             yield {"kind": "refresh-per-matrix", "ms": added / len(problem.matrices), "note": note}
         elif method.gap:
             for group in optimizer.param_groups if method.ours else []:
                 group["update_proj_gap"] = 1
             if not method.ours:
-                optimizer = method.build(*sides, rank=rank, gap=1)
+                optimizer = build(*sides, gap=1)
                 optimizer.step()
             refresh = timed(optimizer.step, self.device, max(3, repeats // 4), limit=5)
             yield refresh.row("refresh") | {"state_bytes": held}
@@ -186,11 +188,11 @@ class Bench:
         if method.gap:
             yield {"kind": "with-refreshes", "ms": step_ms + added / method.gap, "note": note}
 
-    def svd_refresh(self, problem: Problem, method: Method, rank: int) -> tuple[float, str]:
+    def svd_refresh(self, problem: Problem, build: Callable[..., Any]) -> tuple[float, str]:
         """Return what a refresh takes, inferred from one matrix of each kind, and a note."""
         total = 0.0
         for shape, count in problem.kinds.items():
-            one = method.build([problem.one(shape)], [], rank=rank, gap=NEVER)
+            one = build([problem.one(shape)], [], gap=NEVER)
             first, second = (timed(one.step, self.device).ms[0] for _ in range(2))
             total += count * problem.layers * (first - second)
         return total, f"svd timed on {len(problem.kinds)} matrices, the rest inferred"

@@ -3,12 +3,13 @@
 import csv
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lowrank_optim import FiraAdamW, GaLoreAdamW
+from lowrank_optim import CondaW, FiraAdamW, GaLoreAdamW
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 OURS = ["galore", "dct-200", "dct-1", "fira", "frugal", "apollo", "plain"]
@@ -54,10 +55,11 @@ def test_ours_pass_the_gate_and_are_timed(bench, tmp_path, dtype):
         assert float(row["ratio"]) > 0
 
 
-def test_peers_agree_with_ours_and_say_where_the_basis_is_from(bench, tmp_path):
-    status, rows = run(bench[0], tmp_path / "a.csv", "--method", "galore-torch", "fira-pypi")
+def test_what_takes_an_svd_passes_the_gate_and_says_where_the_basis_is_from(bench, tmp_path):
+    names = ["galore-torch", "fira-pypi", "conda"]
+    status, rows = run(bench[0], tmp_path / "a.csv", "--method", *names)
     assert status == 0
-    for name in ("galore-torch", "fira-pypi"):
+    for name in names:
         assert kinds(rows, name) == ["first", "between", "refresh-per-matrix", "with-refreshes"]
         notes = {row["kind"]: row["note"] for row in rows if row["method"] == name}
         assert "QR" in notes["between"]
@@ -85,10 +87,13 @@ def test_a_red_gate_writes_no_row(bench, tmp_path, monkeypatch, capsys):
     [
         ("fira", FiraAdamW, {"projector": "power", "limiter": None}),
         ("galore", GaLoreAdamW, {"projector": "power", "on_refresh": "rotate"}),
+        ("conda", CondaW, {"betas": (0.95, 0.99)}),
+        ("conda", CondaW, {"projector": "power"}),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_gate_sees_a_limiter_and_what_becomes_of_moments(bench, name, cls, settings, dtype):
+def test_the_gate_sees_what_is_changed(bench, name, cls, settings, dtype):
+    """A limiter, what becomes of moments, a beta, other directions in the same subspace."""
     peers = bench[1]
     good, bad = peers.METHODS[name].build, peers.ours(cls, **settings)
 
@@ -113,6 +118,19 @@ def test_what_raises_gets_a_row_without_numbers(bench, tmp_path, monkeypatch):
     assert "ImportError: no module of that name" in row["note"]
 
 
+def test_conda_is_timed_at_full_rank(bench, tmp_path, monkeypatch):
+    step_time, peers = bench
+    conda, ranks = peers.METHODS["conda"], []
+
+    def build(*sides, rank, gap, **settings):
+        ranks.append(rank)
+        return conda.build(*sides, rank=rank, gap=gap, **settings)
+
+    monkeypatch.setitem(peers.METHODS, "conda", replace(conda, build=build))
+    run(step_time, tmp_path / "a.csv", "--method", "conda")
+    assert ranks == [peers.GATE_RANK] * 2 + [1.0] * 3
+
+
 def test_the_budget_leaves_out_and_says_so(bench, tmp_path, capsys):
     _, rows = run(bench[0], tmp_path / "a.csv", "--method", "frugal", "--budget", "0")
     assert {row["method"] for row in rows} == {"adamw"}
@@ -120,7 +138,10 @@ def test_the_budget_leaves_out_and_says_so(bench, tmp_path, capsys):
 
 
 def test_floors_are_the_arithmetic_of_the_readme(bench):
-    """AdamW on bf16 weights: 14 bytes a parameter, 22 with float32 states; projected 6 and more."""
+    """AdamW on bf16 weights: 14 bytes a parameter, 22 with float32 states; projected 6 and more.
+
+    CondaW's two states are as large as AdamW's, and three products have a basis of all columns.
+    """
     peers = bench[1]
     problem = peers.Problem("60m", 1, torch.bfloat16, "cpu")
     plain, galore = peers.METHODS["plain"], peers.METHODS["galore"]
@@ -131,3 +152,6 @@ def test_floors_are_the_arithmetic_of_the_readme(bench):
     rest = problem.params - projected
     total = 6 * projected + 16 * moments + 22 * rest
     assert peers.floor(galore, problem, 8, "float32") == (total, 4 * 8 * projected)
+    wide = sum(min(p.shape) * p.numel() for p in problem.matrices)
+    conda = peers.METHODS["conda"]
+    assert peers.floor(conda, problem, 8, "float32") == (22 * problem.params, 3 * 2 * wide)

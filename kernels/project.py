@@ -29,8 +29,8 @@ from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
 from .tables import addresses, tables
 
-HEIGHT = 4
-"""Rows of a tile of 8-bit moments."""
+HEIGHT = 1
+"""Rows of a tile of 8-bit moments: of one, a warp finds the scale without the others."""
 
 
 class Norms(NamedTuple):
@@ -98,7 +98,8 @@ def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool, room: 
     if not half:
         width = width if eight else min(128, width)
         return Tile(min(32, height), width, 32, min(64, width), 8 if width == 256 else 4, 2)
-    return Tile(min(128, height), width, 32, 16, 8 if height > 32 else 4, 4)
+    cols, stages = (64, 3) if room else (32, 4)
+    return Tile(min(128, height), width, cols, 16, 8 if height > 32 else 4, stages)
 
 
 @triton.jit
@@ -351,7 +352,7 @@ def project_moments(
         _project_eight[(len(grads) * row_tiles * rank_tiles,)](
             sums, *moved[2:], streams, *maps, low, direction, squares,
             rows, rank, row_tiles, rank_tiles, len(grads), *adams,
-            TYPES[out_dtype], counted, *want, known, HEIGHT, tile.rank, num_warps=4,
+            TYPES[out_dtype], counted, *want, known, HEIGHT, tile.rank, num_warps=1,
         )  # fmt: skip
     norms = None
     if squares is not None:

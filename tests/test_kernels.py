@@ -257,7 +257,8 @@ def test_lift_write(size, kind, layout, dtype, rounded, name, device):
         update = Update(update.direction, update.low * -0.25, update.grad)
     (other,) = twins(params)
     noise = noises(2) if rounded else None
-    kernels.lift_write(params, grads, factors, low, direction, update, -0.1, 0.99, noise)
+    given = direction.clone()
+    kernels.lift_write(params, grads, factors, low, given, update, -0.1, 0.99, noise)
     functional.lift_write(
         other, grads, wide_factors, low.float(), direction.float(), update, -0.1, 0.99, noise
     )

@@ -25,6 +25,8 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from lowrank_optim.kernels import dct
+from lowrank_optim.kernels import lift as lifting
+from lowrank_optim.kernels import project as projection
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
@@ -254,8 +256,8 @@ def variants(every: bool) -> list[Variant]:
     return list({(v.kernel, v.name): v for v in found}.values())
 
 
-def launches(variant: Variant) -> list[Launch]:
-    """Return what a variant would launch."""
+def launches(variant: Variant, arch: int) -> list[Launch]:
+    """Return what a variant would launch on an architecture."""
     found: list[Launch] = []
 
     def note(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -269,11 +271,14 @@ def launches(variant: Variant) -> list[Launch]:
         first = torch.float16 if dtype == torch.float16 else torch.bfloat16
         return w.to(first), t, m.to(torch.bfloat16)
 
+    room = projection.roomy
     JITFunction.run, dct.cosines = note, cosines
+    projection.roomy = lifting.roomy = lambda device: arch >= 90
     try:
         variant.call()
     finally:
         JITFunction.run, dct.cosines = run, made
+        projection.roomy = lifting.roomy = room
     return found
 
 
@@ -316,7 +321,7 @@ def resources(kernel: Any) -> Resources:
 def measure(job: tuple[int, int, bool]) -> list[tuple[str, Resources]]:
     """Return what the launches of a variant, named by its place, take on an architecture."""
     place, arch, every = job
-    found = launches(variants(every)[place])
+    found = launches(variants(every)[place], arch)
     return [(x.fn.__name__, resources(compile_for(x, arch))) for x in found]
 
 

@@ -38,13 +38,6 @@ class Tile(NamedTuple):
     stages: int
 
 
-ROOMY = {
-    False: Tile(128, 128, 64, 32, 4, 3),
-    True: Tile(64, 128, 64, 32, 4, 3),
-}
-"""Tiles where a program may take 192 KiB, without and with the sign: the fastest of a dozen."""
-
-
 @lru_cache(maxsize=256)
 def tile_of(
     shape: tuple[int, int], rank: int, half: bool, signed: bool, indexed: bool, room: bool
@@ -61,22 +54,34 @@ def tile_of(
         second level, 128x256 1.00  2.00  4.00
 
     Of 128^2 two programs share a multiprocessor (128 registers a thread), one of them reading and
-    writing W while the other multiplies. Of the larger tile there is only one, whose products (11
-    us at r = 1024) and weights (64 KiB each way, 4 us) follow each other: 1.9, 2.5, 3.9 ps. Pieces
-    of 16 columns are what keeps 128 registers enough. The sign term keeps sums of its own. No
-    tile is much larger than the matrix.
+    writing W while the other multiplies; pieces of 16 columns are what keeps 128 registers enough.
+    With room for more on their way, products of 64 columns of rank and larger pieces, whose rows
+    are whole lines of memory, are faster. Measured on an H200, ms for all matrices of LLaMA-7B:
+
+        rows x cols, rank, piece, warps        r = 1024     256
+        128 x 256, 32, 16, 8                       37.2    21.7
+        128 x 128, 32, 16, 8                       30.6    16.2
+        128 x 128, 64, 32, 4                       28.8    14.0
+        128 x 128, 64, 64, 8                       26.0       -
+        with the sign: 64 x 128, 32, 32, 8         60.8    27.4
+        64 x 128, 64, 32, 4                        54.5    26.8
+        64 x 128, 64, 64, 4                        51.2       -
+
+    The sign term keeps sums of its own. No tile is much larger than the matrix.
     """
     height, width = (max(16, triton.next_power_of_2(size)) for size in shape)
     if indexed:
         tile = Tile(32, 128, 32, 128, 8, 2)
     elif not half:
         tile = Tile(64, 64, 32, 32, 4, 2)
+    elif room and signed:
+        tile = Tile(64, 128, 64, 64, 4, 3)
     elif room:
-        tile = ROOMY[signed]
+        tile = Tile(128, 128, 64, 64, 8, 3) if rank > 512 else Tile(128, 128, 64, 32, 4, 3)
     elif signed:
         tile = Tile(64, 128, 32, 32, 8, 4)
     else:
-        tile = Tile(128, 256, 32, 16, 8, 3) if rank > 512 else Tile(128, 128, 32, 16, 8, 4)
+        tile = Tile(128, 128, 32, 16, 8, 4)
     rows, cols = min(tile.rows, height), min(tile.cols, width)
     warps = tile.warps if rows * cols >= 4096 else 4
     return tile._replace(rows=rows, cols=cols, piece=min(tile.piece, cols), warps=warps)
@@ -212,7 +217,7 @@ def _lift(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _blend(
     direction, low, a, b, rows, rank, TYPE: tl.constexpr, LOW_ROWS: tl.constexpr,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
@@ -287,8 +292,8 @@ def lift_write(
 def blend(direction: Tensor, low: Tensor, a: float, b: float | Tensor) -> None:
     """Put a N + b R in place of N, all `(K, rows, rank)`; b is a number or one a row.
 
-    A pass of 6 r bytes a row saves the product from reading two operands for one, through
-    registers: on an H200, 57 to 69 ms a step of LLaMA-7B became what it takes of one.
+    A pass of 6 r bytes a row, so that the product reads one operand, not two through registers:
+    59 to 68 ms a step of LLaMA-7B at r = 1024 on an H200, where with one it is 26.
     """
     rows, rank = direction.shape[0] * direction.shape[1], direction.shape[2]
     _blend[(over(rows, 4), over(rank, 256))](

@@ -137,14 +137,19 @@ def form_of(moment: Stored) -> Hashable:
 def held_bytes(part: Part, plan: Plan) -> int:
     """Return the bytes that a launch makes for one matrix: low, direction, sums, and a basis.
 
-    A basis is counted as one that is gathered in float32 and narrowed.
+    A basis of the state is used as it lies there, or narrowed; any other is counted as one that is
+    gathered in float32 and narrowed.
     """
     want, (rows, cols), layout = plan.residual.want, part.param.shape, part.job.layout
     if layout.mesh is not None:
         rows = -(-layout.rows // layout.team.size)  # the same number on all processes
     width = 2 if part.grad.dtype == torch.bfloat16 else 4
     values = width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
-    return site_of(part.job).rank * (rows * values + 6 * cols)
+    made = 6
+    if plan.projector.bases:
+        basis = part.job.state[plan.projector.bases[0]]
+        made = 0 if basis.dtype == part.grad.dtype else width
+    return site_of(part.job).rank * (rows * values + made * cols)
 
 
 def factors_of(parts: list[Part], plan: Plan) -> list[Tensor]:

@@ -24,9 +24,9 @@ def limit(
         return 1.0
     before: Tensor = state[key]
     ceiling = growth * before
-    counts = norm.isfinite() & (norm > 0)
-    factor = torch.where(counts & (norm > ceiling), ceiling / norm, 1.0)
-    before.copy_(torch.where(counts, torch.minimum(norm, ceiling), before))
+    finite = norm < math.inf
+    factor = torch.where(finite & (norm > ceiling), ceiling / norm, 1.0)
+    before.copy_(torch.where(finite & (norm > 0), torch.minimum(norm, ceiling), before))
     return factor[..., None, None].to(norm.dtype)
 
 

@@ -114,16 +114,22 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
     """Yield matrices that are `alike`, with their jobs, not too many at a time.
 
     Each process learns the subspaces of some: the more there are, the more matrices are taken.
-    What chooses columns makes numbers of columns, no bases.
     """
     for same in alike(jobs):
         matrices = [(job, Matrix(grad_of(job), job.state, site_of(job))) for job in same]
         grad, _, site = matrices[0][1]
-        lanes = (site.most or site.rank) if plan.projector.decomposes else CHOICE
-        size = site.cols * lanes * grad.shape[:-2].numel()
-        count = max(1, TOGETHER // max(1, size)) * min(site.team.size, ABREAST)
+        count = abreast(site, grad.shape[:-2].numel(), plan) * min(site.team.size, ABREAST)
         for start in range(0, len(matrices), count):
             yield matrices[start : start + count]
+
+
+def abreast(site: Site, matrices: int, plan: Plan) -> int:
+    """Return how many parameters of so many matrices each are moved together by one process.
+
+    What chooses columns makes numbers of columns, no bases.
+    """
+    lanes = (site.most or site.rank) if plan.projector.decomposes else CHOICE
+    return max(1, TOGETHER // max(1, site.cols * lanes * matrices))
 
 
 def alike(jobs: Iterable[Job]) -> Iterable[list[Job]]:

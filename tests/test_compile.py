@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHARED = 99 << 10
-"""Bytes of shared memory that a program gets on the smallest devices, sm_86 and sm_89."""
+SHARED = {80: 99 << 10, 90: 192 << 10}
+"""Bytes of shared memory that a program gets: on the smallest devices, sm_86 and sm_89, which have
+the tiles of sm_80, and where there is room for more."""
 
 STACK = 128
 """Bytes of registers that may be spilled where bfloat16 moments and norms come together: some fifty
@@ -45,10 +46,10 @@ def forms(count, step, seed, rate, ranks=64):
         update = Update(direction=rate or 1, low=rate or 1, grad=rate or 1)
         kernels.lift_write(grads, grads, bases, *found[:2], update, rate, rate, noises)
     return [
-        (x.fn.__name__, c.specialized(x, 90)[1:]) for x in c.launches(c.Variant("", "", call))
+        (x.fn.__name__, c.specialized(x, 90)[1:]) for x in c.launches(c.Variant("", "", call), 90)
     ]
 
-assert len(forms(1, 1, 5, 0.5)) == 6
+assert len(forms(1, 1, 5, 0.5)) == 9
 for numbers in ((16, 16, 5, 0.25), (3, 7, 6, 1), (2, 1 << 20, 16, 1e-9), (1, 2, 5, 0.0)):
     assert forms(*numbers) == forms(1, 1, 5, 0.5), numbers
 """
@@ -85,7 +86,7 @@ def test_kernels_fit_the_devices(run):
     assert kernels >= {"_project", "_project_eight", "_lift", "_adam", "_quantize", "_scores"}
     for row in rows:
         kernel, what = row["kernel"], row["variant"]
-        assert row["shared"] <= SHARED, row
+        assert row["shared"] <= SHARED[row["arch"]], row
         assert row["stack"] <= (STACK if "state bfloat16" in what and "norms" in what else 0), row
         if kernel in ("_project", "_lift"):
             products = (

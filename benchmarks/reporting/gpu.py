@@ -60,24 +60,31 @@ def planned(rows: list[Row]) -> str:
 
 def steps(rows: list[Row]) -> str:
     """Show the times of a step of 7B beside AdamW's and beside the floors, ms."""
-    kinds: dict[str, dict[str, Row]] = {}
+    kinds: dict[tuple[int, str], dict[str, Row]] = {}
     for row in rows:
-        kinds.setdefault(row["method"], {})[row["kind"]] = row
+        kinds.setdefault((-int(row["rank"]), row["method"]), {})[row["kind"]] = row
     lines = []
-    for name, at in sorted(kinds.items(), key=lambda item: float(item[1]["between"]["ms"])):
+    for (rank, name), at in sorted(
+        kinds.items(), key=lambda item: (item[0][0], float(item[1]["between"]["ms"]))
+    ):
+        if name == "adamw" and lines:
+            continue  # the baseline of another rank: the same step
+
+        def cell(kind: str, key: str = "ms", form: str = ".0f", at: dict[str, Row] = at) -> str:
+            value = at.get(kind, {}).get(key)
+            return f"{float(value):{form}}" if value else "-"
+
         row = at["between"]
-        state = (
-            int(row["state_bytes"]) / GIB if row["state_bytes"] else 4 * int(row["params"]) / GIB
-        )
+        state = int(row["state_bytes"] or 4 * int(row["params"])) / GIB
         lines.append([
-            name, row["state"], f"{state:.2f}", f"{float(row['ms']):.0f}", row["host_ms"] or "-",
-            f"{float(row['floor_ms']):.0f}", f"{float(row['floor_flop_ms']):.0f}",
-            at["refresh"]["ms"] if "refresh" in at else "-",
-            f"{float(row['ratio']):.1f}",
+            name, "-" if name == "adamw" else str(-rank), row["state"], f"{state:.2f}",
+            cell("between"), cell("between", "host_ms"), cell("between", "floor_ms"),
+            cell("between", "floor_flop_ms"), cell("refresh"),
+            cell("between", "ratio", ".2f"), cell("with-refreshes", "ratio", ".2f"),
         ])  # fmt: skip
     heads = [
-        "method", "states", "GiB", "ms a step", "of the host", "floor: bytes", "floor: flops",
-        "a step that refreshes all", "to AdamW",
+        "method", "rank", "states", "GiB", "ms a step", "of the host", "floor: bytes",
+        "floor: flops", "a step that refreshes all", "to AdamW", "with refreshes",
     ]  # fmt: skip
     return table(heads, lines)
 
@@ -90,7 +97,7 @@ def fits(rows: list[Row]) -> str:
         sizes = (row["predicted_peak"], row["peak_allocated"], row["peak_reserved"])
         trained = row["outcome"] == "trained"
         lines.append([
-            METHODS[row["method"]].label, card, row["rank"], row["batch"],
+            METHODS[row["method"]].label, card, row["rank"] if trained else "-", row["batch"],
             *(f"{int(size) / GIB:.2f}" for size in sizes),
             f"{float(row['tokens_per_s']):.0f}" if trained else row["outcome"],
             f"{row['loss_first']} - {row['loss_last']}" if trained else "-",

@@ -78,6 +78,6 @@ def conditions(groups: list[Runs]) -> str:
 
     device = "CPU" if distinct("device") == "cpu" else distinct("device")
     return (
-        f"{device}, torch {distinct('torch')}, {distinct('threads')} thread a run, "
+        f"{device}, torch {distinct('torch')}, threads a run: {distinct('threads')}, "
         f"seeds {distinct('seed')}, commit {distinct('commit')}, {distinct('date')}."
     )

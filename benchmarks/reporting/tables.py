@@ -294,7 +294,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "demo-all": demo_all,
     "demo-seeds": demo_seeds,
     "quality-3m": quality("3m"),
-    "quality-60m": quality("60m"),
+    "quality-60m": quality("60m", 400),
     "searched-60m": searched("60m", 400),
     "small-states-3m": small_states("3m"),
     "recipe": recipe,

@@ -56,8 +56,8 @@ class NormScaled(Limited):
         assert norms is not None
         kept = self._kept(group)
         whole_row = norms.grad.square()
-        dropped = whole_row - (2 * kept - kept**2) * norms.low.square()
-        noise = 16 * torch.finfo(dropped.dtype).eps * whole_row
+        dropped = whole_row.addcmul(norms.low, norms.low, value=kept**2 - 2 * kept)
+        noise = whole_row.mul_(16 * torch.finfo(dropped.dtype).eps)
         dropped.masked_fill_(dropped < noise, 0)
         return phi_of(norms).square_().mul_(dropped).sum(-2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from .adapt import narrow, widened
 from .auto_rank import padded
 from .dispatch import formats
 from .distributed import Layout
-from .functional import BLOCK, Noise, row_chunks, usable
+from .functional import BLOCK, Noise, on_device, row_chunks, usable
 from .geometry import oriented
 from .plan import Group, Job, Matrix, Plan, Site, State
 from .projectors import peaks_of
+from .protocols import Rule
 from .rates import stream_and_height
 from .storage import (
+    Held,
     kind_of,
     load_moments,
     moments_of,
@@ -198,11 +201,7 @@ def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Pla
         )
     ops = formats(site)
     places = plan.projector.places(old, new) if turns and rank == site.rank else None
-    eight = [moment for moment in held.values() if not isinstance(moment, Tensor)]
-    if places is not None and len(eight) == len(held):
-        for place, (slot, moment) in enumerate(zip(held, eight, strict=True)):
-            kind = kind_of(place, len(held), True)
-            ops.move_columns(moment, places, slot in rule.squares, noise, kind)
+    if places is not None and carry_columns(held, places, rule, noise, ops):
         return
     filled = -(-most // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
     for rows in row_chunks(count, filled * prod(batch)):
@@ -216,6 +215,24 @@ def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Pla
         moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}
         some = {slot: rows_of(moment, rows) for slot, moment in kept.items()}
         store_moments(some, moments, rule, here, carried=True, ops=ops)
+
+
+def carry_columns(held: Held, places: Tensor, rule: Rule, noise: Noise, ops: ModuleType) -> bool:
+    """Move the columns of moments in place if all of them are in 8 bits; return whether they are.
+
+    Args:
+        held: the moments as they lie in memory.
+        places: where each column was, see `functional.places_of`.
+        rule, noise, ops: as in `store_moments`.
+    """
+    eight = {slot: moment for slot, moment in held.items() if not isinstance(moment, Tensor)}
+    if len(eight) < len(held):
+        return False
+    for place, (slot, moment) in enumerate(eight.items()):
+        kind = kind_of(place, len(held), True)
+        with on_device(places.device):
+            ops.move_columns(moment, places, slot in rule.squares, noise, kind)
+    return True
 
 
 def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> list[State]:

@@ -22,7 +22,8 @@ PRODUCTS = [case for case in ROTATING if case not in COPIES]
 
 def trained(case, monkeypatch, chunks, **changes):
     """Return weights and states after two refreshes of all matrices."""
-    monkeypatch.setattr(subspace, "row_chunks", chunks)
+    for module in (subspace, functional.steps):
+        monkeypatch.setattr(module, "row_chunks", chunks)
     model = Model()
     optimizer = case.build(model.parameters(), stagger=False, **changes)
     train(model, optimizer, range(2 * GAP + 1))

@@ -88,9 +88,10 @@ def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool, room: 
     so the tile is as wide as the sums leave registers for, 128 of 255 a thread; what follows the
     product is done in pieces of 16 columns, or it would not fit beside them. Four stages of 24 KiB
     stay below the 99 KiB of the smallest devices; three on their way at 1 us are 72 KiB a
-    multiprocessor and us, 9.5 TB/s. Products in float32 have no tensor cores, and small tiles;
-    chosen columns have no product. A block of 8-bit moments is the width of a tile. No tile is
-    much larger than the matrix.
+    multiprocessor and us, 9.5 TB/s. Where there is room, three of 48 KiB are faster: 23 ms for all
+    matrices of LLaMA-7B instead of 28 at r = 1024, 6.3 instead of 7.4 at 256. Products in float32
+    have no tensor cores, and small tiles; chosen columns have no product. A block of 8-bit moments
+    is the width of a tile. No tile is much larger than the matrix.
     """
     height = max(16, triton.next_power_of_2(rows))
     width = min(256, max(16, triton.next_power_of_2(rank)))

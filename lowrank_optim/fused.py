@@ -137,8 +137,8 @@ def form_of(moment: Stored) -> Hashable:
 def held_bytes(part: Part, plan: Plan) -> int:
     """Return the bytes that a launch makes for one matrix: low, direction, sums, and a basis.
 
-    A basis of the state is used as it lies there, or narrowed; any other is counted as one that is
-    gathered in float32 and narrowed.
+    A whole basis in the state is used as it lies there, or narrowed; any other is counted as one
+    that is gathered in float32 and narrowed.
     """
     want, (rows, cols), layout = plan.residual.want, part.param.shape, part.job.layout
     if layout.mesh is not None:
@@ -146,9 +146,10 @@ def held_bytes(part: Part, plan: Plan) -> int:
     width = 2 if part.grad.dtype == torch.bfloat16 else 4
     values = width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
     made = 6
-    if plan.projector.bases:
-        basis = part.job.state[plan.projector.bases[0]]
-        made = 0 if basis.dtype == part.grad.dtype else width
+    for key in plan.projector.bases:
+        basis = part.job.state[key]
+        if basis.shape[-2] == cols:
+            made = 0 if basis.dtype == part.grad.dtype else width
     return site_of(part.job).rank * (rows * values + made * cols)
 
 

@@ -206,6 +206,8 @@ def sensitivity(task: str, methods: tuple[str, ...]) -> Callable[[Ledger], str]:
             }
             least = min(loss for row in found.values() for loss in row if loss is not None)
             for label, row in found.items():
+                if all(loss is None for loss in row):
+                    continue
                 cells = ["-" if loss is None else f"{loss - least:.3f}" for loss in row]
                 lines.append([METHODS[name].label, label, cells[2], cells[0], cells[1]])
         return table(heads, lines) if lines else NOTHING
@@ -301,6 +303,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "tries-1600": tries("bytes-128", 1600),
     **gpu.TABLES,
     "parts": parts("bytes-128", 400),
-    "sensitivity": sensitivity("bytes-128", ("lowrank", "galore", "fira", "frugal")),
+    "sensitivity": sensitivity("bytes-128", ("lowrank",)),
+    "sensitivity-3m": sensitivity("3m", ("galore", "fira", "frugal")),
     "rates": rates(("bytes-128", "bytes-192", "3m")),
 }

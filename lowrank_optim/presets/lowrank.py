@@ -35,7 +35,7 @@ class LowRankAdamW(LowRank):
     Reference: none; the parts are GaLore's subspace (Zhao et al., arXiv 2403.03507), found by block
         power iteration, and the state-free step of FRUGAL (Zmushko et al., arXiv 2411.07837), where
         it is as long as Adam's. `benchmarks/README.md` has the evidence: ahead of AdamW in runs of
-        up to 1600 steps, level with it or a little behind in longer ones.
+        up to 1600 steps, level with it after 4000.
     """
 
     def __init__(

@@ -47,6 +47,6 @@ def row_norms(grads: Sequence[Tensor], table: Tensor, aligned: bool) -> Tensor:
     row_tiles = over(rows, height)
     _row_norms[(len(grads) * row_tiles,)](
         table, out, rows, cols, row_tiles, *grad.stride(),
-        tl_type(grad), aligned, height, width, num_warps=4, num_stages=3,
+        tl_type(grad), aligned, height, width, num_warps=4,
     )  # fmt: skip
     return out

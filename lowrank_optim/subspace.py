@@ -121,12 +121,12 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
     for same in alike(jobs):
         matrices = [(job, Matrix(grad_of(job), job.state, site_of(job))) for job in same]
         grad, _, site = matrices[0][1]
-        count = abreast(site, grad.shape[:-2].numel(), plan) * min(site.team.size, ABREAST)
+        count = at_a_time(site, grad.shape[:-2].numel(), plan) * min(site.team.size, ABREAST)
         for start in range(0, len(matrices), count):
             yield matrices[start : start + count]
 
 
-def abreast(site: Site, matrices: int, plan: Plan) -> int:
+def at_a_time(site: Site, matrices: int, plan: Plan) -> int:
     """Return how many parameters of so many matrices each are moved together by one process.
 
     What chooses columns makes numbers of columns, no bases.

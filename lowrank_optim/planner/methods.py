@@ -17,7 +17,7 @@ from ..groups import param_groups
 from ..optimizer import LowRank, Params
 from ..plan import Group, Job, Plan
 from ..rounds import Round
-from ..subspace import abreast, move_subspaces, site_of
+from ..subspace import at_a_time, move_subspaces, site_of
 from ..update import init_state, template
 from .trace import Live
 
@@ -167,7 +167,7 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
         room = fused.at_once(everyone)
         for jobs in kinds.values():
             site = site_of(jobs[0])
-            together = min(len(jobs), abreast(site, jobs[0].layout.matrices, plan))
+            together = min(len(jobs), at_a_time(site, jobs[0].layout.matrices, plan))
             some = [with_state(job, group, plan) for job in jobs[: min(together, MEASURED)]]
             single = refresh_workspace(some[:1], group, plan)
             several = refresh_workspace(some, group, plan) if len(some) > 1 else single

@@ -51,6 +51,7 @@ class Method:
         start: rates (lr, rest_lr) that the search starts from.
         settings: what the optimizer is built with besides.
         gap: steps between refreshes; None for an eighth of a run, and 200 at most.
+        whole: whether it takes whole matrices, and has no subspace to move.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Method:
     start: tuple[float, float]
     settings: Mapping[str, Any] = field(default_factory=dict)
     gap: int | None = None
+    whole: bool = False
+
+    @property
+    def rank(self) -> float:
+        """The share of the projected axis."""
+        return 1.0 if self.whole else 0.25
 
     def gap_of(self, steps: int) -> int:
         """Return the steps between refreshes in a run of some length."""
@@ -76,6 +83,7 @@ METHODS = {
         Method("frugal", "FRUGAL", "FrugalAdamW", (1e-3, 1e-2)),
         Method("apollo", "APOLLO", "ApolloAdamW", (3e-3, 1e-2)),
         Method("lowrank", "LowRankAdamW", "LowRankAdamW", (1.7e-3, 1e-2), gap=50),
+        Method("muon", "Muon", "MuonW", (3e-2, 3e-2), gap=1, whole=True),
     )
 }
 
@@ -95,7 +103,7 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=spec.lr, betas=betas, fused=True)
     settings: dict[str, Any] = {
-        "update_proj_gap": spec.gap,
+        **({} if method.whole else {"update_proj_gap": spec.gap}),
         "stochastic_rounding": spec.weights == "bfloat16",
         "state_dtype": {"float32": None, "bfloat16": torch.bfloat16}.get(spec.state, spec.state),
         **method.settings,

@@ -21,8 +21,9 @@ def base(task: str, method: str, steps: int | None = None, **more: object) -> Sp
     length = steps or TASKS[task].steps
     lr, rest_lr = METHODS[method].start
     gap, decay = METHODS[method].gap_of(length), TASKS[task].weight_decay
+    rank = METHODS[method].rank
     spec = Spec(
-        task, method, "tune", SEED, length, lr, rest_lr, 0.9, 0.99, gap=gap, weight_decay=decay
+        task, method, "tune", SEED, length, lr, rest_lr, 0.9, 0.99, rank, gap, weight_decay=decay
     )
     return spec._replace(**more)  # type: ignore[arg-type]
 

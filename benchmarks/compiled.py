@@ -200,8 +200,8 @@ def columns(squares: bool, rank: int) -> Variant:
     """Return a variant of moving the columns of 8-bit moments."""
 
     def call() -> None:
-        places = torch.arange(rank)
-        kernels.move_columns(moment((4096, rank), "8bit", squares), places, squares, noise()[0], 4)
+        places, moments = torch.arange(rank).unsqueeze(0), [moment((4096, rank), "8bit", squares)]
+        kernels.move_columns(moments, places, squares, noise(), 4)
 
     return Variant("columns", f"{'squares' if squares else 'signed'}, r {rank}", call)
 

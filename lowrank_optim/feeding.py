@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .functional import Noise, bits_of, lift_, load, store
 from .halves import batches
-from .plan import Group, Job, Plan
+from .plan import Group, Job, Plan, site_of
 from .protocols import Carried
 from .storage import stored
-from .subspace import grad_of, site_of
+from .subspace import grad_of
 
 AT_ONCE = 1 << 23
 """Elements of gradients that are fed at once."""

@@ -12,10 +12,9 @@ from .dispatch import kernels
 from .functional import Noise, Stored, is_index, on_device
 from .geometry import oriented
 from .halves import Half
-from .plan import Group, Job, Plan
+from .plan import Group, Job, Plan, site_of
 from .rates import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .storage import stored
-from .subspace import site_of
 
 AT_ONCE = 48 << 20
 """Bytes of projected gradients, directions and bases that a step makes beside the parameters."""

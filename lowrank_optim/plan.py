@@ -141,6 +141,12 @@ class Job(NamedTuple):
     kept: Moments | None = None
 
 
+def site_of(job: Job) -> Site:
+    """Return the site of a projected parameter."""
+    assert job.site is not None
+    return job.site
+
+
 class Matrix(NamedTuple):
     """What a projector works on: a gradient with the projected axis last, state and place."""
 

@@ -77,8 +77,12 @@ class Projector(Protocol):
     def factor(self, state: State, site: Site) -> Tensor:
         """Return P, `(..., cols, rank)`, or `(rank,)` integers: P is a choice of columns."""
 
-    def places(self, before: State, state: State) -> Tensor | None:
-        """Return where each column of P was in the P of `before`, or -1; None if P is no subset."""
+    def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor | None:
+        """Return where the columns of K subspaces were before, or -1; None if they are no subsets.
+
+        Args:
+            before, states: of K matrices of one shape.
+        """
 
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group

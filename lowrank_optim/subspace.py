@@ -1,37 +1,22 @@
-"""When subspaces move, and what becomes of the moments then."""
+"""When subspaces move."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from math import prod
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .adapt import narrow, widened
-from .auto_rank import padded
-from .dispatch import formats
+from .carrying import Moved, carry, reset
 from .distributed import Layout
-from .functional import BLOCK, Noise, on_device, row_chunks, usable
+from .functional import usable
 from .geometry import oriented
-from .plan import Group, Job, Matrix, Plan, Site, State
+from .plan import Group, Job, Matrix, Plan, Site, State, site_of
 from .projectors import peaks_of
-from .protocols import Rule
-from .rates import stream_and_height
-from .storage import (
-    Held,
-    kind_of,
-    load_moments,
-    moments_of,
-    rows_of,
-    shape_of,
-    store_moments,
-    stored,
-)
+from .storage import moments_of, shape_of
 from .team import agreed
 
 TOGETHER = 1 << 22
@@ -101,12 +86,6 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def site_of(job: Job) -> Site:
-    """Return the site of a projected parameter."""
-    assert job.site is not None
-    return job.site
-
-
 def is_tried_again(job: Job) -> bool:
     """Return whether a matrix that may still have no subspace looks for one in this step."""
     step = site_of(job).step
@@ -166,6 +145,7 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     ranks = [matrix.site.rank for matrix in matrices]
     if changes:
         ranks = narrow(matrices, moved, before, group, plan)
+    carried: list[Moved] = []
     for (job, matrix), old, new, rank in zip(part, before, moved, ranks, strict=True):
         same = rank == matrix.site.rank
         matrix.site.rank = rank
@@ -173,69 +153,11 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
         if plan.on_refresh == "reset":
             reset(job, plan, matrix.site)
         elif plan.slots and (turns or not same):
-            carry(job, old, new, turns, group, plan)
+            carried.append(Moved(job, old, new, turns))
+    carry(carried, group, plan)
 
 
-def carry(job: Job, old: State, new: State, turns: bool, group: Group, plan: Plan) -> None:
-    """Carry the moments into a subspace that has moved, some rows at a time, in place.
-
-    Args:
-        job: whose moments they are.
-        old, new: the subspace before and after, perhaps of another rank: then what is missing of
-            either counts as zero, and the moments are others in the state.
-        turns: whether they turn with the subspace; else the first columns stay.
-        group, plan: its own.
-    """
-    site, rule, noise = site_of(job), plan.rule, noise_before(job, group)
-    held = kept = moments_of(job.state, plan.slots)
-    *batch, count, rank = shape_of(job.state, plan.slots[0])
-    most = max(rank, site.rank)
-    if rank != site.rank:
-        for slot in plan.slots:
-            shape = (*batch, count, site.rank)
-            job.state.update(plan.storage.zeros(slot, shape, job.param))
-        kept = moments_of(job.state, plan.slots)
-        old, new = (
-            {key: padded(state[key], most, site.cols * far) for key in plan.projector.keys}
-            for far, state in ((1, old), (2, new))
-        )
-    ops = formats(site)
-    places = plan.projector.places(old, new) if turns and rank == site.rank else None
-    if places is not None and carry_columns(held, places, rule, noise, ops):
-        return
-    filled = -(-most // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
-    for rows in row_chunks(count, filled * prod(batch)):
-        some = {slot: rows_of(moment, rows) for slot, moment in held.items()}
-        moments = load_moments(some, rule, site.dtype, ops)
-        if rank != site.rank:
-            moments = {slot: pad(moment, (0, most - rank)) for slot, moment in moments.items()}
-        if turns:
-            plan.projector.transport(rule, moments, old, new, site, group)
-        here = noise._replace(stream=noise.stream + rows.start)
-        moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}
-        some = {slot: rows_of(moment, rows) for slot, moment in kept.items()}
-        store_moments(some, moments, rule, here, carried=True, ops=ops)
-
-
-def carry_columns(held: Held, places: Tensor, rule: Rule, noise: Noise, ops: ModuleType) -> bool:
-    """Move the columns of moments in place if all of them are in 8 bits; return whether they are.
-
-    Args:
-        held: the moments as they lie in memory.
-        places: where each column was, see `functional.places_of`.
-        rule, noise, ops: as in `store_moments`.
-    """
-    eight = {slot: moment for slot, moment in held.items() if not isinstance(moment, Tensor)}
-    if len(eight) < len(held):
-        return False
-    for place, (slot, moment) in enumerate(eight.items()):
-        kind = kind_of(place, len(held), True)
-        with on_device(places.device):
-            ops.move_columns(moment, places, slot in rule.squares, noise, kind)
-    return True
-
-
-def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> list[State]:
+def learn(matrices: list[Matrix], plan: Plan, before: list[State]) -> list[State]:
     """Move subspaces, in place and in the same way on all processes; return them whole.
 
     Args:
@@ -258,22 +180,6 @@ def learn(matrices: list[Matrix], plan: Plan, before: list[dict[str, Any]]) -> l
     if projector.learns:
         note_set(matrices)
     return whole
-
-
-def reset(job: Job, plan: Plan, site: Site) -> None:
-    """Zero the moments and their age, and give them the width of the subspace."""
-    state = job.state
-    state["age"].zero_()
-    width = plan.projector.width(site)
-    for slot in plan.slots:
-        shape = shape_of(state, slot)
-        if shape[-1] != width:
-            wanted = (*shape[:-1], width)
-            state.update(plan.storage.zeros(slot, wanted, job.param))
-            continue
-        moment = stored(state, slot)
-        for piece in (moment,) if isinstance(moment, Tensor) else moment:
-            piece.zero_()
 
 
 def try_again(part: list[tuple[Job, Matrix]], plan: Plan) -> None:
@@ -300,13 +206,7 @@ def note_set(matrices: list[Matrix]) -> None:
         matrix.state["unset"] &= ~found[..., 0, 0]
 
 
-def noise_before(job: Job, group: Group) -> Noise:
-    """Return the source of random bits for what happens between two steps of a parameter."""
-    step = job.state["step"] if group["capturable"] else site_of(job).step
-    return Noise(group["seed"], step, *stream_and_height(job))
-
-
-def snapshot(state: State, keys: tuple[str, ...]) -> dict[str, Any]:
+def snapshot(state: State, keys: tuple[str, ...]) -> State:
     """Return copies of some entries of a state."""
     return {
         key: state[key].clone() if isinstance(state[key], Tensor) else state[key] for key in keys

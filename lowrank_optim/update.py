@@ -28,10 +28,10 @@ from .functional import (
 )
 from .geometry import oriented
 from .halves import Half, portions, run
-from .plan import Group, Job, Plan, Site, State
+from .plan import Group, Job, Plan, Site, State, site_of
 from .rates import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .storage import load_moments, moments_of, store_moments, stored
-from .subspace import ABREAST, Waiting, alike, grad_of, move_subspaces, site_of
+from .subspace import ABREAST, Waiting, alike, grad_of, move_subspaces
 
 WHOLE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""

@@ -7,7 +7,15 @@ import torch
 from cases import CASES, GAP, Case, Model, train
 from test_memory import Peak
 
-from lowrank_optim import DCTAdamW, FrugalAdamW, GaLoreAdamW, LowRank, functional, subspace
+from lowrank_optim import (
+    DCTAdamW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    LowRank,
+    carrying,
+    functional,
+    subspace,
+)
 
 ROTATING = [
     case for case in CASES if case.build(Model().parameters()).defaults["on_refresh"] == "rotate"
@@ -22,7 +30,7 @@ PRODUCTS = [case for case in ROTATING if case not in COPIES]
 
 def trained(case, monkeypatch, chunks, **changes):
     """Return weights and states after two refreshes of all matrices."""
-    for module in (subspace, functional.steps):
+    for module in (carrying, functional.steps):
         monkeypatch.setattr(module, "row_chunks", chunks)
     model = Model()
     optimizer = case.build(model.parameters(), stagger=False, **changes)
@@ -101,11 +109,13 @@ def test_no_moment_is_loaded_whole(projector, rank, state_dtype, monkeypatch):
     )
     peaks, carry = [], subspace.carry
 
-    def measured(job, old, new, *rest):
-        known = [*job.state.values(), *old.values(), *new.values(), *optimizer._shared.tensors()]
-        with Peak([x for x in known if isinstance(x, torch.Tensor)]) as peak:
-            carry(job, old, new, *rest)
-        peaks.append(peak.peak)
+    def measured(moved, *rest):
+        for job, old, new, _ in moved:
+            known = [*job.state.values(), *old.values(), *new.values()]
+            known += optimizer._shared.tensors()
+            with Peak([x for x in known if isinstance(x, torch.Tensor)]) as peak:
+                carry(moved, *rest)
+            peaks.append(peak.peak)
 
     monkeypatch.setattr(subspace, "carry", measured)
     for step in range(3):

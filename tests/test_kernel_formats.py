@@ -55,27 +55,33 @@ def test_quantize_squares(shape, device):
 @pytest.mark.parametrize("shape", [(5, 7), (9, 300), (2, 3, 40), (3, 257)])
 @pytest.mark.parametrize("square", [False, True], ids=["signed", "squares"])
 @pytest.mark.parametrize("common", [False, True])
-def test_move_columns(shape, square, common, device):
+@pytest.mark.parametrize("several", [1, 3])
+def test_move_columns(shape, square, common, several, device):
     """In place, with columns that come from the left and from the right, from other blocks."""
     *batch, _, rank = shape
     rng = torch.Generator().manual_seed(1)
-    count = 1 if common else torch.Size(batch).numel()
+    count = several * (1 if common else torch.Size(batch).numel())
     picked = [
         torch.randperm(2 * rank, generator=rng)[:rank].sort().values for _ in range(2 * count)
     ]
     old, new = (torch.stack(some) for some in (picked[:count], picked[count:]))
-    places = functional.places_of(old, new).view(*([] if common else batch), rank).to(device)
+    places = functional.places_of(old, new).view(several, *([] if common else batch), rank)
+    places = places.to(device)
     assert (places < 0).any()
     assert (places >= 0).any()
-    x = draw(shape, torch.float32, device, 3) * draw(shape, torch.float32, device, 4).abs() ** 5
     form = functional.quantize_squares if square else functional.quantize_blockwise
-    mine, wanted = form(x.square() if square else x), form(x.square() if square else x)
-    step = torch.tensor(9.0, device=x.device) if common else 9
-    noise = functional.Noise(2**40 + 7, step, functional.stream_of(3, 5), 11)
-    kernels.move_columns(mine, places, square, noise, 4)
-    functional.move_columns(wanted, places, square, noise, 4)
-    assert torch.equal(mine[0], wanted[0])
-    assert torch.equal(mine[1], wanted[1])
+    mine, wanted, noises = [], [], []
+    for i in range(several):
+        x = draw(shape, torch.float32, device, i) * draw(shape, torch.float32, device, 9).abs() ** 5
+        for moments in (mine, wanted):
+            moments.append(form(x.square() if square else x))
+        step = torch.tensor(9.0 + i, device=x.device) if common else 9
+        noises.append(functional.Noise(2**40 + 7, step, functional.stream_of(3 + i, 5), 11))
+    kernels.move_columns(mine, places, square, noises, 4)
+    functional.move_columns(wanted, places, square, noises, 4)
+    for (codes, scale), (wanted_codes, wanted_scale) in zip(mine, wanted, strict=True):
+        assert torch.equal(codes, wanted_codes)
+        assert torch.equal(scale, wanted_scale)
 
 
 def test_every_code_and_its_neighbourhood(device):

@@ -79,25 +79,31 @@ def bits_of(
 
 
 def move_columns(
-    stored: tuple[Tensor, Tensor], places: Tensor, square: bool, noise: Noise, kind: int
+    moments: Sequence[tuple[Tensor, Tensor]],
+    places: Tensor,
+    square: bool,
+    noises: Sequence[Noise],
+    kind: int,
 ) -> None:
-    """Give a moment in 8 bits other columns, in place: see `select_moment`.
+    """Give moments in 8 bits other columns, in place: see `select_moment`.
 
     Args:
-        stored: codes `(..., rows, rank)` and their scales.
-        places: `(..., rank)`, where each column is now, -1 for one that begins with zeros.
-        square: whether it is an average of squares.
-        noise, kind: source of the random bits that squares are rounded by.
+        moments: K codes of one shape `(..., rows, rank)`, with their scales.
+        places: `(K, ..., rank)`, where each column is now, -1 for one that begins with zeros; may
+            lack the axes between.
+        square: whether they are averages of squares.
+        noises: K sources of the random bits that squares are rounded by.
+        kind: of these bits.
     """
-    codes, scale = stored
-    *batch, count, rank = codes.shape
+    *batch, count, rank = moments[0][0].shape
     filled = -(-rank // BLOCK) * BLOCK
-    for rows in row_chunks(count, filled * torch.Size(batch).numel()):
-        some = codes[..., rows, :], scale[..., rows, :]
-        moment = load(some, torch.float32, square)
-        select_moment(moment, places)
-        here = noise._replace(stream=noise.stream + rows.start)
-        store(some, moment, square, partial(bits_of, here, kind, moment))
+    for (codes, scale), place, noise in zip(moments, places, noises, strict=True):
+        for rows in row_chunks(count, filled * torch.Size(batch).numel()):
+            some = codes[..., rows, :], scale[..., rows, :]
+            moment = load(some, torch.float32, square)
+            select_moment(moment, place)
+            here = noise._replace(stream=noise.stream + rows.start)
+            store(some, moment, square, partial(bits_of, here, kind, moment))
 
 
 def adam_moments(

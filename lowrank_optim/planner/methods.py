@@ -15,9 +15,9 @@ from .. import dispatch, feeding, fused, memory, presets, update
 from ..geometry import oriented
 from ..groups import param_groups
 from ..optimizer import LowRank, Params
-from ..plan import Group, Job, Plan
+from ..plan import Group, Job, Plan, site_of
 from ..rounds import Round
-from ..subspace import at_a_time, move_subspaces, site_of
+from ..subspace import at_a_time, move_subspaces
 from ..update import init_state, template
 from .trace import Live
 

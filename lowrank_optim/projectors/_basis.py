@@ -56,7 +56,7 @@ class Basis:
         """Return P."""
         return self.basis(state, site)
 
-    def places(self, before: State, state: State) -> Tensor | None:
+    def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor | None:
         """Return None: moments turn by a product."""
         return None
 
@@ -87,15 +87,16 @@ class IndexTransport:
     `align` has no meaning there and is not offered.
     """
 
-    def places(self, before: State, state: State) -> Tensor:
-        """Return where the columns were, see `functional.places_of`."""
-        return places_of(before["index"], state["index"])
+    def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor:
+        """Return where the columns were, `(len(states), ..., rank)`, see `functional.places_of`."""
+        old, new = (torch.stack([state["index"] for state in some]) for some in (before, states))
+        return places_of(old, new)
 
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:
         """Copy the moments of the indices that stay and zero those of new ones, in place."""
-        places = self.places(before, state)
+        places = self.places([before], [state])[0]
         for moment in moments.values():
             select_moment(moment, places)
 

@@ -79,7 +79,7 @@ class Blocks:
         """Return all columns, or none."""
         return torch.arange(self.width(site), device=site.device)
 
-    def places(self, before: State, state: State) -> Tensor | None:
+    def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor | None:
         """Return None: nothing is carried."""
         return None
 

@@ -67,14 +67,13 @@ class DCT(IndexTransport, Basis):
         scores = self._scores(grads, matrices[0].site)
         best = scores.topk(matrices[0].site.rank, dim=-1).indices.sort(dim=-1).values
         good = scores.isfinite().all(-1, keepdim=True) & (scores.amax(-1, keepdim=True) > 0)
-        first = 0
-        for grad, state, site in matrices:
-            index: Tensor = state["index"]
-            part = slice(first, first := first + grad.shape[:-2].numel())
-            chosen, mask = best[part].view(index.shape), good[part].view(*index.shape[:-1], 1)
-            if site.wanted is not None:
-                mask = mask & site.wanted.squeeze(-1)
-            index.copy_(torch.where(mask, chosen, index))
+        wanted = [m.site.wanted.reshape(-1, 1) for m in matrices if m.site.wanted is not None]
+        if wanted:
+            good &= torch.cat(wanted)
+        indices: list[Tensor] = [state["index"] for _, state, _ in matrices]
+        before = torch.stack(indices)
+        after = torch.where(good, best, before.view(best.shape)).view(before.shape)
+        torch._foreach_copy_(indices, list(after.unbind()))
 
     def _scores(self, grads: Sequence[Tensor], site: Site) -> Tensor:
         """Return the scores of the columns, `(len(grads), cols)`, over all rows."""

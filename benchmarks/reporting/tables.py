@@ -113,28 +113,37 @@ def relative(runs: Runs | None, exact: Runs) -> str:
     return f"{statistics.fmean(above) / exact.mean:+.2%}" if above else "-"
 
 
-def recipe(ledger: Ledger) -> str:
-    """Show the house recipe and AdamW, by model and length of the run."""
-    lines, used = [], []
-    for task in TASKS:
-        lengths = {int(row["steps"]) for row in ledger.rows() if row["task"] == task != "smoke"}
-        for steps in sorted(lengths):
-            adamw = at_best(ledger, task, "adamw", steps)
-            ours = at_best(ledger, task, "lowrank", steps)
-            if adamw is None or ours is None:
-                continue
-            used += [adamw, ours]
-            lines.append([
-                task, str(steps),
-                spread(list(adamw.losses.values())), spread(list(ours.losses.values())),
-                signed(ours.above(adamw)), f"{ours.state / adamw.state:.0%}",
-                f"{adamw.spec.lr:g}", f"{ours.spec.lr:g}",
-            ])  # fmt: skip
-    if not lines:
-        return NOTHING
-    heads = ["task", "steps", "AdamW", "LowRankAdamW", "difference, seed by seed", "of its state",
-             "AdamW's lr", "lr"]  # fmt: skip
-    return f"{table(heads, lines)}\n\n{conditions(used)}"
+def against_adamw(name: str, **more: object) -> Callable[[Ledger], str]:
+    """Return the table of a method and AdamW, by model and length of the run.
+
+    Args:
+        name: the method.
+        more: what of its runs is another than in the search of its rates.
+    """
+
+    def made(ledger: Ledger) -> str:
+        lines, used = [], []
+        for task in TASKS:
+            lengths = {int(row["steps"]) for row in ledger.rows() if row["task"] == task != "smoke"}
+            for steps in sorted(lengths):
+                adamw = at_best(ledger, task, "adamw", steps)
+                ours = at_best(ledger, task, name, steps, **more)
+                if adamw is None or ours is None:
+                    continue
+                used += [adamw, ours]
+                lines.append([
+                    task, str(steps),
+                    spread(list(adamw.losses.values())), spread(list(ours.losses.values())),
+                    signed(ours.above(adamw)), f"{ours.state / adamw.state:.0%}",
+                    f"{adamw.spec.lr:g}", f"{ours.spec.lr:g}",
+                ])  # fmt: skip
+        if not lines:
+            return NOTHING
+        heads = ["task", "steps", "AdamW", METHODS[name].label, "difference, seed by seed",
+                 "of its state", "AdamW's lr", "lr"]  # fmt: skip
+        return f"{table(heads, lines)}\n\n{conditions(used)}"
+
+    return made
 
 
 def parts(task: str, steps: int) -> Callable[[Ledger], str]:
@@ -299,7 +308,8 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "quality-60m": quality("60m", 400),
     "searched-60m": searched("60m", 400),
     "small-states-3m": small_states("3m"),
-    "recipe": recipe,
+    "recipe": against_adamw("lowrank"),
+    "muon-8bit": against_adamw("muon", state="8bit"),
     "tries-1600": tries("bytes-128", 1600),
     **gpu.TABLES,
     "parts": parts("bytes-128", 400),

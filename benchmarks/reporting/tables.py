@@ -24,6 +24,12 @@ from .layout import NOTHING, table
 MIB = 2**20
 RESULTS = Path(__file__).parents[1] / "results"
 LR_HEADS = ("lr / 3", "lr", "3 lr")
+SMALL: tuple[tuple[str, dict[str, object]], ...] = (
+    ("lowrank", {}),
+    ("lowrank", {"rank": 0.5, "state": "8bit"}),
+    ("muon", {"state": "8bit"}),
+)
+"""Settings that keep a quarter of AdamW's state, or not much more."""
 
 
 def spread(losses: list[float]) -> str:
@@ -113,34 +119,54 @@ def relative(runs: Runs | None, exact: Runs) -> str:
     return f"{statistics.fmean(above) / exact.mean:+.2%}" if above else "-"
 
 
-def against_adamw(name: str, **more: object) -> Callable[[Ledger], str]:
-    """Return the table of a method and AdamW, by model and length of the run.
+def recipe(ledger: Ledger) -> str:
+    """Show the house recipe and AdamW, by model and length of the run."""
+    lines, used = [], []
+    for task in TASKS:
+        lengths = {int(row["steps"]) for row in ledger.rows() if row["task"] == task != "smoke"}
+        for steps in sorted(lengths):
+            adamw = at_best(ledger, task, "adamw", steps)
+            ours = at_best(ledger, task, "lowrank", steps)
+            if adamw is None or ours is None:
+                continue
+            used += [adamw, ours]
+            lines.append([
+                task, str(steps),
+                spread(list(adamw.losses.values())), spread(list(ours.losses.values())),
+                signed(ours.above(adamw)), f"{ours.state / adamw.state:.0%}",
+                f"{adamw.spec.lr:g}", f"{ours.spec.lr:g}",
+            ])  # fmt: skip
+    if not lines:
+        return NOTHING
+    heads = ["task", "steps", "AdamW", "LowRankAdamW", "difference, seed by seed", "of its state",
+             "AdamW's lr", "lr"]  # fmt: skip
+    return f"{table(heads, lines)}\n\n{conditions(used)}"
 
-    Args:
-        name: the method.
-        more: what of its runs is another than in the search of its rates.
-    """
+
+def small(task: str, steps: int) -> Callable[[Ledger], str]:
+    """Return the table of AdamW and of settings with a quarter of its state, or little more."""
 
     def made(ledger: Ledger) -> str:
-        lines, used = [], []
-        for task in TASKS:
-            lengths = {int(row["steps"]) for row in ledger.rows() if row["task"] == task != "smoke"}
-            for steps in sorted(lengths):
-                adamw = at_best(ledger, task, "adamw", steps)
-                ours = at_best(ledger, task, name, steps, **more)
-                if adamw is None or ours is None:
-                    continue
-                used += [adamw, ours]
-                lines.append([
-                    task, str(steps),
-                    spread(list(adamw.losses.values())), spread(list(ours.losses.values())),
-                    signed(ours.above(adamw)), f"{ours.state / adamw.state:.0%}",
-                    f"{adamw.spec.lr:g}", f"{ours.spec.lr:g}",
-                ])  # fmt: skip
-        if not lines:
+        adamw = at_best(ledger, task, "adamw", steps)
+        if adamw is None:
             return NOTHING
-        heads = ["task", "steps", "AdamW", METHODS[name].label, "difference, seed by seed",
-                 "of its state", "AdamW's lr", "lr"]  # fmt: skip
+        lines, used = [], []
+        for name, more in (("adamw", {}), *SMALL):
+            found, method = at_best(ledger, task, name, steps, **more), METHODS[name]
+            if found is None:
+                continue
+            used.append(found)
+            spec, searched = found.spec, len(measured(ledger, base(task, name, steps)))
+            lines.append([
+                method.label, "-" if method.whole or name == "adamw" else f"{spec.rank:g}",
+                "8-bit" if spec.state == "8bit" else spec.state,
+                spread(list(found.losses.values())),
+                "-" if name == "adamw" else signed(found.above(adamw)),
+                f"{found.state / adamw.state:.0%}", f"{spec.lr:g}", f"{spec.rest_lr:g}",
+                f"{spec.beta1:g}, {spec.beta2:g}", str(searched),
+            ])  # fmt: skip
+        heads = ["method", "rank", "states", "loss", "difference, seed by seed", "of its state",
+                 "lr", "rest lr", "betas", "runs searched"]  # fmt: skip
         return f"{table(heads, lines)}\n\n{conditions(used)}"
 
     return made
@@ -308,8 +334,8 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "quality-60m": quality("60m", 400),
     "searched-60m": searched("60m", 400),
     "small-states-3m": small_states("3m"),
-    "recipe": against_adamw("lowrank"),
-    "muon-8bit": against_adamw("muon", state="8bit"),
+    "recipe": recipe,
+    "small-4000": small("bytes-128", 4000),
     "tries-1600": tries("bytes-128", 1600),
     **gpu.TABLES,
     "parts": parts("bytes-128", 400),

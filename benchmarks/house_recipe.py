@@ -42,12 +42,13 @@ CHANGES: dict[str, dict[str, object]] = {
     "rank 1/16": {"rank": 0.0625},
     "rank 1/8": {"rank": 0.125},
     "rank 1/2": {"rank": 0.5},
+    "rank 1/2, 8-bit": {"rank": 0.5, "state": "8bit"},
     "8-bit": {"state": "8bit"},
     "bf16 state": {"state": "bfloat16"},
     "bf16 weights": {"weights": "bfloat16"},
     "no decay": {"weight_decay": 0.0},
 }
-KEPT_RATES = ("8-bit", "bf16 state", "bf16 weights", "svd")
+KEPT_RATES = ("8-bit", "rank 1/2, 8-bit", "bf16 state", "bf16 weights", "svd")
 """Changes that must not need another rate."""
 
 

@@ -15,7 +15,7 @@ from pretraining.ledger import Ledger
 from pretraining.methods import METHODS
 from pretraining.tasks import TASKS
 
-from .groups import all_at_best
+from .groups import Settings, all_at_best
 from .times import costs
 
 COLOURS = {
@@ -26,6 +26,7 @@ COLOURS = {
     "frugal": "#56B4E9",
     "apollo": "#D55E00",
     "lowrank": "#0072B2",
+    "muon": "#882255",
 }
 KEY = "lowrank-optim results"
 """Name of the text in the PNG that holds the hash."""
@@ -70,20 +71,27 @@ def hash_in(path: Path) -> str:
     return ""
 
 
-def pretraining(task: str, steps: int | None = None) -> Figure:
-    """Return the figure of a task: curves, losses by state, and curves by wall time."""
+def pretraining(task: str, steps: int | None = None, settings: Settings | None = None) -> Figure:
+    """Return the figure of a task: curves, losses by state, and curves by wall time.
+
+    Args:
+        task, steps: which runs.
+        settings: which methods; all by default.
+    """
 
     def content(ledger: Ledger) -> Any:
         length = steps or TASKS[task].steps
         curves, shown = ledger.curve_of(), {}
         times = costs(task)
-        for name, runs in all_at_best(ledger, task, length).items():
+        for name, runs in all_at_best(ledger, task, length, settings).items():
             seen = [curves[runs.spec._replace(seed=seed)] for seed in runs.rows]
             points = [
                 [step, sum(curve[place][2] for curve in seen) / len(seen)]
                 for place, (step, _, _) in enumerate(seen[0])
             ]
+            bits = ", 8-bit" if runs.spec.state == "8bit" else ""
             shown[name] = {
+                "label": METHODS[name].label + bits,
                 "curve": points,
                 "losses": sorted(runs.losses.values()),
                 "state": runs.state,
@@ -102,7 +110,7 @@ def draw_pretraining(drawing: Any, content: Any) -> None:
     for name, found in shown.items():
         colour = COLOURS[name]
         steps, losses = zip(*found["curve"], strict=True)
-        curves.plot(steps, losses, color=colour, lw=1.6, label=METHODS[name].label)
+        curves.plot(steps, losses, color=colour, lw=1.6, label=found["label"])
         low, mean, high = min(found["losses"]), fmean(found["losses"]), max(found["losses"])
         states.errorbar(
             found["state"] / 2**20, mean, [[mean - low], [high - mean]],
@@ -132,5 +140,6 @@ def finish(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-FIGURES: dict[str, Figure] = {"pretrain.png": pretraining("3m")}
+LONG: Settings = {"adamw": {}, "lowrank": {}, "muon": {"state": "8bit"}}
+FIGURES = {"pretrain.png": pretraining("3m"), "long.png": pretraining("bytes-128", 4000, LONG)}
 """Name in docs/ and figure."""

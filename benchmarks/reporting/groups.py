@@ -10,6 +10,8 @@ from pretraining.methods import METHODS, Spec
 from pretraining.tune import base, tuned
 
 Row = dict[str, str]
+Settings = dict[str, dict[str, object]]
+"""Methods, each with what is not as in the search of its rates."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,12 @@ def at_best(ledger: Ledger, task: str, method: str, steps: int, **more: object) 
     return finals(ledger, spec._replace(**more))  # type: ignore[arg-type]
 
 
-def all_at_best(ledger: Ledger, task: str, steps: int, **more: object) -> dict[str, Runs]:
-    """Return `at_best` of every method that has any."""
-    found = {name: at_best(ledger, task, name, steps, **more) for name in METHODS}
+def all_at_best(
+    ledger: Ledger, task: str, steps: int, settings: Settings | None = None
+) -> dict[str, Runs]:
+    """Return `at_best` of every method that has any, or of those that are given."""
+    asked: Settings = {name: {} for name in METHODS} if settings is None else settings
+    found = {name: at_best(ledger, task, name, steps, **more) for name, more in asked.items()}
     return {name: runs for name, runs in found.items() if runs is not None}
 
 

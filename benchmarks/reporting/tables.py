@@ -215,8 +215,8 @@ def tries(task: str, steps: int) -> Callable[[Ledger], str]:
         for name, like in asked.items():
             with contextlib.suppress(LookupError):
                 spec, loss, runs = tuned(ledger, like)
-                lines.append([name, f"{loss:.3f}", f"{spec.lr:g}", str(runs)])
-        return table(["change", "loss", "lr", "best of"], lines) if lines else NOTHING
+                lines.append([name, f"{loss:.3f}", f"{spec.lr:g}", f"{spec.beta2:g}", str(runs)])
+        return table(["change", "loss", "lr", "beta2", "best of"], lines) if lines else NOTHING
 
     return made
 
@@ -337,6 +337,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "recipe": recipe,
     "small-4000": small("bytes-128", 4000),
     "tries-1600": tries("bytes-128", 1600),
+    "tries-4000": tries("bytes-128", 4000),
     **gpu.TABLES,
     "parts": parts("bytes-128", 400),
     "sensitivity": sensitivity("bytes-128", ("lowrank",)),

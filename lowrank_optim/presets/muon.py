@@ -32,6 +32,7 @@ class MuonW(LowRank):
 
     Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
         https://kellerjordan.github.io/posts/muon/. The shorter axis is iterated on, in bfloat16.
+        `benchmarks/README.md`: with 8-bit momentum it ended 10 % below AdamW after 4000 steps.
     """
 
     def __init__(

@@ -143,30 +143,36 @@ def recipe(ledger: Ledger) -> str:
     return f"{table(heads, lines)}\n\n{conditions(used)}"
 
 
-def small(task: str, steps: int) -> Callable[[Ledger], str]:
-    """Return the table of AdamW and of settings with a quarter of its state, or little more."""
+def small(*asked: tuple[str, int]) -> Callable[[Ledger], str]:
+    """Return the table of AdamW and of settings with a quarter of its state, or little more.
+
+    Args:
+        asked: tasks, each with a length of its runs.
+    """
 
     def made(ledger: Ledger) -> str:
-        adamw = at_best(ledger, task, "adamw", steps)
-        if adamw is None:
-            return NOTHING
         lines, used = [], []
-        for name, more in (("adamw", {}), *SMALL):
-            found, method = at_best(ledger, task, name, steps, **more), METHODS[name]
-            if found is None:
-                continue
-            used.append(found)
-            spec, searched = found.spec, len(measured(ledger, base(task, name, steps)))
-            lines.append([
-                method.label, "-" if method.whole or name == "adamw" else f"{spec.rank:g}",
-                "8-bit" if spec.state == "8bit" else spec.state,
-                spread(list(found.losses.values())),
-                "-" if name == "adamw" else signed(found.above(adamw)),
-                f"{found.state / adamw.state:.0%}", f"{spec.lr:g}", f"{spec.rest_lr:g}",
-                f"{spec.beta1:g}, {spec.beta2:g}", str(searched),
-            ])  # fmt: skip
-        heads = ["method", "rank", "states", "loss", "difference, seed by seed", "of its state",
-                 "lr", "rest lr", "betas", "runs searched"]  # fmt: skip
+        for task, steps in asked:
+            adamw = at_best(ledger, task, "adamw", steps)
+            for name, more in (("adamw", {}), *SMALL) if adamw is not None else ():
+                found, method = at_best(ledger, task, name, steps, **more), METHODS[name]
+                if found is None or adamw is None:
+                    continue
+                used.append(found)
+                spec, searched = found.spec, len(measured(ledger, base(task, name, steps)))
+                lines.append([
+                    f"{task}, {steps}", method.label,
+                    "-" if method.whole or name == "adamw" else f"{spec.rank:g}",
+                    "8-bit" if spec.state == "8bit" else spec.state,
+                    spread(list(found.losses.values())),
+                    "-" if name == "adamw" else signed(found.above(adamw)),
+                    f"{found.state / adamw.state:.0%}", f"{spec.lr:g}", f"{spec.rest_lr:g}",
+                    f"{spec.beta1:g}, {spec.beta2:g}", str(searched),
+                ])  # fmt: skip
+        if not lines:
+            return NOTHING
+        heads = ["task, steps", "method", "rank", "states", "loss", "difference, seed by seed",
+                 "of its state", "lr", "rest lr", "betas", "runs searched"]  # fmt: skip
         return f"{table(heads, lines)}\n\n{conditions(used)}"
 
     return made
@@ -335,7 +341,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "searched-60m": searched("60m", 400),
     "small-states-3m": small_states("3m"),
     "recipe": recipe,
-    "small-4000": small("bytes-128", 4000),
+    "small": small(("bytes-128", 4000), ("bytes-128", 400), ("3m", 400)),
     "tries-1600": tries("bytes-128", 1600),
     "tries-4000": tries("bytes-128", 4000),
     **gpu.TABLES,

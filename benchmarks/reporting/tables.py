@@ -154,9 +154,11 @@ def small(*asked: tuple[str, int]) -> Callable[[Ledger], str]:
         lines, used = [], []
         for task, steps in asked:
             adamw = at_best(ledger, task, "adamw", steps)
-            for name, more in (("adamw", {}), *SMALL) if adamw is not None else ():
+            if adamw is None:
+                continue
+            for name, more in (("adamw", {}), *SMALL):
                 found, method = at_best(ledger, task, name, steps, **more), METHODS[name]
-                if found is None or adamw is None:
+                if found is None:
                     continue
                 used.append(found)
                 spec, searched = found.spec, len(measured(ledger, base(task, name, steps)))

@@ -107,6 +107,8 @@ def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
         moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}
         some = {slot: rows_of(moment, rows) for slot, moment in kept.items()}
         store_moments(some, moments, rule, here, carried=True, ops=ops)
+        if job.param.is_meta and rows.start:
+            break  # no values: the other pieces show nothing new
 
 
 def reset(job: Job, plan: Plan, site: Site) -> None:

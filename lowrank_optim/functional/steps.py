@@ -104,6 +104,8 @@ def move_columns(
             select_moment(moment, place)
             here = noise._replace(stream=noise.stream + rows.start)
             store(some, moment, square, partial(bits_of, here, kind, moment))
+            if codes.is_meta and rows.start:
+                break  # no values: the other pieces show nothing new
 
 
 def adam_moments(

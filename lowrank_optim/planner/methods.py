@@ -62,11 +62,11 @@ METHODS = {
     "fira": Method("Fira", "FiraAdamW", POWER),
     "frugal": Method("FRUGAL", "FrugalAdamW"),
     "apollo": Method("APOLLO", "ApolloAdamW"),
+    "muon": Method("Muon", "MuonW", whole=True),
     "ldadam": Method("LDAdam", "LDAdamW", shown=False),
     "trion": Method("Trion", "TrionW", shown=False),
     "compensated": Method("Compens.", "CompensatedAdamW", shown=False),
     "conda": Method("Conda", "CondaW", shown=False, whole=True),
-    "muon": Method("Muon", "MuonW", shown=False, whole=True),
     "normuon": Method("NorMuon", "NorMuonW", shown=False, whole=True),
     "racs": Method("RACS", "RACS", shown=False, whole=True),
 }

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PARTS = [field.name for field in fields(Parts)]
-ACROSS = 8
+ACROSS = 9
 """Methods side by side in a table of 100 columns."""
 
 # Okabe and Ito's palette, told apart under every common colour blindness.

@@ -8,7 +8,8 @@ seeds: AdamW and the recipe at their best rates, of which those of longer runs a
        sought with `pretrain.py tune --near`.
 parts: the recipe with one thing changed. The rate of the matrices is chosen anew for each,
        from the recipe's and its neighbours on the grid, on the tuning texts; AdamW's, where decay
-       is what changes, too. Each then runs with the seeds, on the final texts.
+       is what changes, too. Each then runs with the seeds, on the final texts. `--method frugal`
+       asks the same of FRUGAL; `--same-rate` keeps its rate.
 Rows go to the ledger of pretrain.py; what is there is not run again.
 """
 
@@ -34,10 +35,12 @@ CHANGES: dict[str, dict[str, object]] = {
     "reset": {"change": "on_refresh='reset'"},
     "no residual": {"change": "state_free='none'"},
     "residual 0.25": {"change": "state_free_scale=0.25"},
+    "residual 0.5": {"change": "state_free_scale=0.5"},
     "residual 1": {"change": "state_free_scale=1.0"},
     "columns": {"change": "projector='columns'"},
     "random": {"change": "projector='random'"},
     "dct": {"change": "projector='dct'"},
+    "power": {"change": "projector='power'"},
     "svd": {"change": "projector='svd'"},
     "rank 1/16": {"rank": 0.0625},
     "rank 1/8": {"rank": 0.125},
@@ -50,6 +53,8 @@ CHANGES: dict[str, dict[str, object]] = {
 }
 KEPT_RATES = ("8-bit", "rank 1/2, 8-bit", "bf16 state", "bf16 weights", "svd")
 """Changes that must not need another rate."""
+OWN = {"lowrank": ("residual 0.5", "power"), "frugal": ("reset", "residual 1", "columns")}
+"""What a method has already."""
 
 
 def seeds(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
@@ -60,10 +65,11 @@ def seeds(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
 
 def parts(ledger: Ledger, args: argparse.Namespace) -> Iterator[Runs]:
     """Yield for each change a plan: three rates, then the seeds at the best."""
-    recipe, _, _ = tuned(ledger, base(args.task, "lowrank", args.steps))
+    recipe, _, _ = tuned(ledger, base(args.task, args.method, args.steps))
     adamw, _, _ = tuned(ledger, base(args.task, "adamw", args.steps))
-    for name in args.changes or CHANGES:
-        yield changed(recipe._replace(**CHANGES[name]), args.seeds, name not in KEPT_RATES)  # type: ignore[arg-type]
+    for name in args.changes or (name for name in CHANGES if name not in OWN[args.method]):
+        search = not args.same_rate and name not in KEPT_RATES
+        yield changed(recipe._replace(**CHANGES[name]), args.seeds, search)  # type: ignore[arg-type]
         if name == "no decay":
             yield changed(adamw._replace(weight_decay=0.0), args.seeds, True)
 
@@ -95,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--changes", nargs="+", choices=CHANGES, help="of `parts`; all otherwise")
+    parser.add_argument("--method", default="lowrank", choices=OWN)
+    parser.add_argument("--same-rate", action="store_true", help="seek no rate for a change")
     add_options(parser)
     args = parser.parse_args(argv)
     plans = PARTS[args.part](Ledger(args.results), args)

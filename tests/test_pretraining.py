@@ -176,7 +176,7 @@ def test_everything_end_to_end_and_nothing_twice(work, tmp_path, capsys):
         "final",
         *common,
         "--methods",
-        "adamw,lowrank",
+        "adamw,lowrank,frugal",
         "--points",
         "2",
         "--seeds",
@@ -186,12 +186,16 @@ def test_everything_end_to_end_and_nothing_twice(work, tmp_path, capsys):
     assert pretrain.main([*command, "--budget", "0"]) == 1
     assert pretrain.main(command) == 0
     rows = Ledger(results).rows()
-    assert len(rows) == 2 * (2 + 2)
+    assert len(rows) == 3 * (2 + 2)
     assert pretrain.main(command) == 0
     assert len(Ledger(results).rows()) == len(rows)
     assert house.main(["parts", *common, "--changes", "8-bit", "gap 10", "--seeds", "0"]) == 0
     changed = [spec_of(row) for row in Ledger(results).rows()[len(rows) :]]
     assert {spec.state for spec in changed} == {"8bit", "float32"}
+    of_frugal = ["--method", "frugal", "--same-rate", "--changes", "power", "--seeds", "0"]
+    assert house.main(["parts", *common, *of_frugal]) == 0
+    last = map(spec_of, Ledger(results).rows()[len(rows) + len(changed) :])
+    assert [(spec.method, spec.change) for spec in last] == [("frugal", "projector='power'")]
     assert "the best of 2" in capsys.readouterr().out
     with results.open(newline="") as file:
         assert {row["threads"] for row in csv.DictReader(file)} == {"1"}
@@ -203,7 +207,8 @@ def check_tables(ledger, tmp_path):
         importlib.import_module(f"reporting.{name}") for name in ("tables", "figures")
     )
     quality = tables.quality("smoke", 12)(ledger).splitlines()
-    assert [line.split("|")[1].strip() for line in quality[2:4]] == ["AdamW", "LowRankAdamW"]
+    labels = [line.split("|")[1].strip() for line in quality[2:5]]
+    assert labels == ["AdamW", "FRUGAL", "LowRankAdamW"]
     figure = figures.pretraining("smoke", 12)
     content = figure.content(ledger)
     path = tmp_path / "figure.png"

@@ -180,12 +180,12 @@ def small(*asked: tuple[str, int]) -> Callable[[Ledger], str]:
     return made
 
 
-def parts(task: str, steps: int) -> Callable[[Ledger], str]:
-    """Return the table of the recipe with one thing changed."""
+def parts(task: str, steps: int, method: str = "lowrank") -> Callable[[Ledger], str]:
+    """Return the table of the recipe, or of FRUGAL, with one thing changed."""
     from house_recipe import CHANGES
 
     def made(ledger: Ledger) -> str:
-        exact = at_best(ledger, task, "lowrank", steps)
+        exact = at_best(ledger, task, method, steps)
         if exact is None:
             return NOTHING
         lines, used = [], [exact]
@@ -340,6 +340,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "demo-seeds": demo_seeds,
     "quality-3m": quality("3m"),
     "quality-60m": quality("60m", 400),
+    "quality-bytes": quality("bytes-128"),
     "searched-60m": searched("60m", 400),
     "small-states-3m": small_states("3m"),
     "recipe": recipe,
@@ -348,6 +349,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "tries-4000": tries("bytes-128", 4000),
     **gpu.TABLES,
     "parts": parts("bytes-128", 400),
+    "parts-frugal": parts("bytes-128", 400, "frugal"),
     "sensitivity": sensitivity("bytes-128", ("lowrank",)),
     "sensitivity-3m": sensitivity("3m", ("galore", "fira", "frugal")),
     "rates": rates(("bytes-128", "bytes-192", "3m")),

@@ -30,6 +30,7 @@ METHODS = ("adamw", "lowrank")
 CHANGES: dict[str, dict[str, object]] = {
     "gap 10": {"gap": 10},
     "gap 200": {"gap": 200},
+    "gap 1000": {"gap": 1000},
     "rotate": {"change": "on_refresh='rotate'"},
     "align": {"change": "on_refresh='align'"},
     "reset": {"change": "on_refresh='reset'"},

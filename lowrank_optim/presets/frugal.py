@@ -26,6 +26,8 @@ class FrugalAdamW(LowRank):
 
     Args:
         rank: the paper's density as a float, a quarter by default.
+        update_proj_gap: the paper's 200 by default. Moments start anew at each refresh: shorter
+            intervals cost more than they gain, see `benchmarks/README.md`.
         projector: "columns", "random", "svd", ..., or "blocks", where `rank` is the share of
             matrices that keep moments at a time.
         state_free: "sign", "sgd" or "none".

@@ -342,6 +342,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "quality-60m": quality("60m", 400),
     "quality-bytes": quality("bytes-128"),
     "searched-60m": searched("60m", 400),
+    "searched-192": searched("bytes-192", 4000),
     "small-states-3m": small_states("3m"),
     "recipe": recipe,
     "small": small(("bytes-128", 4000), ("bytes-128", 400), ("3m", 400)),

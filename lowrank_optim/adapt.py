@@ -41,7 +41,8 @@ def narrow(
 ) -> list[int]:
     """Choose ranks and keep as many of the columns that were learnt; return the ranks.
 
-    Waits for the device once. A matrix without a usable gradient keeps what it had.
+    Waits for the device once. A matrix without a usable gradient keeps what it had; on "meta",
+    without values, all keep the largest rank.
 
     Args:
         matrices: of one shape, with room for the largest rank.
@@ -64,8 +65,9 @@ def narrow(
     wanted = torch.where(summed.isfinite().all(-1), wanted, 0)
     wanted = pad(wanted.flatten(1) if wanted.ndim > 1 else wanted.unsqueeze(1), (0, 1)).amax(-1)
     wanted = site.layout.stack_team.max_(wanted)
+    chosen = [site.rank] * len(learnt) if wanted.is_meta else wanted.tolist()
     ranks = []
-    for place, (rank, own, old) in enumerate(zip(wanted.tolist(), learnt, before, strict=True)):
+    for place, (rank, own, old) in enumerate(zip(chosen, learnt, before, strict=True)):
         best = largest(energies[place], max(least, int(rank)))
         for key in plan.projector.keys:
             own[key] = gather_columns(own[key], best) if rank else old[key]

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
+from torch.optim import Optimizer
 
+from . import saved_state
 from .auto_rank import AutoRank
+from .checks import is_real
 from .geometry import Shape, subspace_of
-from .local import is_distributed
-from .plan import Group, Plan, Site, State
-from .settings import STRUCTURE, SettingError, described, kind_of, plan_of
-from .sites import name_of, plain_layout, sites_of
-from .update import step_device, template
+from .pairing import check_form, ids_of, paired
+from .plan import Group, Plan
+from .saved_state import Saved
+from .settings import (
+    STRUCTURE,
+    SettingError,
+    check_keys,
+    check_values,
+    described,
+    kind_of,
+    plan_of,
+)
+from .sites import name_of, sites_of
+from .told import news
 
 if TYPE_CHECKING:
     from .optimizer import LowRank
@@ -22,8 +35,11 @@ if TYPE_CHECKING:
 STATE_VERSION = 1
 """Version of the layout of a state; a number in every group of a checkpoint."""
 
-LIVE = (*STRUCTURE, "impl", "capturable", "foreach", "fused", "shard_basis")
+LIVE = (*STRUCTURE, "state_dtype", "impl", "capturable", "foreach", "fused", "shard_basis")
 """Settings that stay as they are here: what the state means, and how this machine steps it."""
+
+BEFORE = {"min_dim": 1}
+"""What a checkpoint of this package means that was written before there was such a setting."""
 
 
 def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -32,93 +48,147 @@ def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def load(
-    optimizer: LowRank,
-    state_dict: dict[str, Any],
-    load_as_torch: Callable[[dict[str, Any]], None],
-) -> None:
-    """Load through torch's own method, which runs the user's hooks, and mend what it does.
+def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) -> None:
+    """Load through torch's own method, which runs the user's hooks.
 
-    Torch casts floating-point state to the dtype of the parameter. Our hooks stand innermost: after
-    the user's pre-hooks the checkpoint is checked and kept; before his post-hooks the state is
-    taken from it again as it was saved.
+    Our hooks stand innermost: after the user's pre-hooks the checkpoint is checked, and handed on
+    without states, which torch would cast to the dtype of the parameter; before his post-hooks the
+    states are taken from it.
+
+    Args:
+        optimizer: whose state is replaced.
+        state_dict: the checkpoint, which is not changed.
+        tells: whether to warn, at the caller's caller, of settings that were others here.
     """
-    kept: dict[str, Any] = {}
     live = [dict(group) for group in optimizer.param_groups]
+    checkpoint: list[Checked] = []
 
-    def check_and_keep(_: Any, incoming: dict[str, Any]) -> None:
-        check(optimizer, incoming)
-        kept.update(incoming)
+    def check_and_keep(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+        check_form(incoming)
+        checkpoint.append(checked(optimizer, incoming))
+        ids = set(ids_of(incoming["param_groups"]))
+        others = {key: value for key, value in incoming["state"].items() if key not in ids}
+        return {**incoming, "state": others, "param_groups": checkpoint[0].groups}
 
     def restore(_: Any) -> None:
-        saved_groups = kept["param_groups"]
-        for group, saved, own in zip(optimizer.param_groups, saved_groups, live, strict=True):
-            group.update({k: v for k, v in own.items() if k in LIVE or k not in saved})
-        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
-            plan = plan_of(group)
-            each = plan.each(group)
-            sites = sites_of(group, plan, optimizer._shared)
-            for saved_id, (param, site) in zip(saved["params"], sites, strict=True):
-                if saved_id not in kept["state"]:
-                    continue
-                layout = plain_layout(param, group, plan) if site is None else site.layout
-                state = kept["state"][saved_id]
-                counter = step_device(param, state if site is None else None, group, plan)
-                for key, value in state.items():
-                    if isinstance(value, Tensor):
-                        home = counter if key in ("step", "age") else param.device
-                        value = layout.kept(value.detach(), each.of(key), home)
-                    optimizer.state[param][key] = value
+        for group, own in zip(optimizer.param_groups, live, strict=True):
+            group.update({k: v for k, v in own.items() if k in LIVE})
+        for saved in checkpoint[0].states:
+            saved_state.take(saved, optimizer.state[saved.param])
 
+    if not isinstance(state_dict, Mapping):
+        raise SettingError(f"a {type(state_dict).__name__} is no state dict of an optimizer")
     before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
     after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
     try:
-        load_as_torch(state_dict)
+        Optimizer.load_state_dict(optimizer, state_dict)
     finally:
         before.remove()
         after.remove()
+    optimizer._end_round()
+    optimizer._recall_norm()
+    if tells and (differences := news(live, checkpoint[0].settings, LIVE)):
+        warnings.warn(differences, stacklevel=3)
 
 
-def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
-    """Raise SettingError if the checkpoint does not fit; change nothing."""
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved_groups]:
-        raise SettingError(
-            "the checkpoint has groups of "
-            f"{[len(g['params']) for g in saved_groups]} parameters, this optimizer of "
-            f"{[len(g['params']) for g in groups]}: build it with the same groups"
-        )
-    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        version = saved.get("state_version", STATE_VERSION)
-        if version != STATE_VERSION:
-            raise SettingError(
-                f"the checkpoint has state_version {version}, this package reads {STATE_VERSION}: "
-                "upgrade lowrank-optim"
-            )
-        for key, value in described(group).items():
-            if key in saved and kind_of(str(saved[key])) != kind_of(value):
-                raise SettingError(
-                    f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
-                    f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
-                    "start without its optimizer state"
-                )
-        merged = {k: saved.get(k, v) if k not in STRUCTURE else v for k, v in group.items()}
-        merged["params"] = group["params"]
-        plan = plan_of(merged)
-        states = {
-            param: state_dict["state"].get(saved_id) or {}
-            for param, saved_id in zip(group["params"], saved["params"], strict=True)
-        }
-        for place, (param, site) in enumerate(
-            sites_of(merged, plan, optimizer._shared, states=states)
+class Checked(NamedTuple):
+    """What is taken of a checkpoint that fits.
+
+    Attributes:
+        settings: those it has, in their normal form, a group each.
+        groups: the same with what it lacks.
+        states: one for each parameter that has one.
+    """
+
+    settings: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    states: list[Saved]
+
+
+def checked(optimizer: LowRank, state_dict: Mapping[str, Any]) -> Checked:
+    """Return what is to be taken of a checkpoint.
+
+    Raises:
+        SettingError: it does not fit. Nothing is changed then.
+    """
+    found = Checked([], [], [])
+    ours = any("projector" in group for group in state_dict["param_groups"])
+    try:
+        own = paired(optimizer.param_groups, state_dict)
+        for index, (group, saved) in enumerate(
+            zip(optimizer.param_groups, own["param_groups"], strict=True)
         ):
-            name, shape = name_of(group, index, place), tuple(param.shape)
-            state = states[param]
-            ranks = f"rank {saved.get('rank')} in the checkpoint, {group['rank']} here"
-            if "rank" in saved and not same_rank(shape, saved["rank"], group["rank"], plan):
-                raise SettingError(f"the ranks of {name} differ: {ranks}")
-            if state:
-                check_state(name, param, site, state, merged, plan)
+            check_structure(group, saved, index)
+            merged = merged_settings(group, saved, f" in group {index} of the checkpoint")
+            taken = {k: v for k, v in merged.items() if k not in LIVE}
+            settings = {k: taken.get(k, v) for k, v in saved.items()}
+            found.settings.append(settings)
+            found.groups.append({**taken, **settings, "params": saved["params"]})
+            found.states.extend(states_in(optimizer, merged, saved, own["state"], index))
+    except SettingError as error:
+        if ours:
+            raise
+        raise SettingError(
+            f"the checkpoint is one of another optimizer, whose state is not that of a "
+            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads those of "
+            "galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
+            "and start without the optimizer's state"
+        ) from None
+    return found
+
+
+def check_structure(group: Group, saved: Group, index: int) -> None:
+    """Raise SettingError if a group of a checkpoint was made with other parts than ours."""
+    version = saved.get("state_version", STATE_VERSION)
+    if version != STATE_VERSION:
+        raise SettingError(
+            f"the checkpoint has state_version {version}, this package reads {STATE_VERSION}: "
+            "upgrade lowrank-optim"
+        )
+    for key, value in described(group).items():
+        if key in saved and kind_of(str(saved[key])) != kind_of(value):
+            raise SettingError(
+                f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
+                f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
+                "start without its optimizer state"
+            )
+    flags = {key: saved[key] for key in ("amsgrad", "differentiable") if key in saved}
+    check_keys(flags, f" in group {index}")
+
+
+def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
+    """Return the settings of a group after the load, checked: the checkpoint's, but live ones."""
+    taken = {**(BEFORE if "projector" in saved else {}), **saved}
+    merged = {key: taken.get(key, own) if key not in LIVE else own for key, own in group.items()}
+    merged["params"] = group["params"]
+    norm = merged["grad_norm"]
+    if norm is not None and (not is_real(norm) or norm < 0):
+        raise SettingError(f"grad_norm={norm!r}{where}: it must be None or a number of at least 0")
+    if isinstance(merged["lr"], Tensor) and merged["lr"].is_meta:
+        raise SettingError(f'lr{where} is on "meta", without a value')
+    check_values(merged, where)
+    return merged
+
+
+def states_in(
+    optimizer: LowRank, merged: Group, saved: Group, states: Mapping[Any, Any], index: int
+) -> list[Saved]:
+    """Return the states that the parameters of a group have in a checkpoint, checked."""
+    plan = plan_of(merged)
+    held = {
+        param: states.get(key, {})
+        for param, key in zip(merged["params"], saved["params"], strict=True)
+    }
+    found = []
+    for place, (param, site) in enumerate(sites_of(merged, plan, optimizer._shared, states=held)):
+        name, shape = name_of(merged, index, place), tuple(param.shape)
+        if "rank" in saved and not same_rank(shape, saved["rank"], merged["rank"], plan):
+            ranks = f"rank {saved['rank']} in the checkpoint, {merged['rank']} here"
+            raise SettingError(f"the ranks of {name} differ: {ranks}")
+        if held[param]:
+            found.append(Saved(name, param, site, held[param], merged, plan))
+            saved_state.check(found[-1])
+    return found
 
 
 def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
@@ -130,36 +200,3 @@ def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
         for rank in (there, here)
     ]
     return spaces[0] == spaces[1]
-
-
-def check_state(
-    name: str, param: Tensor, site: Site | None, state: State, group: Group, plan: Plan
-) -> None:
-    """Raise SettingError if the saved state of one parameter is not of the shape it needs."""
-    if site is not None and "step" in state:
-        site.step = max(0, int(state["step"]) - 1)
-    wanted = template(param, site, group, plan)
-    for key in sorted({*wanted, *state}):
-        if key not in state or key not in wanted:
-            where = "this optimizer" if key not in state else "the checkpoint"
-            raise SettingError(f"only {where} has {key!r} for {name}")
-        if isinstance(wanted[key], Tensor):
-            if is_distributed(state[key]) and not is_distributed(param):
-                raise SettingError(
-                    f"{key!r} of {name} is sharded in the checkpoint and the parameter is not: "
-                    "load it with torch.distributed.checkpoint, which puts it together"
-                )
-            shape = tuple(state[key].shape) if isinstance(state[key], Tensor) else None
-            if shape is not None and state[key].dtype != wanted[key].dtype:
-                raise SettingError(
-                    f"{key!r} of {name} is {state[key].dtype} in the checkpoint and would be "
-                    f"{wanted[key].dtype} here: build the optimizer with the checkpoint's "
-                    "state_dtype"
-                )
-            if shape != tuple(wanted[key].shape):
-                param_is_auto = site is not None and plan.side == "auto"
-                raise SettingError(
-                    f"{key!r} of {name} has shape {shape} in the checkpoint and "
-                    f"{tuple(wanted[key].shape)} here: another side, or other parameters"
-                    + (' (side="auto" goes by the sharding: take "right")' if param_is_auto else "")
-                )

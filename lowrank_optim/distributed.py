@@ -316,6 +316,24 @@ class HeldState(MutableMapping[str, Any]):
         return len(self._state)
 
 
+def cut_alike(local: Tensor, shape: Shape, like: Tensor) -> Tensor:
+    """Return what is held of a tensor of some shape as one that is cut as another is."""
+    if not is_distributed(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    sharded = cast("DTensor", like)
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=stride,
+    )
+
+
 def mesh_of(param: Tensor) -> tuple[DeviceMesh | None, Placements]:
     """Return the mesh and the placements of a parameter; none of an ordinary tensor."""
     if not is_distributed(param):

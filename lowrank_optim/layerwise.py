@@ -40,7 +40,9 @@ class LayerWise(Optimizer):
     def _recall_norm(self) -> None:
         """Take the norm of the last step from where `_note_norm` has put it."""
         norm = self.param_groups[0]["grad_norm"] if self.param_groups else None
-        self._grad_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
+        self._grad_norm = None
+        if norm is not None:
+            self._grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
 
     def _end_round(self) -> None:
         """End a step under way, and forget gradients that were accumulated for it."""

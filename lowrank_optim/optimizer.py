@@ -283,15 +283,19 @@ class LowRank(LayerWise):
         return checkpoint.portable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, each tensor in the dtype it was saved with, on its parameter's device.
+        """Load a state, each tensor on its parameter's device, to go on to the bit.
+
+        Where both sides have names of parameters, states go by them, else by place. Numbers of the
+        groups are those of the checkpoint, as in torch. Parts and `state_dtype` are those of this
+        optimizer: moments and bases that were stored in another way are converted, exactly where
+        the storage asked for is the finer one. One warning says which settings differ.
 
         Raises:
-            ValueError: the checkpoint has other parameters, or was made with another rank,
-                feed, projector, rule, residual, side or on_refresh. Nothing is changed then.
+            ValueError: the checkpoint has other parameters, was made with another rank, feed,
+                projector, rule, residual, side or on_refresh, is of another optimizer, or holds
+                values that no run leaves, such as NaN. Nothing is changed then.
         """
-        checkpoint.load(self, state_dict, super().load_state_dict)
-        self._end_round()
-        self._recall_norm()
+        checkpoint.load(self, state_dict)
 
     def summary(self) -> str:
         """Return a table: what is projected, and what the state takes beside AdamW's.

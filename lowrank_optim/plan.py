@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .distributed import Each, Layout
+from .kinds import COUNT, FLAG, NOT_NEGATIVE, Kind
 from .protocols import Feed, Moments, Projector, Residual, Rule, Storage
 from .team import Team
 
@@ -155,6 +156,10 @@ class Matrix(NamedTuple):
     site: Site
 
 
+COUNTED: dict[str, Kind] = {"step": COUNT, "age": COUNT, "pending": FLAG, "unset": FLAG}
+"""What is kept beside moments and what the parts of a plan own: updates, and what still waits."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """The structure of one group's update; a pairing that makes no sense is refused here."""
@@ -182,6 +187,15 @@ class Plan:
     def kept_by_row(self) -> tuple[str, ...]:
         """What rule and residual keep for each row."""
         return (*self.rule.row_keys, *self.residual.row_keys)
+
+    @cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What values entries may have; those that are not here may have any finite ones."""
+        squares = {*self.rule.squares, *self.rule.plain.squares}
+        kinds = {**COUNTED, **dict.fromkeys(squares, NOT_NEGATIVE)}
+        for part in (self.projector, self.rule, self.residual):
+            kinds.update(getattr(part, "kinds", {}))  # a part of a user's own may not say
+        return kinds
 
     @property
     def full(self) -> bool:

@@ -6,13 +6,14 @@ Shapes are those of `plan.py`: `grad` is `(..., rows, cols)` with the projected 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from .functional import Norms, Want
+from .kinds import Kind
 
 if TYPE_CHECKING:
     from .plan import Group, Job, Matrix, Site, State, Update
@@ -38,7 +39,8 @@ class Projector(Protocol):
     """Maps `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
 
     `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
-    names this projector owns in a parameter's state, `common` those of them that a stack has once
+    names this projector owns in a parameter's state, `kinds` says what values a checkpoint may have
+    there (likewise of a rule and a residual), `common` those of them that a stack has once
     for all of its matrices, `bases` those that are `(..., cols, rank)`; `learns` says that the
     subspace comes from the gradient, and `decomposes` that this takes a decomposition, whose bits
     may differ from machine to machine: then all processes take that of one; `whole` says that it
@@ -49,6 +51,7 @@ class Projector(Protocol):
     """
 
     keys: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[Mapping[str, Kind]]
     common: ClassVar[tuple[str, ...]]
     bases: ClassVar[tuple[str, ...]]
     on_refresh: ClassVar[tuple[str, ...]]
@@ -106,6 +109,7 @@ class Rule(Protocol):
     squares: ClassVar[tuple[str, ...]]
     keys: ClassVar[tuple[str, ...]]
     row_keys: ClassVar[tuple[str, ...]]
+    kinds: ClassVar[Mapping[str, Kind]]
     whole: ClassVar[bool]
     unprojected: ClassVar[bool]
 
@@ -155,6 +159,8 @@ class Residual(Protocol):
     `want` says which results of `functional.project_moments` it and its update need; `keys` are
     the names of its state of one number a matrix, `row_keys` of that of one number a row.
     """
+
+    kinds: ClassVar[Mapping[str, Kind]]
 
     @property
     def want(self) -> Want:

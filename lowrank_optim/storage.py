@@ -116,6 +116,20 @@ def holds(state: State, slot: str) -> bool:
     return slot in state or f"{slot}.scale" in state
 
 
+def form_of(state: State, slot: str) -> tuple[str, ...]:
+    """Return the keys under which a state has a moment; none if it lacks it."""
+    return next((keys for keys in forms(slot) if all(key in state for key in keys)), ())
+
+
+def forms(slot: str) -> dict[tuple[str, ...], Storage]:
+    """Return the keys under which a moment may be found, and what makes it so."""
+    return {
+        (slot,): Dense(),
+        (f"{slot}.codes", f"{slot}.scale"): Blockwise8(),
+        (f"{slot}.packed", f"{slot}.scale"): Blockwise4(),
+    }
+
+
 def moments_of(state: State, slots: Iterable[str]) -> Held:
     """Return some moments as they lie in a state."""
     return {slot: stored(state, slot) for slot in slots}

@@ -220,14 +220,14 @@ def set_steps(jobs: list[Job]) -> None:
     `capturable` outside a capture. A capture reads nothing.
     """
     projected = [job for job in jobs if job.site is not None]
-    distant = [job for job in projected if job.state["step"].device.type not in ("cpu", "meta")]
+    distant = [job for job in projected if job.state["step"].device.type != "cpu"]
     counts: dict[int, float] = {}
     if distant and not capturing():
         home = distant[0].state["step"].device
         steps = torch.stack([job.state["step"].to(home) for job in distant]).tolist()
         counts = {job.position: step for job, step in zip(distant, steps, strict=True)}
     for job in projected:
-        if job.state["step"].device.type in ("cpu", "meta"):
+        if job.state["step"].device.type == "cpu":
             site_of(job).step = int(job.state["step"])
         else:
             site_of(job).step = int(counts.get(job.position, 1))
@@ -241,6 +241,7 @@ class Watch:
     """
 
     def __init__(self, waiting: Sequence[Waiting] = ()) -> None:
+        waiting = [pair for pair in waiting if not pair[0]["unset"].is_meta]  # no values to ask for
         self._states = [state for state, _ in waiting]
         self._answer: Tensor | None = None
         self._ready: torch.cuda.Event | None = None

@@ -29,6 +29,7 @@ from .functional import (
 from .geometry import oriented
 from .halves import Half, portions, run
 from .plan import Group, Job, Plan, Site, State, site_of
+from .protocols import Storage
 from .rates import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .storage import load_moments, moments_of, store_moments, stored
 from .subspace import ABREAST, Waiting, alike, grad_of, move_subspaces
@@ -48,19 +49,14 @@ def init_state(
         size: elements of the whole parameter, if that is more.
     """
     size = param.numel() if size is None else size
+    moments: State = {}
+    for slot, storage, shape, whole in moments_to_be(param, site, plan, size):
+        moments.update(storage.zeros(slot, shape, param, whole))
     if site is None:
-        moments: State = {}
-        for slot in plan.rule.plain.slots:
-            moments.update(plan.storage.zeros(slot, tuple(param.shape), param, size or 1))
         return {"step": zero_count(step_device(param, moments, group, plan)), **moments}
-    state: dict[str, Any] = {"step": zero_count(step_device(param, None, group, plan))}
+    state: dict[str, Any] = {"step": zero_count(step_device(param, None, group, plan)), **moments}
     _, view = oriented(param, site.layout.wide)
     batch, rows = tuple(view.shape[:-2]), view.shape[-2]
-    for slot in plan.slots:
-        shape = (*batch, rows, plan.projector.width(site))
-        state.update(plan.storage.zeros(slot, shape, param))
-    for slot in plan.feed.slots:
-        state.update(plan.feed_storage.zeros(slot, (*batch, rows, site.cols), param))
     if plan.on_refresh == "reset":
         state["age"] = torch.zeros_like(state["step"])
     if plan.projector.learns:
@@ -72,19 +68,45 @@ def init_state(
     return state
 
 
+class Moment(NamedTuple):
+    """A moment that a parameter has, see `Storage.zeros`."""
+
+    slot: str
+    storage: Storage
+    shape: tuple[int, ...]
+    size: int
+
+
+def moments_to_be(param: Tensor, site: Site | None, plan: Plan, size: int) -> Iterator[Moment]:
+    """Yield the moments that `init_state` makes; its arguments."""
+    if site is None:
+        for slot in plan.rule.plain.slots:
+            yield Moment(slot, plan.storage, tuple(param.shape), size or 1)
+        return
+    *batch, rows, _ = oriented(param, site.layout.wide)[1].shape
+    for slot in plan.slots:
+        yield Moment(slot, plan.storage, (*batch, rows, plan.projector.width(site)), 0)
+    for slot in plan.feed.slots:
+        yield Moment(slot, plan.feed_storage, (*batch, rows, site.cols), 0)
+
+
 def zero_count(device: torch.device) -> Tensor:
     """Return a step count of none."""
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def step_device(param: Tensor, moments: State | None, group: Group, plan: Plan) -> torch.device:
-    """Return where the counts live: with the host, but where a kernel or a graph reads them.
+    """Return where the counts live: with the host, except where a kernel or a graph reads them.
+
+    Those of a parameter on "meta" are real numbers with the host, so that it can be stepped.
 
     Args:
         param, group, plan: its own.
         moments: of a parameter that is not projected, as they are stored; None for others.
     """
-    host = torch.device("meta" if param.device.type == "meta" else "cpu")
+    host = torch.device("cpu")
+    if param.is_meta:
+        return host
     if group["capturable"]:
         return param.device
     if moments is not None and plan.rule.plain.counts_on_device(param, moments, group):

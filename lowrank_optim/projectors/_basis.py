@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..functional import peaks, places_of, select_moment
+from ..kinds import UNIT, Kind
 from ..plan import Group, Matrix, Site, State
 from ..protocols import Moments, Rule
 
@@ -29,6 +30,7 @@ class Basis:
     """
 
     keys: ClassVar[tuple[str, ...]] = ("basis",)
+    kinds: ClassVar[Mapping[str, Kind]] = {"basis": UNIT}
     common: ClassVar[tuple[str, ...]] = ()
     bases: ClassVar[tuple[str, ...]] = ()
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate", "align")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional import generator
+from ..kinds import Kind
 from ..plan import Group, Matrix, Site, State
 from ..protocols import Moments, Rule
 
@@ -39,6 +40,7 @@ class Blocks:
 
     order: str = "random"
     keys: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[Mapping[str, Kind]] = {}
     common: ClassVar[tuple[str, ...]] = ()
     bases: ClassVar[tuple[str, ...]] = ()
     on_refresh: ClassVar[tuple[str, ...]] = ("reset",)

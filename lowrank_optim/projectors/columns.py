@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import generator, upload
+from ..kinds import COLUMNS, Kind
 from ..plan import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
@@ -25,6 +26,7 @@ class Columns(IndexTransport, Basis):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("index",)
+    kinds: ClassVar[Mapping[str, Kind]] = {"index": COLUMNS}
     common: ClassVar[tuple[str, ...]] = ("index",)
     learns: ClassVar[bool] = False
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..dispatch import dct_scores
 from ..functional import dct_basis
+from ..kinds import COLUMNS, Kind
 from ..plan import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
@@ -35,6 +36,7 @@ class DCT(IndexTransport, Basis):
 
     norm: str = "l1"
     keys: ClassVar[tuple[str, ...]] = ("index",)
+    kinds: ClassVar[Mapping[str, Kind]] = {"index": COLUMNS}
     captures: ClassVar[str] = "refresh"
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")
 

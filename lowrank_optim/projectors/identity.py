@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ..kinds import Kind
 from ..plan import Matrix, Site, State
 from ._basis import Basis
 
@@ -18,6 +19,7 @@ class Identity(Basis):
     """P = I: the matrix is its own projection, and the rank counts for nothing."""
 
     keys: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[Mapping[str, Kind]] = {}
     on_refresh: ClassVar[tuple[str, ...]] = ("keep",)
     learns: ClassVar[bool] = False
     whole: ClassVar[bool] = True

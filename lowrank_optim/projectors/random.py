@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import generator, orthonormal_, upload
+from ..kinds import COUNT, Kind
 from ..plan import Matrix, Site, State
 from ._basis import Basis
 
@@ -23,6 +24,7 @@ class Random(Basis):
     """
 
     keys: ClassVar[tuple[str, ...]] = ("drawn",)
+    kinds: ClassVar[Mapping[str, Kind]] = {"drawn": COUNT}
     learns: ClassVar[bool] = False
     captures: ClassVar[str] = ""
     on_refresh: ClassVar[tuple[str, ...]] = ("keep", "reset", "rotate")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..functional import Norms
+from ..kinds import NORM, Kind
 from ..limiter import limiter_state
 from ..plan import Group, Site, State
 
 
 class Stateless:
     """A residual that keeps nothing, and updates every row for itself."""
+
+    kinds: ClassVar[Mapping[str, Kind]] = {}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -35,6 +41,7 @@ class Limited(Stateless):
     """A residual with a limiter: what it keeps is one norm a matrix, or nothing without one."""
 
     limiter: float | None
+    kinds: ClassVar[Mapping[str, Kind]] = {"residual_norm": NORM}
 
     @property
     def keys(self) -> tuple[str, ...]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import check_share
 from ..functional import Norms, Want
+from ..kinds import NOT_NEGATIVE, Kind
 from ..limiter import check_limiter, limit
 from ..plan import Group, Site, State, Update
 from ._base import Limited
@@ -45,6 +48,7 @@ class Compensated(Limited):
     factor: float = 0.4
     beta: float = 0.9
     limiter: float | None = 1.01
+    kinds: ClassVar[Mapping[str, Kind]] = {**Limited.kinds, "residual_sq": NOT_NEGATIVE}
 
     def __post_init__(self) -> None:
         check_limiter(self.limiter)

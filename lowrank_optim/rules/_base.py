@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
+from ..kinds import Kind
 from ..plan import Group, Job, Site, State
 from ..protocols import Moments, Rule
 
@@ -16,6 +17,7 @@ class Elementwise:
 
     keys: ClassVar[tuple[str, ...]] = ()
     row_keys: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[Mapping[str, Kind]] = {}
     whole: ClassVar[bool] = False
     unprojected: ClassVar[bool] = False
 

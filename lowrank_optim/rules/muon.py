@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_share
 from ..functional import newton_schulz
+from ..kinds import NOT_NEGATIVE, Kind
 from ..plan import Group, Job, Site, State
 from ..protocols import Moments
 from ..whole import of_whole_matrices
@@ -140,6 +141,7 @@ class NorMuon(Muon):
     unprojected: ClassVar[bool] = True
     keys: ClassVar[tuple[str, ...]] = ("column_sq",)
     row_keys: ClassVar[tuple[str, ...]] = ("row_sq",)
+    kinds: ClassVar[Mapping[str, Kind]] = {"column_sq": NOT_NEGATIVE, "row_sq": NOT_NEGATIVE}
 
     def init(self, batch: tuple[int, ...], rows: int, site: Site) -> State:
         """Return v: for each row that is held or, where outputs are the columns, for each column.

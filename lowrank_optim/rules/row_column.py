@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_share
+from ..kinds import NORM, NOT_NEGATIVE, Kind
 from ..limiter import check_limiter, limit, limiter_state
 from ..plan import Group, Job, Site, State
 from ..team import Team
@@ -44,6 +45,11 @@ class RowColumnScaled(OfMatrices):
     unprojected: ClassVar[bool] = True
     keys: ClassVar[tuple[str, ...]] = ("column_scale", "update_norm")
     row_keys: ClassVar[tuple[str, ...]] = ("row_scale",)
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "column_scale": NOT_NEGATIVE,
+        "row_scale": NOT_NEGATIVE,
+        "update_norm": NORM,
+    }
 
     def __post_init__(self) -> None:
         check_limiter(self.limiter)

@@ -1,0 +1,60 @@
+"""What values the entries of a state may have: one kind for each sort of entry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a checkpoint may hold under a key.
+
+    Attributes:
+        wanted: that in words, for a message.
+        least, most: bounds, themselves allowed.
+        whole: whether only whole numbers are.
+        endless: whether infinity is.
+        columns: whether the values number columns: below `cols`, and each above the one before it.
+    """
+
+    wanted: str
+    least: float = -math.inf
+    most: float = math.inf
+    whole: bool = False
+    endless: bool = False
+    columns: bool = False
+
+    def allows(self, values: Tensor, cols: int) -> bool:
+        """Return whether all values are of this kind, by few passes and one wait for the device.
+
+        Args:
+            values: real, not on "meta".
+            cols: length of the projected axis.
+        """
+        if not values.numel():
+            return True
+        values = values.detach()
+        ends = torch.stack(torch.aminmax(values.byte() if values.dtype == torch.bool else values))
+        fine = (ends >= self.least) & (ends <= (cols - 1 if self.columns else self.most))
+        if not self.endless and ends.is_floating_point():
+            fine &= ends.isfinite()
+        if self.whole:
+            fine &= (values == values.round() if ends.is_floating_point() else fine).all()
+        if self.columns:
+            fine &= (values.diff(dim=-1) > 0).all()
+        return bool(fine.all())
+
+
+NUMBER = Kind("finite")
+NOT_NEGATIVE = Kind("finite and not negative", 0)
+NORM = Kind("not negative, or infinity before the first", 0, endless=True)
+UNIT = Kind("columns of length 1, with values from -1 to 1", -1.01, 1.01)
+"""A basis; half a per cent is what bfloat16 rounds a column by."""
+FLAG = Kind("true or false", 0, 1, whole=True)
+COUNT = Kind("a whole number from 0 to 2147483647", 0, 2**31 - 1, whole=True)
+"""Kernels and random draws take counts of 32 bits."""
+COLUMNS = Kind("different columns in ascending order", 0, whole=True, columns=True)

@@ -1,0 +1,238 @@
+"""The state of one parameter in a checkpoint: whether it can be taken, and taking it."""
+
+from __future__ import annotations
+
+import numbers
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .distributed import Layout, cut_alike
+from .functional import load, store
+from .kinds import COUNT, NOT_NEGATIVE, NUMBER, Kind
+from .local import here, is_distributed
+from .plan import COUNTED, Group, Plan, Site, State
+from .settings import PARTS, SettingError
+from .sites import plain_layout
+from .storage import form_of, forms, stored
+from .update import Moment, moments_to_be, step_device, template
+
+LARGE = 2.0**53
+"""Beyond it, numbers of a checkpoint need not be told apart."""
+
+MIDDLE = (1 << 15) - 1
+"""Random bits that round to nearest."""
+
+
+class Saved(NamedTuple):
+    """A parameter here, what a message calls it, and its state in a checkpoint."""
+
+    name: str
+    param: Tensor
+    site: Site | None
+    state: State
+    group: Group
+    plan: Plan
+
+    @property
+    def layout(self) -> Layout:
+        """Which part of the parameter lies here."""
+        if self.site is not None:
+            return self.site.layout
+        return plain_layout(self.param, self.group, self.plan)
+
+    @property
+    def squares(self) -> tuple[str, ...]:
+        """The moments that are averages of squares."""
+        rule = self.plan.rule
+        return (rule if self.site is not None else rule.plain).squares
+
+    def wanted(self) -> State:
+        """Return what the state of the whole parameter would be here, on "meta"."""
+        return template(self.param, self.site, self.group, self.plan)
+
+    def moments(self, like: Tensor) -> list[Moment]:
+        """Return its moments, as far as they lie here if `like` is what does."""
+        return list(moments_to_be(like, self.site, self.plan, self.param.numel()))
+
+
+def check(saved: Saved) -> None:
+    """Raise SettingError if the state cannot be taken; change nothing.
+
+    What is looked at is keys, shapes, dtypes and, by a reduction a tensor, values. A moment may be
+    stored in another way than here. Keys that belong to no part of any method are a wrapper's own.
+    """
+    name, state = saved.name, saved.state
+    if saved.site is not None:
+        if "step" in state:
+            check_entry(saved, "step", torch.zeros((), device="meta"))
+            saved.site.step = max(0, int(state["step"]) - 1)
+        if not 0 < saved.site.rank <= saved.site.cols:
+            raise SettingError(f"{name} has no subspace in the checkpoint that it could have here")
+    wanted = saved.wanted()
+    known: set[str] = set()
+    param, meta = saved.param, torch.device("meta")
+    like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=meta)
+    for slot, _, shape, size in saved.moments(like):
+        keys, here_keys = form_of(state, slot), form_of(wanted, slot)
+        if not keys:
+            raise SettingError(f"only this optimizer has {here_keys[0]!r} for {name}")
+        form = forms(slot)[keys].zeros(slot, shape_in(saved, slot, shape), like, size)
+        for key in keys:
+            check_entry(saved, key, form.get(key))
+        known.update((*keys, *here_keys))
+    for key in (key for key in wanted if key not in known):
+        if key not in state:
+            raise SettingError(f"only this optimizer has {key!r} for {name}")
+        check_entry(saved, key, wanted[key])
+        known.add(key)
+    for key in state:
+        if key not in known and key in owned():
+            raise SettingError(f"only the checkpoint has {key!r} for {name}")
+
+
+def shape_in(saved: Saved, slot: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a moment must have: as here, or none if its matrix may sit out."""
+    projector, site = saved.plan.projector, saved.site
+    if site is None or not projector.whole or projector.everything or slot not in saved.plan.slots:
+        return shape
+    value = stored(saved.state, slot)
+    width = getattr(value if isinstance(value, Tensor) else value[0], "shape", shape)[-1:]
+    return (*shape[:-1], *width) if width in ((0,), (site.cols,)) else shape
+
+
+def check_entry(saved: Saved, key: str, wanted: Any) -> None:
+    """Raise SettingError if one entry is not like the one that is wanted, or has other values."""
+    name, value, kind = saved.name, saved.state[key], kind_at(saved, key)
+    if wanted is None:
+        raise SettingError(f"only the checkpoint has {key!r} for {name}")
+    where = f"{key!r} of {name}"
+    alone = not isinstance(wanted, Tensor) or kind is COUNT
+    if isinstance(value, numbers.Real) and alone:
+        value = torch.tensor(min(max(value, -LARGE), LARGE), dtype=torch.float64, device="cpu")
+    if not isinstance(value, Tensor):
+        raise SettingError(f"{where} is a {type(value).__name__} in the checkpoint")
+    if is_distributed(value) and not is_distributed(saved.param):
+        raise SettingError(
+            f"{where} is sharded in the checkpoint and the parameter is not: load it with "
+            "torch.distributed.checkpoint, which puts it together"
+        )
+    if value.layout is not torch.strided or value.is_quantized:
+        raise SettingError(f"{where} is no dense tensor in the checkpoint")
+    if value.is_meta and (alone or not saved.param.is_meta):
+        raise SettingError(
+            f'{where} is on "meta" in the checkpoint, without values: load the file with '
+            "map_location"
+        )
+    shape = tuple(wanted.shape) if isinstance(wanted, Tensor) else ()
+    if tuple(value.shape) != shape:
+        auto = saved.site is not None and saved.plan.side == "auto"
+        raise SettingError(
+            f"{where} has shape {tuple(value.shape)} in the checkpoint and {shape} here: another "
+            "side, or other parameters"
+            + (' (side="auto" goes by the sharding: take "right")' if auto else "")
+        )
+    if (not alone and not convertible(value.dtype, wanted.dtype)) or value.is_complex():
+        raise SettingError(f"{where} is {value.dtype} in the checkpoint, not {wanted.dtype}")
+    cols = 0 if saved.site is None else saved.site.cols
+    if kind is not None and not value.is_meta and not kind.allows(here(value), cols):
+        raise SettingError(
+            f"{where} must be {kind.wanted}, which it is not in the checkpoint: take an earlier "
+            "checkpoint, or remove the state of this parameter to start it anew"
+        )
+
+
+def kind_at(saved: Saved, key: str) -> Kind | None:
+    """Return what values an entry may have; None for any."""
+    slot, _, part = key.partition(".")
+    if part:
+        return NOT_NEGATIVE if part == "scale" else None
+    return saved.plan.kinds.get(slot, NUMBER)
+
+
+def convertible(there: torch.dtype, here: torch.dtype) -> bool:
+    """Return whether values of a checkpoint keep their meaning in the dtype that is wanted."""
+    return there == here or (there.is_floating_point and here.is_floating_point)
+
+
+@cache
+def owned() -> frozenset[str]:
+    """Return every key that the state of some method has."""
+    parts = [part for registry in PARTS.values() for part in registry.values()]
+    slots = {slot for part in parts for slot in getattr(part, "slots", ())}
+    keys = {key for part in parts for key in getattr(part, "kinds", {})}
+    found = {key for slot in slots for form in forms(slot) for key in form}
+    return frozenset({*COUNTED, *keys, *found})
+
+
+def take(saved: Saved, into: dict[str, Any]) -> None:
+    """Copy a state that has been checked into that of the parameter, as this optimizer keeps it.
+
+    Moments are converted to the storage that is asked for: by a cast between plain tensors, decoded
+    and rounded to the nearest code otherwise; what lies in that storage keeps its bits. A wrapper's
+    own keys are kept as they are, on the device of the parameter.
+    """
+    _, param, site, state, group, plan = saved
+    layout, each, wanted = saved.layout, plan.each(group), saved.wanted()
+    view = layout.view(into, each)
+    known: set[str] = set()
+    like = param
+    if layout.mesh is not None:
+        like = torch.empty(layout.held, dtype=param.dtype, device=param.device)
+    for moment in saved.moments(like):
+        keys, ours = form_of(state, moment.slot), form_of(wanted, moment.slot)
+        known.update((*keys, *ours))
+        if keys == ours and all(state[key].dtype == wanted[key].dtype for key in keys):
+            for key in keys:
+                into[key] = layout.kept(state[key].detach(), each.of(key), param.device)
+        else:
+            view.update(converted(saved, moment, like))
+    home = step_device(param, view if site is None else None, group, plan)
+    for key, value in state.items():
+        if key in known:
+            continue
+        if key not in wanted:
+            into[key] = kept_as_is(value, param.device)
+        elif not isinstance(wanted[key], Tensor):
+            into[key] = int(value)
+        else:
+            if not isinstance(value, Tensor):
+                value = torch.tensor(value, device="cpu")
+            device = home if plan.kinds.get(key) is COUNT else param.device
+            value = value.detach().to(wanted[key].dtype)
+            into[key] = layout.kept(value, each.of(key), device)
+
+
+def converted(saved: Saved, moment: Moment, like: Tensor) -> State:
+    """Return what is held here of a moment, in the storage that is asked for."""
+    slot, square = moment.slot, moment.slot in saved.squares
+    found = stored(saved.state, slot)
+    if isinstance(found, Tensor):
+        dense = found.detach()
+    else:
+        codes, scale = found
+        values = load((here(codes), here(scale)), torch.float32, square)
+        packed = codes.dtype == torch.int8
+        length = moment.shape[-1] if packed else codes.shape[-1]
+        dense = cut_alike(values[..., :length], (*codes.shape[:-1], length), codes)
+    dense = here(saved.layout.kept(dense, "row", saved.param.device))
+    fresh = moment.storage.zeros(slot, tuple(dense.shape), like, moment.size)
+    target = stored(fresh, slot)
+    if isinstance(target, Tensor):
+        target.copy_(dense)
+    else:
+        store(target, dense, square, lambda: torch.full_like(dense, MIDDLE, dtype=torch.int32))
+    return fresh
+
+
+def kept_as_is(value: Any, device: torch.device) -> Any:
+    """Return a copy of what a wrapper keeps in a state, its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    if isinstance(value, dict):
+        return {key: kept_as_is(item, device) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(kept_as_is(item, device) for item in value)
+    return value

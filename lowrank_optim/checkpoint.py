@@ -17,6 +17,7 @@ from .pairing import check_form, ids_of, paired
 from .plan import Group, Plan
 from .saved_state import Saved
 from .settings import (
+    CHECKS,
     STRUCTURE,
     SettingError,
     check_keys,
@@ -167,6 +168,8 @@ def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
     if isinstance(merged["lr"], Tensor) and merged["lr"].is_meta:
         raise SettingError(f'lr{where} is on "meta", without a value')
     check_values(merged, where)
+    if not isinstance(rank := saved.get("rank"), str):
+        CHECKS["rank"]("rank", rank, where)
     return merged
 
 

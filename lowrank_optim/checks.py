@@ -20,8 +20,14 @@ def bytes_in(text: str) -> int | None:
 
 
 def is_real(value: Any) -> bool:
-    """Return whether a value is a real number; a boolean is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    """Return whether a value is a real number that a float can hold; a boolean is none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def check_share(name: str, value: Any, below: float = 1.0) -> None:

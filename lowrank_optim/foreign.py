@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import LIVE
+from .checkpoint import LIVE, load
 from .functional import Noise, compute_dtype, stream_of
 from .optimizer import LowRank
+from .pairing import check_form
 from .peers import (
     APOLLO,
     ONLY_THERE,
@@ -26,7 +27,8 @@ from .peers import (
     read,
     state_dicts,
 )
-from .plan import Group, Site, State
+from .plan import Site, State
+from .saved_state import values_of
 from .settings import SettingError, check_values, plan_of
 from .sites import name_of, sites_of
 from .storage import moments_of, shape_of, store_moments
@@ -78,7 +80,8 @@ def import_state(
             f"the source holds {len(found)} optimizer state dicts (with 'state' and "
             "'param_groups'): pass the one to be imported"
         )
-    optimizer.load_state_dict(converted(optimizer, found[0], tuple(keep)))
+    check_form(found[0])
+    load(optimizer, converted(optimizer, found[0], tuple(keep)), tells=False)
 
 
 def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
@@ -115,11 +118,12 @@ def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) 
         plan = plan_of(merged)
         sites = sites_of(merged, plan, optimizer._shared)
         if "scale" in taken and is_random(other):
-            merged["scale"] = taken["scale"] = other["scale"] * share(sites, other, where)
+            scale = float(merged["scale"])
+            merged["scale"] = taken["scale"] = scale * share(sites, scale, where)
         for name, saved_id, (param, site) in zip(names, other["params"], sites, strict=True):
             position += 1
             theirs = held.get(saved_id, {})
-            if "step" in theirs:
+            if theirs:
                 pair = Pair(name, param, site, position, merged, plan, theirs, other, package)
                 check_pair(pair)
                 states[saved_id] = state_of(pair)
@@ -127,14 +131,14 @@ def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) 
     return {"state": states, "param_groups": taken_groups}
 
 
-def share(sites: list[tuple[Tensor, Site | None]], other: Group, where: str) -> float:
+def share(sites: list[tuple[Tensor, Site | None]], scale: float, where: str) -> float:
     """Return rank / cols, which has to be the same for all matrices of a group."""
     ratios = sorted({site.rank / site.cols for _, site in sites if site is not None})
     if len(ratios) > 1:
-        scales = ", ".join(f"{other['scale'] * ratio:.3g}" for ratio in ratios)
+        scales = ", ".join(f"{scale * ratio:.3g}" for ratio in ratios)
         raise SettingError(
             f"the matrices{where} have projected axes of different lengths, so the checkpoint's "
-            f"scale={other['scale']} is no single number here but {scales}: split the group, there "
+            f"scale={scale} is no single number here but {scales}: split the group, there "
             'and here, or choose one when the optimizer is built and pass keep=("scale",)'
         )
     return ratios[0] if ratios else 1.0
@@ -151,40 +155,42 @@ def state_of(pair: Pair) -> State:
     for key in ("step", "age"):
         if key in state:
             state[key].fill_(count)
-    moments = {slot: theirs[slot].to(compute_dtype(param.dtype)) for slot in plan.rule.slots}
+    turned = site is not None and site.layout.wide
+    dtype = compute_dtype(param.dtype)
+    moments = {
+        slot: oriented(repr(slot), name, theirs[slot], turned, shape_of(state, slot)).to(dtype)
+        for slot in plan.rule.slots
+    }
     if site is not None:
-        wide = site.layout.wide
-        moments = {slot: value.mT if wide else value for slot, value in moments.items()}
         ratio = 1.0
         if is_random(pair.other):
             ratio = site.rank / site.cols
             moments["exp_avg"] = moments["exp_avg"] * math.sqrt(ratio)
             moments["exp_avg_sq"] = moments["exp_avg_sq"] * ratio
-            state["drawn"] = (count - 1) // site.gap * site.gap
+            state["drawn"] = max(0, count - 1) // site.gap * site.gap
         else:
-            basis = theirs["projector"].ortho_matrix
-            basis = basis if wide else basis.mT
-            check_shape("the basis", name, basis.shape, state["basis"].shape)
-            state["basis"].copy_(basis)
+            basis, ours = theirs["projector"].ortho_matrix, state["basis"]
+            ours.copy_(oriented("the basis", name, basis, not turned, ours.shape))
             state["pending"] = 0
             state["unset"].fill_(False)
-        norm = float(theirs.get(pair.package.norm, 0.0))
+        norm = float(values_of("the limiter's norm", theirs.get(pair.package.norm, 0.0), True))
         if pair.package is APOLLO:
             norm *= math.sqrt(pair.group["scale"] / ratio)
         if "residual_norm" in state and 0 < norm < math.inf:
             state["residual_norm"].fill_(norm)
-    for slot, value in moments.items():
-        check_shape(repr(slot), name, value.shape, shape_of(state, slot))
     noise = Noise(pair.group["seed"], count, stream_of(pair.position))
     held = moments_of(state, plan.rule.slots)
     store_moments(held, moments, plan.rule, noise, whole=site is None)
     return state
 
 
-def check_shape(what: str, name: str, there: torch.Size, here: torch.Size) -> None:
-    """Raise SettingError if two shapes differ."""
-    if there != here:
+def oriented(what: str, name: str, value: Tensor, turned: bool, wanted: torch.Size) -> Tensor:
+    """Return a tensor of theirs as it lies here, turned or not; raise if its shape is another."""
+    value = value.mT if turned and value.ndim > 1 else value
+    if value.shape != wanted:
         raise SettingError(
-            f"{what} of {name} has shape {tuple(there)} in the checkpoint and {tuple(here)} here, "
-            "with the projected axis last: these are other parameters, or other groups"
+            f"{what} of {name} has shape {tuple(value.shape)} in the checkpoint and "
+            f"{tuple(wanted)} here, with the projected axis last: these are other parameters, or "
+            "other groups"
         )
+    return value

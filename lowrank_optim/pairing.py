@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .plan import Group
@@ -21,7 +21,7 @@ def check_form(state_dict: Any) -> None:
         raise SettingError("a state dict has 'state', a dict, and 'param_groups', a list of dicts")
     for index, group in enumerate(groups):
         ids = group.get("params") if isinstance(group, Mapping) else None
-        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, Hashable) for i in ids):
+        if not isinstance(ids, (list, tuple)) or not all(isinstance(i, (int, str)) for i in ids):
             raise SettingError(
                 f"group {index} of the checkpoint is no dict with 'params', a list of numbers"
             )
@@ -34,13 +34,19 @@ def check_form(state_dict: Any) -> None:
                 f"the state of parameter {key} is a {type(state[key]).__name__} in the checkpoint, "
                 "not a dict: remove it there to start this parameter anew"
             )
-    lost = [k for k, v in state.items() if k not in set(ids) and isinstance(v, Mapping) and v]
+    known = set(ids)
+    lost = [k for k in state if isinstance(k, str) and k not in known and is_state(state[k])]
     if lost:
         raise SettingError(
-            f"the checkpoint has states of {listed(lost)}, which are in none of its groups "
-            f"({listed(ids)}): a format that turns numbers into text, as JSON does, needs them "
-            "turned back, see lowrank_optim.flatten_state"
+            f"the checkpoint has states of {listed(lost)}, its groups have {listed(ids)}: a format "
+            "that turns numbers into text, as JSON does, needs them turned back (flatten_state and "
+            "unflatten_state do)"
         )
+
+
+def is_state(value: Any) -> bool:
+    """Return whether that is what a parameter has."""
+    return isinstance(value, Mapping) and "step" in value
 
 
 def ids_of(groups: Iterable[Group]) -> list[Any]:
@@ -94,7 +100,8 @@ def names_in(groups: Iterable[Group]) -> list[str] | None:
         if not isinstance(own, (list, tuple)) or len(own) != len(group["params"]):
             return None
         names += own
-    return names if len(set(names)) == len(names) else None
+    texts = all(isinstance(name, str) for name in names)
+    return names if texts and len(set(names)) == len(names) else None
 
 
 def partners(groups: Sequence[Group], saved: Sequence[Group]) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .geometry import is_wide
+from .kinds import COUNT, NORM, NOT_NEGATIVE, NUMBER, UNIT
 from .plan import Group, Plan, Site, State
 from .projectors import Random
 from .residuals import Drop, GradScaled, NormScaled
 from .rules import Adam
+from .saved_state import check_kind, values_of
 from .settings import PROJ_TYPES, SettingError, text_of
 
 
@@ -51,10 +52,13 @@ PROJECTORS = (
 )
 """Modules and names of the classes whose objects stand in their states."""
 
+ATTRIBUTES = ("rank", "proj_type", "ortho_matrix")
+"""What is read of them."""
+
 ONLY_THERE = ("proj_type", "alpha", "correct_bias", "proj", "scale_type")
 """Group keys of theirs that are none of ours."""
 
-NEEDED = ("step", "exp_avg", "exp_avg_sq")
+KINDS = {"step": COUNT, "exp_avg": NUMBER, "exp_avg_sq": NOT_NEGATIVE}
 """What the state of every parameter has there."""
 
 
@@ -76,18 +80,19 @@ def read(path: str | os.PathLike[str]) -> Any:
     """Return what a file holds; projectors become objects with their attributes and no code.
 
     Raises:
-        SettingError: it holds something that could run code.
+        SettingError: it is damaged, or holds something that could run code.
+        OSError: it cannot be opened.
     """
     bare: list[Any] = [type(name, (), {"__module__": module}) for module, name in PROJECTORS]
-    try:
-        with torch.serialization.safe_globals(bare):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SettingError(
-            f"{os.fspath(path)!r} is no file of torch.save, or holds more than tensors, plain "
-            "values and the projectors of galore-torch, fira and apollo-torch: if you trust it, "
-            "pass torch.load(path, weights_only=False)"
-        ) from error
+    with open(path, "rb") as file, torch.serialization.safe_globals(bare):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # what a damaged file raises is anything
+            raise SettingError(
+                f"{os.fspath(path)!r} is no file of torch.save, is damaged, or holds more than "
+                "tensors, plain values and the projectors of galore-torch, fira and apollo-torch: "
+                "if you trust it, pass torch.load(path, weights_only=False)"
+            ) from error
 
 
 def state_dicts(tree: Any) -> Iterator[dict[str, Any]]:
@@ -118,14 +123,20 @@ def is_random(other: Group) -> bool:
 
 def check_entries(name: str, theirs: State, package: Package) -> None:
     """Raise SettingError for a state that is not of AdamW with dense moments."""
-    known = (*NEEDED, "projector", "seed", package.norm)
+    known = (*KINDS, "projector", "seed", package.norm)
     if strange := [key for key in theirs if key not in known]:
         raise SettingError(
             f"the state of {name} has {', '.join(map(repr, strange))} in the checkpoint: 8-bit and "
             "Adafactor states cannot be imported, start without them"
         )
-    if "step" in theirs and (missing := [key for key in NEEDED if key not in theirs]):
+    if theirs and (missing := [key for key in KINDS if key not in theirs]):
         raise SettingError(f"the state of {name} has no {missing[0]!r} in the checkpoint")
+    for key in (key for key in (*KINDS, package.norm) if key in theirs):
+        alone, where = key in ("step", package.norm), f"{key!r} of {name}"
+        value = values_of(where, theirs[key], alone)
+        if (alone and value.ndim) or (not alone and not value.is_floating_point()):
+            raise SettingError(f"{where} is a {value.dtype} of shape {tuple(value.shape)}")
+        check_kind(where, value, KINDS.get(key, NORM))
 
 
 def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
@@ -164,6 +175,11 @@ def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
 def check_pair(pair: Pair) -> None:
     """Raise SettingError if a parameter was projected in another way than it is here."""
     name, site, projector = pair.name, pair.site, pair.theirs.get("projector")
+    if projector is not None and not all(hasattr(projector, key) for key in ATTRIBUTES):
+        raise SettingError(
+            f"the projector of {name} is a {type(projector).__name__} in the checkpoint, without "
+            f"{', '.join(ATTRIBUTES)}: remove its state there to start this parameter anew"
+        )
     if site is None or projector is None:
         if site is not projector:
             there = "not projected" if projector is None else f"projected to rank {projector.rank}"
@@ -173,7 +189,7 @@ def check_pair(pair: Pair) -> None:
                 "with the checkpoint's groups and ranks"
             )
         return
-    if projector.proj_type not in PROJ_TYPES:
+    if projector.proj_type not in list(PROJ_TYPES):
         raise SettingError(
             f"{name} was projected with proj_type={projector.proj_type!r} in the checkpoint, which "
             "takes two bases and is not offered: start without its state"
@@ -183,6 +199,9 @@ def check_pair(pair: Pair) -> None:
             f"the projector of {name} has no basis in the checkpoint: remove its state there to "
             "start this parameter anew"
         )
+    basis = values_of(f"the basis of {name}", projector.ortho_matrix, False)
+    if not is_random(pair.other):
+        check_kind(f"the basis of {name}", basis, UNIT)
     side, shape = PROJ_TYPES[projector.proj_type], tuple(pair.param.shape)
     if is_wide(shape, side) != site.layout.wide:
         raise SettingError(
@@ -196,7 +215,7 @@ def check_pair(pair: Pair) -> None:
     residual = pair.plan.residual
     if isinstance(residual, GradScaled):
         whole = residual.per == "tensor" or (residual.per == "auto" and site.rank == 1)
-        kind = pair.other["scale_type"]
+        kind = pair.other.get("scale_type")
         if whole != (kind == "tensor"):
             raise SettingError(
                 f"{name} was scaled with scale_type={kind!r} in the checkpoint: put "

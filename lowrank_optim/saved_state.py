@@ -98,8 +98,8 @@ def shape_in(saved: Saved, slot: str, shape: tuple[int, ...]) -> tuple[int, ...]
     projector, site = saved.plan.projector, saved.site
     if site is None or not projector.whole or projector.everything or slot not in saved.plan.slots:
         return shape
-    value = stored(saved.state, slot)
-    width = getattr(value if isinstance(value, Tensor) else value[0], "shape", shape)[-1:]
+    value = saved.state[form_of(saved.state, slot)[0]]
+    width = tuple(value.shape[-1:]) if isinstance(value, Tensor) else ()
     return (*shape[:-1], *width) if width in ((0,), (site.cols,)) else shape
 
 
@@ -110,21 +110,11 @@ def check_entry(saved: Saved, key: str, wanted: Any) -> None:
         raise SettingError(f"only the checkpoint has {key!r} for {name}")
     where = f"{key!r} of {name}"
     alone = not isinstance(wanted, Tensor) or kind is COUNT
-    if isinstance(value, numbers.Real) and alone:
-        value = torch.tensor(min(max(value, -LARGE), LARGE), dtype=torch.float64, device="cpu")
-    if not isinstance(value, Tensor):
-        raise SettingError(f"{where} is a {type(value).__name__} in the checkpoint")
+    value = values_of(where, value, alone, saved.param.is_meta)
     if is_distributed(value) and not is_distributed(saved.param):
         raise SettingError(
             f"{where} is sharded in the checkpoint and the parameter is not: load it with "
             "torch.distributed.checkpoint, which puts it together"
-        )
-    if value.layout is not torch.strided or value.is_quantized:
-        raise SettingError(f"{where} is no dense tensor in the checkpoint")
-    if value.is_meta and (alone or not saved.param.is_meta):
-        raise SettingError(
-            f'{where} is on "meta" in the checkpoint, without values: load the file with '
-            "map_location"
         )
     shape = tuple(wanted.shape) if isinstance(wanted, Tensor) else ()
     if tuple(value.shape) != shape:
@@ -134,10 +124,38 @@ def check_entry(saved: Saved, key: str, wanted: Any) -> None:
             "side, or other parameters"
             + (' (side="auto" goes by the sharding: take "right")' if auto else "")
         )
-    if (not alone and not convertible(value.dtype, wanted.dtype)) or value.is_complex():
+    if not alone and not convertible(value.dtype, wanted.dtype):
         raise SettingError(f"{where} is {value.dtype} in the checkpoint, not {wanted.dtype}")
-    cols = 0 if saved.site is None else saved.site.cols
-    if kind is not None and not value.is_meta and not kind.allows(here(value), cols):
+    if kind is not None:
+        check_kind(where, value, kind, 0 if saved.site is None else saved.site.cols)
+
+
+def values_of(where: str, value: Any, alone: bool, meta: bool = False) -> Tensor:
+    """Return an entry as a dense tensor of real values; raise SettingError if it is none.
+
+    Args:
+        where: what the message calls it.
+        value: the entry.
+        alone: whether it is a single number, of Python or in a tensor.
+        meta: whether a tensor may have no values.
+    """
+    if isinstance(value, numbers.Real) and alone:
+        value = torch.tensor(min(max(value, -LARGE), LARGE), dtype=torch.float64, device="cpu")
+    if not isinstance(value, Tensor):
+        raise SettingError(f"{where} is a {type(value).__name__} in the checkpoint")
+    if value.layout is not torch.strided or value.is_quantized or value.is_complex():
+        raise SettingError(f"{where} is no dense tensor of real numbers in the checkpoint")
+    if value.is_meta and (alone or not meta):
+        raise SettingError(
+            f'{where} is on "meta" in the checkpoint, without values: load the file with '
+            "map_location"
+        )
+    return value
+
+
+def check_kind(where: str, value: Tensor, kind: Kind, cols: int = 0) -> None:
+    """Raise SettingError if the values of an entry are not of its kind."""
+    if not value.is_meta and not kind.allows(here(value), cols):
         raise SettingError(
             f"{where} must be {kind.wanted}, which it is not in the checkpoint: take an earlier "
             "checkpoint, or remove the state of this parameter to start it anew"

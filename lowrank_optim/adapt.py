@@ -17,7 +17,7 @@ from .plan import Group, Matrix, Plan, State
 def widened(matrix: Matrix, plan: Plan) -> Matrix:
     """Return a matrix whose subspace has room for the largest rank; its state changes.
 
-    What it had stands first.
+    What it had stands first. It may have had more, where others share its budget since.
     """
     _, state, site = matrix
     assert site.most is not None
@@ -27,7 +27,8 @@ def widened(matrix: Matrix, plan: Plan) -> Matrix:
         batch = tuple(held.shape[: -2 if held.is_floating_point() else -1])
         fresh: Tensor = plan.projector.init(batch, held.dtype, wide)[key]
         if held.is_floating_point():
-            fresh[..., : held.shape[-1]].copy_(held)
+            kept = min(site.most, held.shape[-1])
+            fresh[..., :kept].copy_(held[..., :kept])
         state[key] = fresh
     return matrix._replace(site=wide)
 

@@ -122,7 +122,7 @@ def checked(optimizer: LowRank, state_dict: Mapping[str, Any]) -> Checked:
             check_structure(group, saved, index)
             merged = merged_settings(group, saved, f" in group {index} of the checkpoint")
             taken = {k: v for k, v in merged.items() if k not in LIVE}
-            settings = {k: taken.get(k, v) for k, v in saved.items()}
+            settings = {k: taken.get(k, v) for k, v in saved.items() if k in group or k not in LIVE}
             found.settings.append(settings)
             found.groups.append({**taken, **settings, "params": saved["params"]})
             found.states.extend(states_in(optimizer, merged, saved, own["state"], index))
@@ -141,7 +141,7 @@ def checked(optimizer: LowRank, state_dict: Mapping[str, Any]) -> Checked:
 def check_structure(group: Group, saved: Group, index: int) -> None:
     """Raise SettingError if a group of a checkpoint was made with other parts than ours."""
     version = saved.get("state_version", STATE_VERSION)
-    if version != STATE_VERSION:
+    if not isinstance(version, int) or version != STATE_VERSION:
         raise SettingError(
             f"the checkpoint has state_version {version}, this package reads {STATE_VERSION}: "
             "upgrade lowrank-optim"
@@ -153,8 +153,8 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
-    flags = {key: saved[key] for key in ("amsgrad", "differentiable") if key in saved}
-    check_keys(flags, f" in group {index}")
+    asked = [k for k in ("amsgrad", "differentiable") if saved.get(k, False) is not False]
+    check_keys(dict.fromkeys(asked, True), f" in group {index}")
 
 
 def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
@@ -168,8 +168,9 @@ def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
     if isinstance(merged["lr"], Tensor) and merged["lr"].is_meta:
         raise SettingError(f'lr{where} is on "meta", without a value')
     check_values(merged, where)
-    if not isinstance(rank := saved.get("rank"), str):
-        CHECKS["rank"]("rank", rank, where)
+    CHECKS["state_dtype"]("state_dtype", saved.get("state_dtype"), where)
+    if not isinstance(saved.get("rank"), str):
+        CHECKS["rank"]("rank", saved.get("rank"), where)
     return merged
 
 

@@ -188,9 +188,9 @@ def owned() -> frozenset[str]:
 def take(saved: Saved, into: dict[str, Any]) -> None:
     """Copy a state that has been checked into that of the parameter, as this optimizer keeps it.
 
-    Moments are converted to the storage that is asked for: by a cast between plain tensors, decoded
-    and rounded to the nearest code otherwise; what lies in that storage keeps its bits. A wrapper's
-    own keys are kept as they are, on the device of the parameter.
+    Moments are converted to the storage that is asked for: by a cast between plain tensors,
+    otherwise decoded and rounded to the nearest code; what lies in that storage keeps its bits. A
+    wrapper's own keys are kept as they are, on the device of the parameter.
     """
     _, param, site, state, group, plan = saved
     layout, each, wanted = saved.layout, plan.each(group), saved.wanted()
@@ -202,9 +202,10 @@ def take(saved: Saved, into: dict[str, Any]) -> None:
     for moment in saved.moments(like):
         keys, ours = form_of(state, moment.slot), form_of(wanted, moment.slot)
         known.update((*keys, *ours))
-        if keys == ours and all(state[key].dtype == wanted[key].dtype for key in keys):
+        if keys == ours:
             for key in keys:
-                into[key] = layout.kept(state[key].detach(), each.of(key), param.device)
+                value = state[key].detach().to(wanted[key].dtype)
+                into[key] = layout.kept(value, each.of(key), param.device)
         else:
             view.update(converted(saved, moment, like))
     home = step_device(param, view if site is None else None, group, plan)

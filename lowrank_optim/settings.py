@@ -88,7 +88,7 @@ def betas(key: str, value: Any, where: str) -> tuple[float, float]:
     """Check betas: two numbers in [0, 1)."""
     try:
         first, second = (float(beta) for beta in value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
         raise fail(where, key, value, "two numbers in [0, 1)") from None
     if not (0 <= first < 1 and 0 <= second < 1):
         raise fail(where, key, value, "two numbers in [0, 1)")

@@ -10,7 +10,7 @@ import torch
 from cases import CASES, GAP, RANK, Model, gradient, train
 from torch import nn
 
-from lowrank_optim import ErrorFeedback, FiraAdamW, GaLoreAdamW, MuonW, TrionW
+from lowrank_optim import FiraAdamW, GaLoreAdamW, MuonW, TrionW
 from lowrank_optim.functional import (
     dequantize_4bit,
     dequantize_blockwise,
@@ -192,12 +192,15 @@ def test_keys_of_a_wrapper_are_kept_as_they_are():
     other = GaLoreAdamW(model.parameters(), rank=RANK)
     other.load_state_dict(saved)
     state = other.state[model.tall]
-    assert torch.equal(state["slow"], ema) and state["slow"].dtype == torch.float64
-    assert state["seen"] == 3 and state["nested"]["b"] == (None, 2.5)
+    assert torch.equal(state["slow"], ema)
+    assert state["slow"].dtype == torch.float64
+    assert state["seen"] == 3
+    assert state["nested"]["b"] == (None, 2.5)
     assert torch.equal(state["nested"]["a"][0], torch.ones(2))
     state["slow"].zero_()
     state["nested"]["a"][0].zero_()
-    assert torch.equal(ema, saved["state"][0]["slow"]) and saved["state"][0]["nested"]["a"][0].all()
+    assert torch.equal(ema, saved["state"][0]["slow"])
+    assert saved["state"][0]["nested"]["a"][0].all()
     train(model, other, range(1, 2))
     assert "slow" in other.state_dict()["state"][0]
 
@@ -236,7 +239,8 @@ def test_counts_are_read_in_any_form(case, form):
     other.load_state_dict(saved)
     for left, right in zip(optimizer.state.values(), other.state.values(), strict=True):
         for key in {"step", "age", "drawn"} & set(left):
-            assert type(left[key]) is type(right[key]) and left[key] == right[key]
+            assert type(left[key]) is type(right[key])
+            assert left[key] == right[key]
             assert getattr(left[key], "dtype", None) == getattr(right[key], "dtype", None)
 
 
@@ -248,7 +252,7 @@ TOLD = {
         r"from the checkpoint seed 3 \(here 0\); as asked here state_dtype bfloat16 "
         r"\(in the checkpoint None\)$",
     ),
-    "rates": ({"lr": 0.1, "betas": (0.8, 0.9)}, {}, r"lr 0\.1 \(here 0\.001\), betas \(0\.8, 0\.9\)"),
+    "rates": ({"lr": 0.1, "betas": (0.8, 0.9)}, {}, r"lr 0\.1 \(here 0\.001\), betas \(0\.8,"),
     "machine": ({"impl": "eager"}, {"foreach": True}, None),
     "limiter": ({"limiter": 1.01}, {"limiter": 1.5}, r"here residual NormScaled\(limiter=1\.5"),
 }  # fmt: skip

@@ -161,7 +161,7 @@ def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
     """Return the settings of a group after the load, checked: the checkpoint's, but live ones."""
     taken = {**(BEFORE if "projector" in saved else {}), **saved}
     merged = {key: taken.get(key, own) if key not in LIVE else own for key, own in group.items()}
-    merged["params"] = group["params"]
+    merged.update({key: group[key] for key in ("params", "param_names") if key in group})
     norm = merged["grad_norm"]
     if norm is not None and (not is_real(norm) or norm < 0):
         raise SettingError(f"grad_norm={norm!r}{where}: it must be None or a number of at least 0")

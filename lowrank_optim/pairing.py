@@ -25,6 +25,10 @@ def check_form(state_dict: Any) -> None:
             raise SettingError(
                 f"group {index} of the checkpoint is no dict with 'params', a list of numbers"
             )
+        names = group.get("param_names", [str(key) for key in ids])
+        texts = isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)
+        if not texts or len(names) != len(ids):
+            raise SettingError(f"'param_names' of group {index} of the checkpoint are no names")
     ids = ids_of(groups)
     if len(set(ids)) < len(ids):
         raise SettingError("the checkpoint has a parameter in its groups twice")
@@ -97,11 +101,10 @@ def names_in(groups: Iterable[Group]) -> list[str] | None:
     names: list[str] = []
     for group in groups:
         own = group.get("param_names")
-        if not isinstance(own, (list, tuple)) or len(own) != len(group["params"]):
+        if own is None or len(own) != len(group["params"]):
             return None
         names += own
-    texts = all(isinstance(name, str) for name in names)
-    return names if texts and len(set(names)) == len(names) else None
+    return names if len(set(names)) == len(names) else None
 
 
 def partners(groups: Sequence[Group], saved: Sequence[Group]) -> list[int]:

@@ -16,7 +16,7 @@ from .plan import Group, Plan, Site, State
 from .projectors import Random
 from .residuals import Drop, GradScaled, NormScaled
 from .rules import Adam
-from .saved_state import check_kind, values_of
+from .saved_state import unkind, values_of
 from .settings import PROJ_TYPES, SettingError, text_of
 
 
@@ -136,7 +136,9 @@ def check_entries(name: str, theirs: State, package: Package) -> None:
         value = values_of(where, theirs[key], alone)
         if (alone and value.ndim) or (not alone and not value.is_floating_point()):
             raise SettingError(f"{where} is a {value.dtype} of shape {tuple(value.shape)}")
-        check_kind(where, value, KINDS.get(key, NORM))
+        kind = KINDS.get(key, NORM)
+        if not kind.allows(value, 0):
+            raise unkind(where, kind)
 
 
 def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
@@ -200,8 +202,8 @@ def check_pair(pair: Pair) -> None:
             "start this parameter anew"
         )
     basis = values_of(f"the basis of {name}", projector.ortho_matrix, False)
-    if not is_random(pair.other):
-        check_kind(f"the basis of {name}", basis, UNIT)
+    if not is_random(pair.other) and not UNIT.allows(basis, 0):
+        raise unkind(f"the basis of {name}", UNIT)
     side, shape = PROJ_TYPES[projector.proj_type], tuple(pair.param.shape)
     if is_wide(shape, side) != site.layout.wide:
         raise SettingError(

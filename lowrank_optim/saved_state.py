@@ -17,6 +17,7 @@ from .plan import COUNTED, Group, Plan, Site, State
 from .settings import PARTS, SettingError
 from .sites import plain_layout
 from .storage import form_of, forms, stored
+from .team import any_of
 from .update import Moment, moments_to_be, step_device, template
 
 LARGE = 2.0**53
@@ -126,8 +127,13 @@ def check_entry(saved: Saved, key: str, wanted: Any) -> None:
         )
     if not alone and not convertible(value.dtype, wanted.dtype):
         raise SettingError(f"{where} is {value.dtype} in the checkpoint, not {wanted.dtype}")
-    if kind is not None:
-        check_kind(where, value, kind, 0 if saved.site is None else saved.site.cols)
+    if kind is None or value.is_meta:
+        return
+    fine = kind.allows(here(value), 0 if saved.site is None else saved.site.cols)
+    if is_distributed(value):  # what one process refuses, all do: none may wait for another
+        fine = not any_of(not fine, [saved.layout.everyone], here(saved.param).device)
+    if not fine:
+        raise unkind(where, kind)
 
 
 def values_of(where: str, value: Any, alone: bool, meta: bool = False) -> Tensor:
@@ -153,13 +159,12 @@ def values_of(where: str, value: Any, alone: bool, meta: bool = False) -> Tensor
     return value
 
 
-def check_kind(where: str, value: Tensor, kind: Kind, cols: int = 0) -> None:
-    """Raise SettingError if the values of an entry are not of its kind."""
-    if not value.is_meta and not kind.allows(here(value), cols):
-        raise SettingError(
-            f"{where} must be {kind.wanted}, which it is not in the checkpoint: take an earlier "
-            "checkpoint, or remove the state of this parameter to start it anew"
-        )
+def unkind(where: str, kind: Kind) -> SettingError:
+    """Return the error for an entry whose values are not of its kind."""
+    return SettingError(
+        f"{where} must be {kind.wanted}, which it is not in the checkpoint: take an earlier "
+        "checkpoint, or remove the state of this parameter to start it anew"
+    )
 
 
 def kind_at(saved: Saved, key: str) -> Kind | None:

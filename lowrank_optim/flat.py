@@ -73,7 +73,8 @@ def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
         metadata: as `safetensors.safe_open(...).metadata()` gives it.
 
     Raises:
-        ValueError: the metadata is not that of `flatten_state`, or a tensor is missing.
+        ValueError: the metadata is not that of `flatten_state`, or is damaged, or a tensor is
+            missing.
     """
 
     def value_of(text: Any) -> Any:
@@ -93,7 +94,12 @@ def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
 
     if not metadata or not {"state", "param_groups"} <= set(metadata):
         raise SettingError("the metadata is not that of flatten_state: save it with the tensors")
-    return {
-        "state": {key: value_of(text) for key, text in json.loads(metadata["state"])},
-        "param_groups": value_of(json.loads(metadata["param_groups"])),
-    }
+    try:
+        return {
+            "state": {key: value_of(text) for key, text in json.loads(metadata["state"])},
+            "param_groups": value_of(json.loads(metadata["param_groups"])),
+        }
+    except SettingError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise SettingError(f"the metadata of flatten_state is damaged: {error}") from error

@@ -59,36 +59,53 @@ def is_plain(value):
     return value is None or type(value) in (torch.Tensor, int, float, bool, str)
 
 
-@each_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("stop", [GAP - 2, GAP, GAP + 1, 2 * GAP])
-def test_resume_is_bit_identical(case, dtype, stop):
-    end = 3 * GAP + 1
+STOPS, END = (GAP - 2, GAP, GAP + 1, 2 * GAP), 3 * GAP + 1
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+ROTATED = [
+    (case, dtype)
+    for place, case in enumerate(CASES)
+    for dtype in (DTYPES[0], DTYPES[1 + place % 3])
+]
+"""Every method in float32 and in one other dtype."""
+
+
+@pytest.mark.parametrize(("case", "dtype"), ROTATED, ids=str)
+def test_resume_is_bit_identical(case, dtype):
     whole = Model(dtype)
     uninterrupted = case.build(whole.parameters())
-    train(whole, uninterrupted, range(end))
+    files, last = {}, 0
+    for stop in (*STOPS, END):
+        train(whole, uninterrupted, range(last, stop))
+        last = stop
+        both = {"model": whole.state_dict(), "optimizer": uninterrupted.state_dict()}
+        files[stop] = through_a_file(both)
+    for stop in STOPS:
+        second = Model(dtype, seed=9)
+        second.load_state_dict(files[stop]["model"])
+        resumed = case.build(second.parameters())
+        resumed.load_state_dict(files[stop]["optimizer"])
+        train(second, resumed, range(stop, END))
+        assert_same(weights(second), weights(whole))
+        for left, right in zip(whole.parameters(), second.parameters(), strict=True):
+            ours, theirs = uninterrupted.state[left], resumed.state[right]
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                assert type(value) is type(theirs[key])
+                if isinstance(value, torch.Tensor):
+                    assert value.dtype == theirs[key].dtype
+                    assert torch.equal(value, theirs[key])
+                else:
+                    assert value == theirs[key]
 
-    first = Model(dtype)
-    optimizer = case.build(first.parameters())
-    train(first, optimizer, range(stop))
-    saved = through_a_file({"model": first.state_dict(), "optimizer": optimizer.state_dict()})
 
-    second = Model(dtype, seed=9)
-    second.load_state_dict(saved["model"])
-    resumed = case.build(second.parameters(), lr=0.5)
-    resumed.load_state_dict(saved["optimizer"])
-    train(second, resumed, range(stop, end))
-    assert_same(weights(second), weights(whole))
-    for left, right in zip(whole.parameters(), second.parameters(), strict=True):
-        ours, theirs = uninterrupted.state[left], resumed.state[right]
-        assert ours.keys() == theirs.keys()
-        for key, value in ours.items():
-            assert type(value) is type(theirs[key])
-            if isinstance(value, torch.Tensor):
-                assert value.dtype == theirs[key].dtype
-                assert torch.equal(value, theirs[key])
-            else:
-                assert value == theirs[key]
+@each_case
+def test_numbers_come_from_the_checkpoint(case):
+    model = Model()
+    optimizer = case.build(model.parameters())
+    resumed = case.build(model.parameters(), lr=0.5)
+    with pytest.warns(UserWarning, match=r"from the checkpoint lr 0.0\d+ \(here 0\.5\)$"):
+        resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
 @each_case

@@ -72,8 +72,9 @@ def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) 
         return {**incoming, "state": others, "param_groups": checkpoint[0].groups}
 
     def restore(_: Any) -> None:
-        for group, own in zip(optimizer.param_groups, live, strict=True):
-            group.update({k: v for k, v in own.items() if k in LIVE})
+        given = checkpoint[0].groups
+        for group, own, new in zip(optimizer.param_groups, live, given, strict=True):
+            group.update({k: v for k, v in own.items() if k in LIVE or k not in new})
         for saved in checkpoint[0].states:
             saved_state.take(saved, optimizer.state[saved.param])
 
@@ -97,7 +98,7 @@ class Checked(NamedTuple):
 
     Attributes:
         settings: those it has, in their normal form, a group each.
-        groups: the same with what it lacks.
+        groups: those of them that are taken, as torch is to load them.
         states: one for each parameter that has one.
     """
 
@@ -121,10 +122,10 @@ def checked(optimizer: LowRank, state_dict: Mapping[str, Any]) -> Checked:
         ):
             check_structure(group, saved, index)
             merged = merged_settings(group, saved, f" in group {index} of the checkpoint")
-            taken = {k: v for k, v in merged.items() if k not in LIVE}
-            settings = {k: taken.get(k, v) for k, v in saved.items() if k in group or k not in LIVE}
-            found.settings.append(settings)
-            found.groups.append({**taken, **settings, "params": saved["params"]})
+            taken = {k: merged.get(k, v) for k, v in saved.items() if k not in LIVE}
+            older = {k: merged[k] for k in BEFORE if k in merged and "projector" in saved}
+            found.settings.append({**saved, **taken})
+            found.groups.append({**older, **taken, "params": saved["params"]})
             found.states.extend(states_in(optimizer, merged, saved, own["state"], index))
     except SettingError as error:
         if ours:

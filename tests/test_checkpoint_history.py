@@ -147,6 +147,10 @@ def test_how_this_machine_steps_is_not_taken_from_a_checkpoint():
     group = optimizer.param_groups[0]
     assert "foreach" not in group
     assert group["mine"] == "x"
+    rate = group["lr"] = torch.tensor(1e-3)
+    del saved["param_groups"][0]["lr"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] is rate
 
 
 def test_states_that_torch_names_go_by_its_names():

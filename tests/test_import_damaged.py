@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import random
+import warnings
 
 import pytest
 import torch
@@ -68,6 +69,14 @@ def test_a_damaged_file_is_refused_or_read(name, tmp_path):
         found.add(outcome(build, lambda ours: import_state(ours, path)))
     assert "refused" in found
     assert found <= {"refused", "taken", "taken, and weights are not finite"}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_an_import_takes_all_numbers_and_warns_of_none(name):
+    build, saved = fixture_of(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        import_state(build()[1], saved, keep=KEEP.get(name, ()))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello world\n", bytes(range(256)) * 8], ids=str)

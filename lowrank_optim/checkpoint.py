@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .auto_rank import AutoRank
 from .geometry import Shape, subspace_of
 from .local import is_distributed
 from .plan import Group, Plan, Site, State
@@ -123,8 +122,8 @@ def check(optimizer: LowRank, state_dict: dict[str, Any]) -> None:
 
 def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
     """Return whether two settings of `rank`, that of a checkpoint and ours, come to the same."""
-    if isinstance(there, str) or isinstance(here, AutoRank):
-        return isinstance(there, (str, AutoRank)) and isinstance(here, AutoRank)
+    if isinstance(there, str) or isinstance(here, str):
+        return isinstance(there, str) and isinstance(here, str)
     spaces = [
         subspace_of(shape, rank, plan.side, plan.projector.whole, plan.full)
         for rank in (there, here)

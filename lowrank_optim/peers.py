@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import text_of
 from .geometry import is_wide
 from .plan import Group, Plan, Site, State
 from .projectors import Random
 from .residuals import Drop, GradScaled, NormScaled
 from .rules import Adam
-from .settings import PROJ_TYPES, SettingError, text_of
+from .settings import PROJ_TYPES, SettingError
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .auto_rank import AutoRank
-from .checks import bytes_in, is_real
+from .auto_rank import AutoRank, rank_of
+from .checks import as_text, bytes_in, is_real, made_from, text_of
 from .feeds import FEEDS, Feed
 from .plan import Group, Plan
 from .projectors import PROJECTORS
@@ -95,16 +94,19 @@ def betas(key: str, value: Any, where: str) -> tuple[float, float]:
     return first, second
 
 
-def rank(key: str, value: Any, where: str) -> int | float | AutoRank | None:
-    """Check rank: None, an int from 1, a float in (0, 1], "auto" or an AutoRank."""
-    if value is None or isinstance(value, AutoRank):
+def rank(key: str, value: Any, where: str) -> int | float | str | None:
+    """Check rank: None, an int from 1, a float in (0, 1], "auto" or an AutoRank, kept as text."""
+    if value is None:
         return value
-    if value == "auto":
-        return AutoRank()
     wanted = (
         "None, an int of at least 1, a float in (0, 1], a share of the projected axis, "
         '"auto" or an AutoRank'
     )
+    if isinstance(value, (str, AutoRank)):
+        try:
+            return text_of(rank_of(value))
+        except (TypeError, ValueError):
+            raise fail(where, key, value, wanted) from None
     if not is_real(value):
         raise fail(where, key, value, wanted)
     whole = isinstance(value, numbers.Integral)
@@ -154,20 +156,35 @@ def one_of(*choices: str) -> Callable[[str, Any, str], Any]:
 
 
 def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any]:
-    """Return a check for a name in a registry, or an object that has the named method."""
+    """Return a check for a name in a registry, or an object that has the named method.
+
+    One of ours becomes its text, so that groups hold plain data; one of the user's stays.
+    """
+    kinds = kinds_in(registry)
 
     def check(key: str, value: Any, where: str) -> Any:
         if isinstance(value, str):
             if value in registry:
                 return value
+            try:
+                found = made_from(value, kinds)
+            except (TypeError, ValueError) as error:
+                raise SettingError(f"{key}={value!r}{where}: {error}") from None
+            if found is not None:
+                return value
         elif callable(getattr(value, method, None)) and not isinstance(value, type):
             if type(value).__hash__ is None:
                 raise fail(where, key, value, "hashable, as a frozen dataclass is")
-            return value
+            return as_text(value, kinds)
         names = ", ".join(map(repr, registry))
         raise fail(where, key, value, f"one of {names}, or an object with a method `{method}`")
 
     return check
+
+
+def kinds_in(registry: dict[str, Any]) -> list[type]:
+    """Return the classes of the parts in a registry."""
+    return [type(each) for each in registry.values()]
 
 
 def state_dtype(key: str, value: Any, where: str) -> str | None:
@@ -266,7 +283,7 @@ def check_values(group: dict[str, Any], where: str) -> None:
             f"capturable=True{where} does not go with the feed {type(plan.feed).__name__}, which "
             "reads the number of updates on the host"
         )
-    share = group["rank"]
+    share = rank_of(group["rank"])
     if isinstance(share, AutoRank):
         check_auto(plan, where)
     elif group["state_budget"] is not None and share is not None:
@@ -304,10 +321,6 @@ def plan_of(group: Group) -> Plan:
     Raises:
         SettingError: parts that do not go together, or a value set later that is none of ours.
     """
-    for key, registry in PARTS.items():
-        if isinstance(group[key], str) and group[key] not in registry:
-            names = ", ".join(map(repr, registry))
-            raise fail("", key, group[key], f"one of {names}, or an object")
     return _plan(
         group["feed"],
         group["rule"],
@@ -329,21 +342,30 @@ def _plan(
     side: str,
     on_refresh: str,
 ) -> Plan:
-    feed = FEEDS[feed] if isinstance(feed, str) else feed
-    kept = dtype if feed.dtype is None else feed.dtype
+    fed: Feed = part_of("feed", feed)
+    kept = dtype if fed.dtype is None else fed.dtype
     if kept not in FEED_STORAGES:
         names = ", ".join(repr(name) for name in FEED_STORAGES if name)
-        raise fail(f" of the feed {type(feed).__name__}", "dtype", kept, f"None or one of {names}")
+        raise fail(f" of the feed {type(fed).__name__}", "dtype", kept, f"None or one of {names}")
     return Plan(
-        feed=feed,
-        rule=RULES[rule] if isinstance(rule, str) else rule,
-        projector=PROJECTORS[projector] if isinstance(projector, str) else projector,
-        residual=RESIDUALS[residual] if isinstance(residual, str) else residual,
+        feed=fed,
+        rule=part_of("rule", rule),
+        projector=part_of("projector", projector),
+        residual=part_of("residual", residual),
         storage=STORAGES[dtype],
         feed_storage=FEED_STORAGES[kept],
         side=side,
         on_refresh=on_refresh,
     )
+
+
+def part_of(key: str, value: Any) -> Any:
+    """Return the part that a name, a text or an object in a group stands for."""
+    value = CHECKS[key](key, value, "")
+    registry = PARTS[key]
+    if not isinstance(value, str):
+        return value
+    return registry[value] if value in registry else made_from(value, kinds_in(registry))
 
 
 def described(group: Group) -> dict[str, str]:
@@ -356,13 +378,7 @@ def described(group: Group) -> dict[str, str]:
         "residual": text_of(plan.residual),
         "side": plan.side,
         "on_refresh": plan.on_refresh,
-        **({"rank": text_of(group["rank"])} if isinstance(group["rank"], AutoRank) else {}),
     }
-
-
-def text_of(part: Any) -> str:
-    """Return an object as `Name(settings)`, or `Name()` where its text might hold an address."""
-    return repr(part) if is_dataclass(part) else f"{type(part).__name__}()"
 
 
 def kind_of(text: str) -> str:

@@ -71,7 +71,7 @@ def rank_of(setting: Rank | str) -> Rank:
 def _auto_rank(text: str) -> AutoRank:
     auto: AutoRank | None = AutoRank() if text == "auto" else made_from(text, [AutoRank])
     if auto is None:
-        raise ValueError(f"{text!r} is neither \"auto\" nor the text of an AutoRank")
+        raise ValueError(f'{text!r} is neither "auto" nor the text of an AutoRank')
     return auto
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import is_real
+from .clipping import asked_by_trainer, clipper_called
 from .ddp import step_by_buckets
 from .guards import without_autocast
 from .local import is_distributed, reuse_later
 from .norms import Norm, norm_of, total_norm
 from .plan import Group, Job
-from .rounds import Round
+from .rounds import Round, open_for
 from .settings import SettingError, fail, plan_of
 from .sites import Entry
 from .team import several
@@ -73,6 +79,8 @@ class InBackward:
         self._measuring = False
         self._measured: Tensor | None = None
         self._skips = False
+        self._asked = False
+        self._under_way: set[int] = set()
         if model is not None:
             step_by_buckets(model, self)
         self.attach(optimizer)
@@ -136,8 +144,9 @@ class InBackward:
         if optimizer is None or param.grad is None:
             return
         with self._lock, torch.no_grad():
-            turn = optimizer._round = optimizer._round or Round(optimizer)
-            entry = turn.entry_of(param)
+            self._enter(optimizer)
+            turn, entry = open_for(optimizer, param)
+            optimizer._round = turn
             if self._measuring:
                 self._measure(turn, entry)
             elif not self._skips and not self._use(turn, entry):
@@ -145,17 +154,54 @@ class InBackward:
             reuse_later(param.grad)
             param.grad = None
 
+    def _enter(self, optimizer: LowRank) -> None:
+        """Note the backward pass under way, and give up the step of one that has failed.
+
+        A pass that an exception has ended never reports its end. It is told from one that waits
+        for this one, as reentrant checkpoints make them, by what has called this one.
+        """
+        task = torch._C._current_graph_task_id()
+        if task < 0 or task in self._under_way:
+            return
+        if self._under_way and not is_nested():
+            self._under_way.clear()
+            optimizer._end_round()
+        self._under_way.add(task)
+        ended = partial(self._under_way.discard, task)
+        torch.autograd.Variable._execution_engine.queue_callback(ended)
+
+    def look_for_clipping(self, closure: Callable[[], Any] | None) -> None:
+        """Clip as the trainer that calls `step` is told to, or warn once that nothing is clipped.
+
+        Args:
+            closure: what `step` was given.
+        """
+        if self.max_norm is not None or self._asked:
+            return
+        self._asked = True
+        norm, setting = asked_by_trainer(closure)
+        if norm is not None:
+            self.max_norm = norm
+        elif (what := setting or clipper_called()) is not None:
+            warnings.warn(
+                f"{what} finds no gradients to clip: step_in_backward has used and freed them. "
+                "Pass the norm there, as step_in_backward(max_norm=1.0); max_norm=math.inf says "
+                "that nothing is to be clipped",
+                stacklevel=6,
+            )
+
     def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Step the parameters of a bucket, whose gradients have been averaged."""
         optimizer = self._optimizer()
         if optimizer is None or optimizer._in_backward is not self:
             return
         with self._lock, torch.no_grad():
-            turn = optimizer._round = optimizer._round or Round(optimizer)
             for param, grad in zip(params, grads, strict=True):
-                if param in turn.entries:
+                if param in optimizer._members:
+                    turn, entry = open_for(optimizer, param)
+                    optimizer._round = turn
                     param.grad = grad
-                    self._use(turn, turn.entry_of(param))
+                    self._use(turn, entry)
                     param.grad = None
 
     def _measure(self, turn: Round, entry: Entry) -> None:
@@ -218,7 +264,7 @@ class InBackward:
         grad = job.grad if job.low is None else job.low
         norm = norm_of(grad, job.layout)
         self._norms.append(norm)
-        if self.max_norm is not None:
+        if self.max_norm is not None and self.max_norm < math.inf:
             grad.mul_(self._coefficient(norm).to(grad.device))
         return job
 
@@ -290,6 +336,16 @@ class InBackward:
         self._sums.clear()
         self._passes.clear()
         self._norms = []
+
+
+def is_nested() -> bool:
+    """Return whether a backward pass runs inside a node of another one."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == torch.autograd.function.__name__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_settings(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backward import InBackward
-from .rounds import Round
+from .rounds import Round, open_for
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -69,11 +69,9 @@ class LayerWise(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: as `step()`, or `skip_nonfinite=True`. Nothing is changed then.
         """
-        turn = self._round
-        if turn is None or param in turn.done:
+        if self._round is not None and param in self._round.done:
             self._end_round()
-            turn = Round(cast("LowRank", self))
-        entry = turn.entry_of(param)
+        turn, entry = open_for(cast("LowRank", self), param)
         if param.grad is None:
             return
         turn.check(entry)
@@ -111,9 +109,11 @@ class LayerWise(Optimizer):
         freeze it for that.
 
         Clipping: there is no gradient left for `torch.nn.utils.clip_grad_norm_`, so pass `max_norm`
-        here. Each gradient is multiplied by min(1, max_norm / n). Where the backward pass was first
-        run inside `measure_grad_norm()`, n is the norm of all gradients, which is exact clipping;
-        otherwise n is that norm in the step before, or the gradient's own if that is larger.
+        here. Without it, Lightning's `gradient_clip_val` is read, and a loop that calls a function
+        to clip with is warned once. Each gradient is multiplied by min(1, max_norm / n). Where the
+        backward pass was first run inside `measure_grad_norm()`, n is the norm of all gradients,
+        which is exact clipping; otherwise n is that norm in the step before, or the gradient's own
+        if that is larger.
 
         Args:
             accumulation_steps: backward passes a step; or a function that says whether the one
@@ -126,7 +126,8 @@ class LayerWise(Optimizer):
                 pass alone, and the sum is equal to rounding. Only where the update needs no more:
                 GaLore, DCT, and FRUGAL with state_free="none". `grad_norm` is then the norm of
                 what is kept.
-            max_norm: largest norm of all gradients; None does not clip.
+            max_norm: largest norm of all gradients; None does not clip, nor does `math.inf`, which
+                says so to loops that clip.
             ddp: the wrapped model, if it is one: parameters are then stepped bucket by bucket, each
                 once it is averaged. The buckets hold all gradients and stay in memory, as they do
                 without. Accumulate with `ddp.no_sync()`.
@@ -150,6 +151,7 @@ class LayerWise(Optimizer):
         handle = InBackward(cast("LowRank", self), accumulation_steps, accumulate, max_norm, ddp)
         if self._in_backward is not None:
             self._in_backward.remove()
+        self._end_round()
         self._in_backward = handle
         return handle
 

@@ -33,7 +33,7 @@ ON_REFRESH = ("keep", "reset", "rotate", "align")
 STRUCTURE = ("rank", "feed", "rule", "projector", "residual", "side", "on_refresh")
 """Settings that decide what the state means: a checkpoint must agree with them."""
 
-KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "lr_scale", "initial_lr"})
+KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "stage"})
 """Group keys that torch and trainers put beside the settings."""
 
 FOREIGN = {
@@ -47,6 +47,9 @@ FOREIGN = {
     "state_free_scale": "pass it to the constructor, or put residual=StateFree(...) in the group",
 }
 """Keys that other packages, or our presets, read elsewhere: silence would be a trap."""
+
+NOT_OFFERED = ("amsgrad", "differentiable")
+"""Settings of torch's AdamW that may be False here."""
 
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
 
@@ -73,11 +76,11 @@ def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, st
 
 def learning_rate(key: str, value: Any, where: str) -> Any:
     """Check lr: a number or a tensor of one element, whose value is looked at on the CPU only."""
-    check = number("a number of at least 0, or a tensor of one", lambda x: 0 <= x < math.inf)
+    check = number("a finite number, or a tensor of one", math.isfinite)
     if not isinstance(value, Tensor):
         return check(key, value, where)
     if value.numel() != 1:
-        raise fail(where, key, value, "a number of at least 0, or a tensor of one")
+        raise fail(where, key, value, "a finite number, or a tensor of one")
     if value.device.type == "cpu":
         check(key, value.item(), where)
     return value
@@ -245,29 +248,56 @@ def translate(group: dict[str, Any], where: str) -> None:
 def check_keys(group: Group, where: str) -> None:
     """Raise SettingError for a group key that looks like a misspelt or misplaced setting.
 
-    Any other unknown key is left alone, as torch does: trainers keep their own things there.
+    Any other unknown key is left alone, as torch does: trainers keep their own things there, also
+    under names that have that of a setting in them, such as `lr_scale` and `init_weight_decay`.
     """
     for key in group:
         if key in CHECKS or key in KNOWN_KEYS:
             continue
         if key in FOREIGN:
             raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
-        if key in ("amsgrad", "differentiable"):
+        if key in NOT_OFFERED:
             if group[key]:
                 raise SettingError(f"{key}=True{where}: {key} is not offered")
             continue
-        if key.endswith(("_mult", "_rate")):
-            continue
-        near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
-        if near:
-            raise SettingError(f"unknown group key {key!r}{where}: did you mean {near[0]!r}?")
+        near = nearest(key)
+        if near is not None and not set(near.split("_")) < set(key.lower().split("_")):
+            raise SettingError(f"unknown group key {key!r}{where}: did you mean {near!r}?")
 
 
-def check_values(group: dict[str, Any], where: str) -> None:
-    """Check every setting of a group and bring it to its normal form, in place."""
+def check_unknown(keywords: dict[str, Any], name: str) -> None:
+    """Raise TypeError, as Python does, for keywords of a constructor that are no settings.
+
+    Args:
+        keywords: what is left over.
+        name: of the class that was called.
+    """
+    for key in keywords:
+        near = nearest(key)
+        hint = FOREIGN.get(key) or (f"did you mean {near!r}?" if near else "it has no such setting")
+        raise TypeError(f"{name}() got an unexpected keyword argument {key!r}: {hint}")
+
+
+def nearest(key: str) -> str | None:
+    """Return the setting whose name is nearly that of a key, if there is one."""
+    near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
+def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> None:
+    """Check every setting of a group and bring it to its normal form, in place.
+
+    Args:
+        group: the settings, beside others.
+        where: names the group in a message.
+        least_lr: the least rate; a schedule may go below 0, as torch lets it.
+    """
     for key, check in CHECKS.items():
         if key in group:
             group[key] = check(key, group[key], where)
+    lr = group["lr"]
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) < least_lr:
+        raise fail(where, "lr", float(lr), "a number of at least 0, or a tensor of one")
     try:
         plan = plan_of(group)
     except ValueError as error:
@@ -290,6 +320,8 @@ def check_values(group: dict[str, Any], where: str) -> None:
         raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={share}')
     if plan.projector.whole and not plan.projector.everything and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
+    if group.get("foreach") and group.get("fused"):
+        raise SettingError(f"foreach=True and fused=True{where}: take one of them, or neither")
     if group.get("foreach") and isinstance(group["lr"], Tensor):
         raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +21,7 @@ from .ddp import step_by_buckets
 from .guards import without_autocast
 from .local import is_distributed, reuse_later
 from .norms import Norm, norm_of, total_norm
+from .passes import Passes
 from .plan import Group, Job
 from .rounds import Round, open_for
 from .settings import SettingError, fail, plan_of
@@ -80,7 +78,7 @@ class InBackward:
         self._measured: Tensor | None = None
         self._skips = False
         self._asked = False
-        self._under_way: set[int] = set()
+        self._under_way = Passes()
         if model is not None:
             step_by_buckets(model, self)
         self.attach(optimizer)
@@ -144,7 +142,8 @@ class InBackward:
         if optimizer is None or param.grad is None:
             return
         with self._lock, torch.no_grad():
-            self._enter(optimizer)
+            if self._under_way.enter():
+                optimizer._end_round()  # that of the step whose backward pass has failed
             turn, entry = open_for(optimizer, param)
             optimizer._round = turn
             if self._measuring:
@@ -153,22 +152,6 @@ class InBackward:
                 return
             reuse_later(param.grad)
             param.grad = None
-
-    def _enter(self, optimizer: LowRank) -> None:
-        """Note the backward pass under way, and give up the step of one that has failed.
-
-        A pass that an exception has ended never reports its end. It is told from one that waits
-        for this one, as reentrant checkpoints make them, by what has called this one.
-        """
-        task = torch._C._current_graph_task_id()
-        if task < 0 or task in self._under_way:
-            return
-        if self._under_way and not is_nested():
-            self._under_way.clear()
-            optimizer._end_round()
-        self._under_way.add(task)
-        ended = partial(self._under_way.discard, task)
-        torch.autograd.Variable._execution_engine.queue_callback(ended)
 
     def look_for_clipping(self, closure: Callable[[], Any] | None) -> None:
         """Clip as the trainer that calls `step` is told to, or warn once that nothing is clipped.
@@ -187,7 +170,7 @@ class InBackward:
                 f"{what} finds no gradients to clip: step_in_backward has used and freed them. "
                 "Pass the norm there, as step_in_backward(max_norm=1.0); max_norm=math.inf says "
                 "that nothing is to be clipped",
-                stacklevel=6,
+                stacklevel=7,
             )
 
     def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -336,16 +319,6 @@ class InBackward:
         self._sums.clear()
         self._passes.clear()
         self._norms = []
-
-
-def is_nested() -> bool:
-    """Return whether a backward pass runs inside a node of another one."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_globals.get("__name__") == torch.autograd.function.__name__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def check_settings(

@@ -62,7 +62,8 @@ class Members:
     def note(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
         """Take note of what has been changed in the groups from outside.
 
-        A group that lacks a setting gets the default. `param_names` follow their parameters.
+        A group that lacks a setting gets the default. `param_names` follow their parameters; a
+        group without, beside others with them, gets names by place.
         """
         for group in groups:
             for key, value in defaults.items():
@@ -70,6 +71,9 @@ class Members:
         now = [group["params"] for group in groups]
         if all_same(now, self._lists):
             return
+        if any("param_names" in group for group in groups):
+            for index, group in enumerate(groups):
+                group.setdefault("param_names", place_names(index, len(group["params"])))
         before, self._known = self._known, {}
         for index, group in enumerate(groups):
             for place, param in enumerate(group["params"]):

@@ -43,11 +43,13 @@ class Round:
         self.waiting: list[Waiting] = [] if before is None else before.waiting
         optimizer._members.note(optimizer.param_groups, optimizer.defaults)
         optimizer._members.check(optimizer.param_groups)
-        position, signatures = 0, optimizer._signatures
+        self.signatures: list[tuple[Any, ...]] = []
+        position, checked = 0, optimizer._signatures
         for index, group in enumerate(optimizer.param_groups):
-            if signatures.get(index) != settings.signature(group):
+            if checked.get(index) != settings.signature(group):
                 settings.check_values(group, f" in group {index}", least_lr=-math.inf)
-                signatures[index] = settings.signature(group)
+                checked[index] = settings.signature(group)
+            self.signatures.append(checked[index])
             plan, entries = plan_of(group), []
             sites = sites_of(
                 group, plan, optimizer._shared, optimizer._process_group, optimizer.state
@@ -74,7 +76,7 @@ class Round:
             len(groups) != len(self.groups)
             or groups[index] is not group
             or len(group["params"]) != len(entries)
-            or settings.signature(group) != self.optimizer._signatures[index]
+            or settings.signature(group) != self.signatures[index]
         )
 
     def entry_of(self, param: Tensor) -> Entry:

@@ -379,16 +379,19 @@ def _plan(
     if kept not in FEED_STORAGES:
         names = ", ".join(repr(name) for name in FEED_STORAGES if name)
         raise fail(f" of the feed {type(fed).__name__}", "dtype", kept, f"None or one of {names}")
-    return Plan(
-        feed=fed,
-        rule=part_of("rule", rule),
-        projector=part_of("projector", projector),
-        residual=part_of("residual", residual),
-        storage=STORAGES[dtype],
-        feed_storage=FEED_STORAGES[kept],
-        side=side,
-        on_refresh=on_refresh,
-    )
+    try:
+        return Plan(
+            feed=fed,
+            rule=part_of("rule", rule),
+            projector=part_of("projector", projector),
+            residual=part_of("residual", residual),
+            storage=STORAGES[dtype],
+            feed_storage=FEED_STORAGES[kept],
+            side=side,
+            on_refresh=on_refresh,
+        )
+    except ValueError as error:
+        raise SettingError(str(error)) from None
 
 
 def part_of(key: str, value: Any) -> Any:

@@ -94,6 +94,20 @@ def test_a_rate_spoiled_between_backward_and_step_is_refused():
     assert_same(after, before)
 
 
+def test_a_refused_step_does_not_make_the_one_under_way_that_of_new_settings():
+    model = Model()
+    optimizer = CASES[0].build(model.parameters())
+    optimizer.step_in_backward()
+    loss_of(model, 0).backward()
+    optimizer.param_groups[0]["rank"] = 2
+    before = weights(model)
+    for _ in range(2):
+        model.square.grad = torch.ones_like(model.square)
+        with pytest.raises(RuntimeError, match="cannot change once there is state"):
+            optimizer.step()
+    assert_same(weights(model), before)
+
+
 def snapshot(model, optimizer):
     """Copies of weights and states."""
     states = [

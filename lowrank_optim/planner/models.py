@@ -232,8 +232,9 @@ def _class_of(name: str) -> Any:
     found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return found
-    near = difflib.get_close_matches(name, dir(transformers), n=1, cutoff=0.8)
-    hint = f"; did you mean {near[0]}?" if near else ";"
+    known = {own.lower(): own for own in dir(transformers)}
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    hint = f"; did you mean {known[near[0]]}?" if near else ";"
     raise ValueError(
         f"architectures: transformers has no model class '{name}'{hint} Without architectures, "
         "the causal language model is planned"

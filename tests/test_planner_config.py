@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, GPT2Config, LlamaConfig
 
-from lowrank_optim import cli
+from lowrank_optim import cli, estimate_memory
 from lowrank_optim.planner import PlanError, models
 from lowrank_optim.planner.models import foreign
 
@@ -194,6 +194,15 @@ def test_what_others_raise_log_and_warn_is_one_line():
         assert str(raised.value) == said
     with pytest.raises(KeyboardInterrupt), foreign("this file"):
         raise KeyboardInterrupt
+
+
+def test_a_model_that_cannot_checkpoint_says_so():
+    class Net(nn.Linear):
+        def gradient_checkpointing_enable(self):
+            raise TypeError("not\nhere")
+
+    with pytest.raises(PlanError, match=r"^Net cannot checkpoint: TypeError: not here$"):
+        estimate_memory(Net(9, 7), rank=3, checkpointing=True)
 
 
 def test_a_factory_may_exit_or_return_what_cannot_be_copied(tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ from test_demo import make_run
 from lowrank_optim import cli
 from lowrank_optim.demo import train as training
 from lowrank_optim.demo.corpus import load_corpus
+from lowrank_optim.demo.recipes import RECIPES
 from lowrank_optim.demo.train import Point
 
 TEXT = "The quick brown fox jumps over the lazy dog.\n" * 400
@@ -89,9 +90,9 @@ def test_what_is_wrong_is_said_before_training(given, said, trained, corpus, tmp
     assert not (tmp_path / "new").exists()
 
 
-def test_shares_up_to_all_columns_can_be_trained(trained, corpus, tmp_path):
-    for share in ("0.001", "1.0"):
-        assert demo(corpus, tmp_path / share, "--methods", "all", "--rank", share) == 0
+@pytest.mark.parametrize("rank", [1, 191, 0.001, 1.0])
+def test_ranks_that_can_be_trained_pass_the_check(rank):
+    training.check(list(RECIPES.values()), training.Settings(rank=rank, layers=1))
 
 
 @pytest.mark.parametrize("name", ["out", "out/deep", "demo.json"])

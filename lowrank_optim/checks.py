@@ -19,7 +19,9 @@ def bytes_in(text: str) -> int | None:
     """Return the bytes that a text such as "24GiB", "24GB" or "24G" stands for, if it is one."""
     size = SIZE.fullmatch(text)
     unit = "" if size is None else size[2].upper()
-    return int(float(size[1]) * UNITS[unit]) if size is not None and unit in UNITS else None
+    if size is None or unit not in UNITS:
+        return None
+    return int(min(float(size[1]) * UNITS[unit], 2.0**63))  # an infinity is no int
 
 
 def is_real(value: Any) -> bool:

@@ -58,8 +58,9 @@ class LayerWise(Optimizer):
     def step_param(self, param: Tensor, group: dict[str, Any] | None = None) -> None:
         """Update one parameter by the gradient it has now, as a fused backward pass does.
 
-        For trainers that call this from hooks of their own and free the gradient themselves. State
-        and result are those of `step()`, which need not be called.
+        For hooks of your own, which call this and free the gradient themselves. State and result
+        are those of `step()`, which need not be called. Name and arguments are those of kohya's
+        hooks; its stock code puts Adafactor's function in this place and takes no other optimizer.
 
         Args:
             param: a parameter of this optimizer; without a gradient it is left alone.
@@ -83,7 +84,10 @@ class LayerWise(Optimizer):
     def step_parameter(
         self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
     ) -> None:
-        """Do `step_param`, under the name and with the arguments that OneTrainer uses."""
+        """Do `step_param`, under the name and with the arguments of OneTrainer's hooks.
+
+        OneTrainer's list of optimizers is closed: its stock code does not reach this one.
+        """
         self.step_param(param, group)
 
     def step_in_backward(

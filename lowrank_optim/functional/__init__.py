@@ -18,9 +18,19 @@ from .blockwise import (
 from .cosine import dct, dct_scores
 from .factors import down, drop_, is_index, lift_
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
-from .moments import adam, bias_corrections, places_of, rotate_moments, select_moment
+from .moments import adam, bias_corrections, least_share, places_of, rotate_moments, select_moment
 from .orthogonal import newton_schulz
-from .products import NEAR, compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
+from .products import (
+    NEAR,
+    compute_dtype,
+    inverse,
+    peaks,
+    product,
+    product_t,
+    row_chunks,
+    row_norms,
+    usable,
+)
 from .rounding import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -78,6 +88,8 @@ __all__ = [
     "dynamic_map",
     "generator",
     "gram",
+    "inverse",
+    "least_share",
     "is_index",
     "lift_",
     "lift_write",

@@ -79,8 +79,8 @@ class RowColumnScaled(OfMatrices):
         grads = grads * inverse(row_scale).sqrt_() * inverse(column_scale).sqrt_()
         if self.limiter is not None:
             before = torch.stack([job.state["update_norm"] for job in jobs])
-            most = torch.where(before < math.inf, math.inf, OUTLYING)[..., None, None]
-            grads.clamp_(-most, most)
+            bound = torch.where(before < math.inf, math.inf, OUTLYING)[..., None, None]
+            grads.clamp_(-bound, bound)
             norm = team.sum_(grads.square().sum((-2, -1))).sqrt_()
             held = {"update_norm": before}
             grads *= limit(norm, held, self.limiter, first_norm(site), "update_norm")

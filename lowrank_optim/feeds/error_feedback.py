@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,7 +51,7 @@ class ErrorFeedback:
         """Return G + E, cut off where more sums might overflow."""
         fed = held["error"].add_(grad)
         most = reach(fed.dtype)
-        fed.clamp_(-most, most)
+        fed.clamp_(-most, most).masked_fill_(~grad.isfinite(), math.nan)
         return Fed(fed, fed, {"error": fed})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:

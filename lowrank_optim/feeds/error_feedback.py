@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from ..checks import check_share
+from ..functional import reach
 from ..plan import Group
 from ..protocols import Carried, Fed, Moments
 
@@ -46,8 +48,10 @@ class ErrorFeedback:
         check_share("keep", self.keep)
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
-        """Return G + E."""
+        """Return G + E, cut off where more sums might overflow."""
         fed = held["error"].add_(grad)
+        most = reach(fed.dtype)
+        fed.clamp_(-most, most).masked_fill_(~grad.isfinite(), math.nan)
         return Fed(fed, fed, {"error": fed})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:

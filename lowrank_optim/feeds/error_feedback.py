@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,10 +47,10 @@ class ErrorFeedback:
         check_share("keep", self.keep)
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
-        """Return G + E, cut off where more sums might overflow."""
-        fed = held["error"].add_(grad)
-        most = reach(fed.dtype)
-        fed.clamp_(-most, most).masked_fill_(~grad.isfinite(), math.nan)
+        """Return G + E, with E cut off where the sum might overflow."""
+        error = held["error"]
+        most = reach(error.dtype)
+        fed = error.clamp_(-most, most).add_(grad)
         return Fed(fed, fed, {"error": fed})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:

@@ -103,7 +103,8 @@ def codes_of_squares(v, scale, bits, table):
     low = tl.load(table + code)
     gain = tl.load(table + 256 + code)
     code += (bits.to(tl.float32) + 0.5 < (u - low) * gain).to(tl.int32)
-    return tl.where(v > 0, tl.maximum(code, FLOOR), code)
+    lifted = (v > 0) | (scale == float("inf"))[:, None]
+    return tl.where(lifted, tl.maximum(code, FLOOR), code)
 
 
 @triton.jit

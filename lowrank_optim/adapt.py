@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .auto_rank import AutoRank, gather_columns, largest, smallest
+from .auto_rank import AutoRank, gather_columns, largest, rank_of, smallest
 from .functional import down, row_norms
 from .plan import Group, Matrix, Plan, State
 
@@ -51,7 +51,8 @@ def narrow(
         before: what they had; in place of it, in `learnt` and in the state, comes what is kept.
         group, plan: theirs.
     """
-    auto: AutoRank = group["rank"]
+    auto = rank_of(group["rank"])
+    assert isinstance(auto, AutoRank)
     site = matrices[0].site
     least, _ = auto.bounds(site.cols)
     numbers = []

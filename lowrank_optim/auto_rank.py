@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from .checks import is_real
+from .checks import is_real, made_from
 
 STEPS = 1024
 """Steps of the share of all axes that a budget is turned into."""
@@ -51,6 +52,27 @@ class AutoRank:
         """Return the least and the largest rank in columns."""
         least, most = (min(cols, max(2, round(part * cols))) for part in (self.least, self.most))
         return least, most
+
+
+Rank = int | float | AutoRank | None
+"""A rank: columns, a share of the projected axis, chosen at each refresh, or none."""
+
+
+def rank_of(setting: Rank | str) -> Rank:
+    """Return what the setting of a group says, which is the text of an `AutoRank` for one.
+
+    Raises:
+        ValueError: a text that is none.
+    """
+    return _auto_rank(setting) if isinstance(setting, str) else setting
+
+
+@lru_cache(maxsize=256)
+def _auto_rank(text: str) -> AutoRank:
+    auto: AutoRank | None = AutoRank() if text == "auto" else made_from(text, [AutoRank])
+    if auto is None:
+        raise ValueError(f'{text!r} is neither "auto" nor the text of an AutoRank')
+    return auto
 
 
 def smallest(energies: Tensor, total: Tensor, share: float) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .checks import is_real
+from .clipping import asked_by_trainer, clipper_called
 from .ddp import step_by_buckets
 from .guards import without_autocast
 from .local import is_distributed, reuse_later
 from .norms import Norm, norm_of, total_norm
+from .passes import Passes
 from .plan import Group, Job
-from .rounds import Round
+from .rounds import Round, open_for
 from .settings import SettingError, fail, plan_of
 from .sites import Entry
 from .team import several
@@ -73,6 +77,8 @@ class InBackward:
         self._measuring = False
         self._measured: Tensor | None = None
         self._skips = False
+        self._asked = False
+        self._under_way = Passes()
         if model is not None:
             step_by_buckets(model, self)
         self.attach(optimizer)
@@ -136,8 +142,10 @@ class InBackward:
         if optimizer is None or param.grad is None:
             return
         with self._lock, torch.no_grad():
-            turn = optimizer._round = optimizer._round or Round(optimizer)
-            entry = turn.entry_of(param)
+            if self._under_way.enter():
+                optimizer._end_round()  # that of the step whose backward pass has failed
+            turn, entry = open_for(optimizer, param)
+            optimizer._round = turn
             if self._measuring:
                 self._measure(turn, entry)
             elif not self._skips and not self._use(turn, entry):
@@ -145,17 +153,38 @@ class InBackward:
             reuse_later(param.grad)
             param.grad = None
 
+    def look_for_clipping(self, closure: Callable[[], Any] | None) -> None:
+        """Clip as the trainer that calls `step` is told to, or warn once that nothing is clipped.
+
+        Args:
+            closure: what `step` was given.
+        """
+        if self.max_norm is not None or self._asked:
+            return
+        self._asked = True
+        norm, setting = asked_by_trainer(closure)
+        if norm is not None:
+            self.max_norm = norm
+        elif (what := setting or clipper_called()) is not None:
+            warnings.warn(
+                f"{what} finds no gradients to clip: step_in_backward has used and freed them. "
+                "Pass the norm there, as step_in_backward(max_norm=1.0); max_norm=math.inf says "
+                "that nothing is to be clipped",
+                stacklevel=7,
+            )
+
     def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Step the parameters of a bucket, whose gradients have been averaged."""
         optimizer = self._optimizer()
         if optimizer is None or optimizer._in_backward is not self:
             return
         with self._lock, torch.no_grad():
-            turn = optimizer._round = optimizer._round or Round(optimizer)
             for param, grad in zip(params, grads, strict=True):
-                if param in turn.entries:
+                if param in optimizer._members:
+                    turn, entry = open_for(optimizer, param)
+                    optimizer._round = turn
                     param.grad = grad
-                    self._use(turn, turn.entry_of(param))
+                    self._use(turn, entry)
                     param.grad = None
 
     def _measure(self, turn: Round, entry: Entry) -> None:
@@ -218,7 +247,7 @@ class InBackward:
         grad = job.grad if job.low is None else job.low
         norm = norm_of(grad, job.layout)
         self._norms.append(norm)
-        if self.max_norm is not None:
+        if self.max_norm is not None and self.max_norm < math.inf:
             grad.mul_(self._coefficient(norm).to(grad.device))
         return job
 

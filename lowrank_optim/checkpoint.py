@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import saved_state
-from .auto_rank import AutoRank
 from .checks import is_real
 from .geometry import Shape, subspace_of
 from .pairing import check_form, ids_of, paired
@@ -87,6 +86,7 @@ def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) 
     finally:
         before.remove()
         after.remove()
+    optimizer._members.forget_fits()
     optimizer._end_round()
     optimizer._recall_norm()
     if tells and (differences := news(live, checkpoint[0].settings, LIVE)):
@@ -198,8 +198,8 @@ def states_in(
 
 def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
     """Return whether two settings of `rank`, that of a checkpoint and ours, come to the same."""
-    if isinstance(there, str) or isinstance(here, AutoRank):
-        return isinstance(there, (str, AutoRank)) and isinstance(here, AutoRank)
+    if isinstance(there, str) or isinstance(here, str):
+        return isinstance(there, str) and isinstance(here, str)
     spaces = [
         subspace_of(shape, rank, plan.side, plan.projector.whole, plan.full)
         for rank in (there, here)

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .auto_rank import AutoRank
+from .auto_rank import AutoRank, rank_of
 from .geometry import subspace_of
 from .settings import SettingError
-from .settings import rank as checked_rank
 
 HEADS = frozenset(
     {"lm_head", "head", "output", "output_layer", "embed_out", "classifier", "score", "fc_out"}
@@ -71,7 +70,7 @@ def param_groups(
     """
     rest = lr if rest_lr is None else rest_lr
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    share = checked_rank("rank", rank, "") if isinstance(rank, str) else rank
+    share = rank_of(rank)
     projected: dict[str, Any] = {"rank": share, **_rate(lr), **decay, **settings}
     plain: dict[str, Any] = {"rank": None, **_rate(rest), **decay}
     no_decay: dict[str, Any] = {"rank": None, **_rate(rest), "weight_decay": 0.0}

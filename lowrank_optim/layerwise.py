@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .backward import InBackward
-from .rounds import Round
+from .rounds import Round, open_for
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -60,8 +60,9 @@ class LayerWise(Optimizer):
     def step_param(self, param: Tensor, group: dict[str, Any] | None = None) -> None:
         """Update one parameter by the gradient it has now, as a fused backward pass does.
 
-        For trainers that call this from hooks of their own and free the gradient themselves. State
-        and result are those of `step()`, which need not be called.
+        For hooks of your own, which call this and free the gradient themselves. State and result
+        are those of `step()`, which need not be called. Name and arguments are those of kohya's
+        hooks; its stock code puts Adafactor's function in this place and takes no other optimizer.
 
         Args:
             param: a parameter of this optimizer; without a gradient it is left alone.
@@ -71,11 +72,9 @@ class LayerWise(Optimizer):
             ValueError: the parameter is in no group.
             RuntimeError: as `step()`, or `skip_nonfinite=True`. Nothing is changed then.
         """
-        turn = self._round
-        if turn is None or param in turn.done:
+        if self._round is not None and param in self._round.done:
             self._end_round()
-            turn = Round(cast("LowRank", self))
-        entry = turn.entry_of(param)
+        turn, entry = open_for(cast("LowRank", self), param)
         if param.grad is None:
             return
         turn.check(entry)
@@ -87,7 +86,10 @@ class LayerWise(Optimizer):
     def step_parameter(
         self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
     ) -> None:
-        """Do `step_param`, under the name and with the arguments that OneTrainer uses."""
+        """Do `step_param`, under the name and with the arguments of OneTrainer's hooks.
+
+        OneTrainer's list of optimizers is closed: its stock code does not reach this one.
+        """
         self.step_param(param, group)
 
     def step_in_backward(
@@ -113,9 +115,11 @@ class LayerWise(Optimizer):
         freeze it for that.
 
         Clipping: there is no gradient left for `torch.nn.utils.clip_grad_norm_`, so pass `max_norm`
-        here. Each gradient is multiplied by min(1, max_norm / n). Where the backward pass was first
-        run inside `measure_grad_norm()`, n is the norm of all gradients, which is exact clipping;
-        otherwise n is that norm in the step before, or the gradient's own if that is larger.
+        here. Without it, Lightning's `gradient_clip_val` is read, and a loop that calls a function
+        to clip with is warned once. Each gradient is multiplied by min(1, max_norm / n). Where the
+        backward pass was first run inside `measure_grad_norm()`, n is the norm of all gradients,
+        which is exact clipping; otherwise n is that norm in the step before, or the gradient's own
+        if that is larger.
 
         Args:
             accumulation_steps: backward passes a step; or a function that says whether the one
@@ -128,7 +132,8 @@ class LayerWise(Optimizer):
                 pass alone, and the sum is equal to rounding. Only where the update needs no more:
                 GaLore, DCT, and FRUGAL with state_free="none". `grad_norm` is then the norm of
                 what is kept.
-            max_norm: largest norm of all gradients; None does not clip.
+            max_norm: largest norm of all gradients; None does not clip, nor does `math.inf`, which
+                says so to loops that clip.
             ddp: the wrapped model, if it is one: parameters are then stepped bucket by bucket, each
                 once it is averaged. The buckets hold all gradients and stay in memory, as they do
                 without. Accumulate with `ddp.no_sync()`.
@@ -152,6 +157,7 @@ class LayerWise(Optimizer):
         handle = InBackward(cast("LowRank", self), accumulation_steps, accumulate, max_norm, ddp)
         if self._in_backward is not None:
             self._in_backward.remove()
+        self._end_round()
         self._in_backward = handle
         return handle
 

@@ -10,24 +10,41 @@ from torch import Tensor
 from .checks import is_real
 from .plan import Site, State
 
+FIRST = 3.0
+"""The first norm is at most so many times that of an AdamW step, of one a weight.
+
+Gaussian gradients give 0.2 to 2.4 times with each of the methods, in shapes from 9x9 to 256x64; one
+entry a million times the others gave RACS a million.
+"""
+
 
 def limit(
-    norm: Tensor, state: State, growth: float | None, key: str = "residual_norm"
+    norm: Tensor,
+    state: State,
+    growth: float | None,
+    first: float | Tensor = math.inf,
+    key: str = "residual_norm",
 ) -> Tensor | float:
     """Return the factor that keeps a norm from growing faster than `growth` a step.
 
     s > growth * s_prev gives growth * s_prev / s, else 1; s_prev becomes the limited norm, in
-    place. It starts as infinity (the first step is never limited), and a norm that is zero or not
-    finite leaves it alone: a step without gradient must not stop all later ones.
+    place. It starts as infinity, which stands for a largest norm of `first`. A norm that is zero or
+    not finite leaves it alone: a step without gradient must not stop all later ones. One that
+    overflows gives 0, as in AdamW an average of squares that does.
     """
     if growth is None:
         return 1.0
     before: Tensor = state[key]
-    ceiling = growth * before
-    finite = norm < math.inf
-    factor = torch.where(finite & (norm > ceiling), ceiling / norm, 1.0)
-    before.copy_(torch.where(finite & (norm > 0), torch.minimum(norm, ceiling), before))
+    ceiling = torch.where(before < math.inf, growth * before, first)
+    factor = torch.where(norm > ceiling, ceiling / norm, 1.0)
+    used = (norm > 0) & (norm < math.inf)
+    before.copy_(torch.where(used, torch.minimum(norm, ceiling), before))
     return factor[..., None, None].to(norm.dtype)
+
+
+def first_norm(site: Site) -> float:
+    """Return what bounds the first norm of a matrix: `FIRST` times that of ones."""
+    return FIRST * math.sqrt(site.layout.rows * site.layout.cols)
 
 
 def limiter_state(

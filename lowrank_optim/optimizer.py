@@ -11,11 +11,12 @@ from torch import Tensor
 from . import checkpoint, memory, settings
 from .auto_rank import AutoRank
 from .backward import check_accumulable
-from .guards import flat_error, flat_piece, is_rehearsal, named
+from .guards import is_rehearsal, named
 from .layerwise import LayerWise
+from .members import Members, check_param, name_alike
 from .plan import Shared
 from .protocols import Feed, Projector, Residual, Rule
-from .rounds import Round
+from .rounds import open_step
 from .settings import SettingError
 from .subspace import Watch
 
@@ -76,6 +77,8 @@ class LowRank(LayerWise):
         shard_basis: of sharded matrices (DTensors), keep a part of the basis on each process
             instead of all of it, and put it together when it is used: `cols rank` values a matrix
             and step are gathered. For svd and power; the others keep no basis.
+        foreach, fused: how torch steps what is not projected, as in `torch.optim.AdamW`.
+        amsgrad, differentiable: False, as code written for `torch.optim.AdamW` may say.
         process_group: the processes on which ordinary tensors among the parameters, and their
             gradients, are the same, as under DDP: `torch.distributed.group.WORLD`. A subspace is
             then learnt by one of them and shared. Of sharded parameters (DTensors) the mesh is
@@ -83,14 +86,16 @@ class LowRank(LayerWise):
 
     Raises:
         ValueError: a setting out of its range or misspelt in a group, no rank in any group, or a
-            parameter that is not real and floating; the message names it. Nothing is changed then.
+            trained parameter that is not real and floating; the message names it. Nothing is
+            changed then.
+        TypeError: a keyword that is no setting.
         RuntimeError: a parameter that is a flat piece of a matrix; from `step` also a sparse or
             complex gradient.
     """
 
     _process_group: Any
     _shared: Shared
-    _shapes: dict[int, list[tuple[int, ...]]]
+    _members: Members
     _watch: Watch
     _signatures: dict[int, tuple[Any, ...]]
 
@@ -122,7 +127,14 @@ class LowRank(LayerWise):
         stagger: bool = True,
         shard_basis: bool = False,
         process_group: Any = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        amsgrad: bool = False,
+        differentiable: bool = False,
+        **unknown: Any,
     ) -> None:
+        settings.check_unknown(unknown, type(self).__name__)
+        settings.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -151,6 +163,8 @@ class LowRank(LayerWise):
             "grad_norm": None,
             "state_version": checkpoint.STATE_VERSION,
         }
+        chosen = {"foreach": foreach, "fused": fused}
+        defaults.update((key, value) for key, value in chosen.items() if value is not None)
         settings.check_values(defaults, "")
         self._forget()
         self._process_group = process_group
@@ -165,7 +179,7 @@ class LowRank(LayerWise):
         """Set what is derived and never saved to empty."""
         self._process_group = None
         self._shared = Shared()
-        self._shapes = {}
+        self._members = Members()
         self._watch = Watch()
         self._signatures = {}
         self._forget_rounds()
@@ -186,13 +200,11 @@ class LowRank(LayerWise):
         super().__setstate__(state)
         # Torch adds this when a state is loaded: flat checkpoints need the same keys at all times.
         self.defaults.pop("differentiable", None)
-        for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)
-        if "_shapes" not in self.__dict__:
+        fresh = "_members" not in self.__dict__
+        if fresh:
             self._forget()
-            for index, group in enumerate(self.param_groups):
-                self._shapes[index] = [tuple(param.shape) for param in group["params"]]
+        self._members.note(self.param_groups, self.defaults)
+        if fresh:
             self._recall_norm()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -209,18 +221,19 @@ class LowRank(LayerWise):
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
         for name, param in named(group["params"], where):
-            if not param.is_floating_point():
-                raise SettingError(
-                    f"{name} is {param.dtype}: only real floating-point parameters can be optimized"
-                )
-            if (piece := flat_piece(param)) is not None:
-                raise flat_error(name, piece)
+            check_param(param, name, [])
+        self._members.note(self.param_groups, self.defaults)
         if self._in_backward is not None and self._in_backward.projects:
             check_accumulable(index, group, self)
-        if self._round is not None:
-            self._round.close()
-        super().add_param_group(group)
-        self._shapes[index] = [tuple(param.shape) for param in self.param_groups[index]["params"]]
+        renamed = name_alike(self.param_groups, group)
+        try:
+            super().add_param_group(group)
+        except Exception:
+            for other in renamed:
+                del other["param_names"]
+            raise
+        self._members.note(self.param_groups, self.defaults)
+        self._members.check(self.param_groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -248,12 +261,14 @@ class LowRank(LayerWise):
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         """Do what `step` says."""
         loss = None
+        if self._in_backward is not None:
+            self._in_backward.look_for_clipping(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self._in_backward is not None:
             self._in_backward.check_attached(self)
-        turn = self._round or Round(self)
+        turn = open_step(self)
         turn.check_all()
         if turn.is_skipped():
             if self._in_backward is not None:
@@ -278,9 +293,20 @@ class LowRank(LayerWise):
         return max(int(group["skipped_steps"]) for group in self.param_groups)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as torch does, with settings that are objects given as text."""
+        """Return the state as torch does, with settings that are objects given as text.
+
+        State of a parameter that has been taken out of all groups is left out, and stays here.
+        """
         self._note()
-        return checkpoint.portable(super().state_dict())
+        self._members.note(self.param_groups, self.defaults)
+        kept = dict(self.state)
+        for param in kept:
+            if isinstance(param, Tensor) and param not in self._members:
+                del self.state[param]
+        try:
+            return checkpoint.portable(super().state_dict())
+        finally:
+            self.state.update(kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, each tensor on its parameter's device, to go on to the bit.

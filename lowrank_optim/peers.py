@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import text_of
 from .geometry import is_wide
 from .kinds import COUNT, NORM, NOT_NEGATIVE, NUMBER, UNIT
 from .plan import Group, Plan, Site, State
@@ -17,7 +18,7 @@ from .projectors import Random
 from .residuals import Drop, GradScaled, NormScaled
 from .rules import Adam
 from .saved_state import unkind, values_of
-from .settings import PROJ_TYPES, SettingError, text_of
+from .settings import PROJ_TYPES, SettingError
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ class Site:
         step: updates of this parameter before this one.
         gap: updates between refreshes.
         turn, turns: place of this matrix among the projected ones of its group, and their number.
+        phase: updates by which its refreshes come later than those of others.
         share: the rank as a share of `cols` where it was given so (FRUGAL's density).
         most: the largest rank, where it is chosen anew at each refresh.
         shared: tensors common to several parameters.
@@ -81,6 +82,7 @@ class Site:
     gap: int = 1
     turn: int = 0
     turns: int = 1
+    phase: int = 0
     share: float | None = None
     most: int | None = None
     shared: Shared = field(default_factory=Shared)

@@ -12,25 +12,27 @@ from torch import Tensor
 from .auto_rank import AutoRank, within
 from .distributed import Layout
 from .functional import compute_dtype
-from .plan import Group, Plan, Site, State
+from .plan import Plan, Site, State
 from .settings import SettingError
 from .update import init_state
 
 
 def set_ranks(
-    sites: list[tuple[Tensor, Site | None]], group: Group, plan: Plan, states: Mapping[Any, State]
+    sites: list[tuple[Tensor, Site | None]],
+    auto: AutoRank,
+    budget: int | None,
+    plan: Plan,
+    states: Mapping[Any, State],
 ) -> None:
     """Set the ranks of matrices, whose largest is known: as their states have them, or the least.
 
     Raises:
         SettingError: the least ranks take more than `state_budget`.
     """
-    auto: AutoRank = group["rank"]
     for _, site in sites:
         if site is not None:
             site.most = site.rank
     trained = [(x, site) for x, site in sites if site is not None and x.requires_grad]
-    budget = group["state_budget"]
     if budget is not None:
         kinds = tuple((tuple(x.shape), x.dtype, site.layout.wide) for x, site in trained)
         bounds = tuple((min(auto.bounds(s.cols)[0], s.rank), s.rank) for _, s in trained)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,9 @@ from .local import here, is_distributed
 from .plan import Job, Plan
 from .settings import SettingError, plan_of
 from .sites import Entry, name_of, plain_layout, sites_of
-from .storage import holds, shape_of
 from .subspace import Waiting, Watch, set_steps
 from .team import any_of
-from .update import init_state, step_plain, step_projected
+from .update import fitting, init_state, misfit, step_plain, step_projected
 
 if TYPE_CHECKING:
     from .optimizer import LowRank
@@ -29,19 +29,27 @@ class Round:
     """A step under way. Its parameters are done together, or one by one as their gradients come.
 
     Opening one checks all settings.
+
+    Args:
+        optimizer: whose step it is.
+        before: the same step as it was opened before settings or groups were changed.
     """
 
-    def __init__(self, optimizer: LowRank) -> None:
+    def __init__(self, optimizer: LowRank, before: Round | None = None) -> None:
         self.optimizer = optimizer
-        self.fresh = not optimizer.state
+        self.fresh: bool = not optimizer.state if before is None else before.fresh
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
-        self.done: set[Tensor] = set()
-        self.waiting: list[Waiting] = []
-        position, signatures = 0, optimizer._signatures
+        self.done: set[Tensor] = set() if before is None else before.done
+        self.waiting: list[Waiting] = [] if before is None else before.waiting
+        optimizer._members.note(optimizer.param_groups, optimizer.defaults)
+        optimizer._members.check(optimizer.param_groups)
+        self.signatures: list[tuple[Any, ...]] = []
+        position, checked = 0, optimizer._signatures
         for index, group in enumerate(optimizer.param_groups):
-            if signatures.get(index) != settings.signature(group):
-                settings.check_values(group, f" in group {index}")
-                signatures[index] = settings.signature(group)
+            if checked.get(index) != settings.signature(group):
+                settings.check_values(group, f" in group {index}", least_lr=-math.inf)
+                checked[index] = settings.signature(group)
+            self.signatures.append(checked[index])
             plan, entries = plan_of(group), []
             sites = sites_of(
                 group, plan, optimizer._shared, optimizer._process_group, optimizer.state
@@ -51,11 +59,25 @@ class Round:
                 layout = plain_layout(param, group, plan) if site is None else site.layout
                 entries.append(Entry(param, site, layout, index, place, position))
             self.groups.append((group, plan, entries))
+        stagger(self.groups)
 
     @cached_property
     def entries(self) -> dict[Tensor, Entry]:
         """Every parameter's entry."""
         return {entry.param: entry for _, _, entries in self.groups for entry in entries}
+
+    def is_of_before(self, index: int) -> bool:
+        """Return whether a group has been changed since this was opened.
+
+        That a parameter was put in the place of another does not show.
+        """
+        groups, (group, _, entries) = self.optimizer.param_groups, self.groups[index]
+        return (
+            len(groups) != len(self.groups)
+            or groups[index] is not group
+            or len(group["params"]) != len(entries)
+            or settings.signature(group) != self.signatures[index]
+        )
 
     def entry_of(self, param: Tensor) -> Entry:
         """Return the entry of a parameter; raise SettingError if the optimizer has none."""
@@ -80,7 +102,7 @@ class Round:
 
     def check(self, entry: Entry) -> None:
         """Raise RuntimeError for a gradient or a parameter that cannot be stepped."""
-        param, site, _, index, place, _ = entry
+        param, site, _, index, _, _ = entry
         group, plan, _ = self.groups[index]
         grad = param.grad
         assert grad is not None
@@ -93,32 +115,24 @@ class Round:
             )
         if grad.is_complex():
             raise RuntimeError(f"{self.name(entry)} has a complex gradient")
-        known = self.optimizer._shapes[index]
-        piece = flat_piece(param, known[place] if place < len(known) else None)
+        member = self.optimizer._members[param]
+        piece = flat_piece(param, member.shape)
         if piece is not None:
             raise flat_error(self.name(entry), piece)
         state = self.optimizer.state.get(param)
         if site is not None:
             site.kernels = refusal(plan, group, here(param), here(grad), state or {}, True) is None
-        if state and site is not None:
-            wanted = (*plan.projector.keys, *plan.kept, *plan.kept_by_row)
-            missing = [key for key in wanted if key not in state]
-            missing += [slot for slot in (*plan.slots, *plan.feed.slots) if not holds(state, slot)]
-            if missing:
+        if not state:
+            return
+        wanted = fitting(param, state, group, plan)
+        if member.fits != wanted:
+            if (what := misfit(param, site, state, group, plan)) is not None:
                 raise RuntimeError(
-                    f"the state of {self.name(entry)} has no {missing[0]!r}: feed, projector, rule "
-                    "and residual cannot change once there is state"
+                    f"{what} the state of {self.name(entry)}: its group's parts, rank, side and "
+                    "state_dtype, and its own shape, dtype and device cannot change once there is "
+                    "state. Change it back, or start without state: optimizer.state.clear()"
                 )
-        slots = plan.rule.plain.slots if site is None else plan.slots
-        if state and slots and not plan.projector.whole:
-            shape = shape_of(state, slots[0])
-            fits = shape == param.shape if site is None else shape[-1] == site.rank
-            if not fits:
-                raise RuntimeError(
-                    f"the state of {self.name(entry)} has shape {tuple(shape)}, "
-                    "which does not go with its group: rank and side cannot change once there is "
-                    "state"
-                )
+            member.fits = wanted
 
     def check_alone(self, entry: Entry, instead: str) -> None:
         """Raise RuntimeError if a parameter cannot be stepped before all gradients are seen."""
@@ -186,6 +200,7 @@ class Round:
             fresh = init_state(local, site, group, plan, param.numel())
             state = states[param] = {}
             layout.view(state, plan.each(group)).update(fresh)
+            self.optimizer._members[param].fits = fitting(param, state, group, plan)
         if grad is None or state is None:
             return None
         return Job(
@@ -224,3 +239,41 @@ class Round:
         self.optimizer._watch = Watch(self.waiting)
         self.optimizer._shared.sweep()
         self.optimizer._round = None
+
+
+def open_step(optimizer: LowRank) -> Round:
+    """Return the step under way, or a new one, with groups and settings as they are now."""
+    turn = optimizer._round
+    current = (
+        turn is not None
+        and not any(map(turn.is_of_before, range(len(turn.groups))))
+        and all(
+            entry.param is param
+            for group, _, entries in turn.groups
+            for entry, param in zip(entries, group["params"], strict=True)
+        )
+    )
+    return turn if turn is not None and current else Round(optimizer, turn)
+
+
+def open_for(optimizer: LowRank, param: Tensor) -> tuple[Round, Entry]:
+    """Return the step under way and the entry of a parameter, with settings as they are now."""
+    turn = optimizer._round
+    entry = None if turn is None else turn.entries.get(param)
+    if turn is None or entry is None or turn.is_of_before(entry.group):
+        turn = Round(optimizer, turn)
+        entry = turn.entry_of(param)
+    return turn, entry
+
+
+def stagger(groups: list[tuple[dict[str, Any], Plan, list[Entry]]]) -> None:
+    """Spread the refreshes of all matrices whose subspaces are learnt over their intervals."""
+    sites = [
+        entry.site
+        for group, plan, entries in groups
+        for entry in entries
+        if plan.projector.learns and group["stagger"] and not group["capturable"]
+        if entry.site is not None and entry.param.requires_grad
+    ]
+    for place, site in enumerate(sites):
+        site.phase = place * site.gap // len(sites)

@@ -6,15 +6,14 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import is_dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .auto_rank import AutoRank
-from .checks import bytes_in, is_real
+from .auto_rank import AutoRank, rank_of
+from .checks import as_text, bytes_in, is_real, made_from, text_of
 from .feeds import FEEDS, Feed
 from .plan import Group, Plan
 from .projectors import PROJECTORS
@@ -34,7 +33,7 @@ ON_REFRESH = ("keep", "reset", "rotate", "align")
 STRUCTURE = ("rank", "feed", "rule", "projector", "residual", "side", "on_refresh")
 """Settings that decide what the state means: a checkpoint must agree with them."""
 
-KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "lr_scale", "initial_lr"})
+KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "stage"})
 """Group keys that torch and trainers put beside the settings."""
 
 FOREIGN = {
@@ -48,6 +47,9 @@ FOREIGN = {
     "state_free_scale": "pass it to the constructor, or put residual=StateFree(...) in the group",
 }
 """Keys that other packages, or our presets, read elsewhere: silence would be a trap."""
+
+NOT_OFFERED = ("amsgrad", "differentiable")
+"""Settings of torch's AdamW that may be False here."""
 
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
 
@@ -74,11 +76,11 @@ def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, st
 
 def learning_rate(key: str, value: Any, where: str) -> Any:
     """Check lr: a number or a tensor of one element, whose value is looked at on the CPU only."""
-    check = number("a number of at least 0, or a tensor of one", lambda x: 0 <= x < math.inf)
+    check = number("a finite number, or a tensor of one", math.isfinite)
     if not isinstance(value, Tensor):
         return check(key, value, where)
     if value.numel() != 1:
-        raise fail(where, key, value, "a number of at least 0, or a tensor of one")
+        raise fail(where, key, value, "a finite number, or a tensor of one")
     if value.device.type == "cpu":
         check(key, value.item(), where)
     return value
@@ -95,16 +97,19 @@ def betas(key: str, value: Any, where: str) -> tuple[float, float]:
     return first, second
 
 
-def rank(key: str, value: Any, where: str) -> int | float | AutoRank | None:
-    """Check rank: None, an int from 1, a float in (0, 1], "auto" or an AutoRank."""
-    if value is None or isinstance(value, AutoRank):
+def rank(key: str, value: Any, where: str) -> int | float | str | None:
+    """Check rank: None, an int from 1, a float in (0, 1], "auto" or an AutoRank, kept as text."""
+    if value is None:
         return value
-    if value == "auto":
-        return AutoRank()
     wanted = (
         "None, an int of at least 1, a float in (0, 1], a share of the projected axis, "
         '"auto" or an AutoRank'
     )
+    if isinstance(value, (str, AutoRank)):
+        try:
+            return text_of(rank_of(value))
+        except (TypeError, ValueError):
+            raise fail(where, key, value, wanted) from None
     if not is_real(value):
         raise fail(where, key, value, wanted)
     whole = isinstance(value, numbers.Integral)
@@ -154,20 +159,35 @@ def one_of(*choices: str) -> Callable[[str, Any, str], Any]:
 
 
 def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any]:
-    """Return a check for a name in a registry, or an object that has the named method."""
+    """Return a check for a name in a registry, or an object that has the named method.
+
+    One of ours becomes its text, so that groups hold plain data; one of the user's stays.
+    """
+    kinds = kinds_in(registry)
 
     def check(key: str, value: Any, where: str) -> Any:
         if isinstance(value, str):
             if value in registry:
                 return value
+            try:
+                found = made_from(value, kinds)
+            except (TypeError, ValueError) as error:
+                raise SettingError(f"{key}={value!r}{where}: {error}") from None
+            if found is not None:
+                return value
         elif callable(getattr(value, method, None)) and not isinstance(value, type):
             if type(value).__hash__ is None:
                 raise fail(where, key, value, "hashable, as a frozen dataclass is")
-            return value
+            return as_text(value, kinds)
         names = ", ".join(map(repr, registry))
         raise fail(where, key, value, f"one of {names}, or an object with a method `{method}`")
 
     return check
+
+
+def kinds_in(registry: dict[str, Any]) -> list[type]:
+    """Return the classes of the parts in a registry."""
+    return [type(each) for each in registry.values()]
 
 
 def state_dtype(key: str, value: Any, where: str) -> str | None:
@@ -228,29 +248,56 @@ def translate(group: dict[str, Any], where: str) -> None:
 def check_keys(group: Group, where: str) -> None:
     """Raise SettingError for a group key that looks like a misspelt or misplaced setting.
 
-    Any other unknown key is left alone, as torch does: trainers keep their own things there.
+    Any other unknown key is left alone, as torch does: trainers keep their own things there, also
+    under names that have that of a setting in them, such as `lr_scale` and `init_weight_decay`.
     """
     for key in group:
         if key in CHECKS or key in KNOWN_KEYS:
             continue
         if key in FOREIGN:
             raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
-        if key in ("amsgrad", "differentiable"):
+        if key in NOT_OFFERED:
             if group[key]:
                 raise SettingError(f"{key}=True{where}: {key} is not offered")
             continue
-        if key.endswith(("_mult", "_rate")):
-            continue
-        near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
-        if near:
-            raise SettingError(f"unknown group key {key!r}{where}: did you mean {near[0]!r}?")
+        near = nearest(key)
+        if near is not None and not set(near.split("_")) < set(key.lower().split("_")):
+            raise SettingError(f"unknown group key {key!r}{where}: did you mean {near!r}?")
 
 
-def check_values(group: dict[str, Any], where: str) -> None:
-    """Check every setting of a group and bring it to its normal form, in place."""
+def check_unknown(keywords: dict[str, Any], name: str) -> None:
+    """Raise TypeError, as Python does, for keywords of a constructor that are no settings.
+
+    Args:
+        keywords: what is left over.
+        name: of the class that was called.
+    """
+    for key in keywords:
+        near = nearest(key)
+        hint = FOREIGN.get(key) or (f"did you mean {near!r}?" if near else "it has no such setting")
+        raise TypeError(f"{name}() got an unexpected keyword argument {key!r}: {hint}")
+
+
+def nearest(key: str) -> str | None:
+    """Return the setting whose name is nearly that of a key, if there is one."""
+    near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
+    return near[0] if near else None
+
+
+def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> None:
+    """Check every setting of a group and bring it to its normal form, in place.
+
+    Args:
+        group: the settings, beside others.
+        where: names the group in a message.
+        least_lr: the least rate; a schedule may go below 0, as torch lets it.
+    """
     for key, check in CHECKS.items():
         if key in group:
             group[key] = check(key, group[key], where)
+    lr = group["lr"]
+    if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) < least_lr:
+        raise fail(where, "lr", float(lr), "a number of at least 0, or a tensor of one")
     try:
         plan = plan_of(group)
     except ValueError as error:
@@ -266,13 +313,15 @@ def check_values(group: dict[str, Any], where: str) -> None:
             f"capturable=True{where} does not go with the feed {type(plan.feed).__name__}, which "
             "reads the number of updates on the host"
         )
-    share = group["rank"]
+    share = rank_of(group["rank"])
     if isinstance(share, AutoRank):
         check_auto(plan, where)
     elif group["state_budget"] is not None and share is not None:
         raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={share}')
     if plan.projector.whole and not plan.projector.everything and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
+    if group.get("foreach") and group.get("fused"):
+        raise SettingError(f"foreach=True and fused=True{where}: take one of them, or neither")
     if group.get("foreach") and isinstance(group["lr"], Tensor):
         raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
 
@@ -304,10 +353,6 @@ def plan_of(group: Group) -> Plan:
     Raises:
         SettingError: parts that do not go together, or a value set later that is none of ours.
     """
-    for key, registry in PARTS.items():
-        if isinstance(group[key], str) and group[key] not in registry:
-            names = ", ".join(map(repr, registry))
-            raise fail("", key, group[key], f"one of {names}, or an object")
     return _plan(
         group["feed"],
         group["rule"],
@@ -329,21 +374,33 @@ def _plan(
     side: str,
     on_refresh: str,
 ) -> Plan:
-    feed = FEEDS[feed] if isinstance(feed, str) else feed
-    kept = dtype if feed.dtype is None else feed.dtype
+    fed: Feed = part_of("feed", feed)
+    kept = dtype if fed.dtype is None else fed.dtype
     if kept not in FEED_STORAGES:
         names = ", ".join(repr(name) for name in FEED_STORAGES if name)
-        raise fail(f" of the feed {type(feed).__name__}", "dtype", kept, f"None or one of {names}")
-    return Plan(
-        feed=feed,
-        rule=RULES[rule] if isinstance(rule, str) else rule,
-        projector=PROJECTORS[projector] if isinstance(projector, str) else projector,
-        residual=RESIDUALS[residual] if isinstance(residual, str) else residual,
-        storage=STORAGES[dtype],
-        feed_storage=FEED_STORAGES[kept],
-        side=side,
-        on_refresh=on_refresh,
-    )
+        raise fail(f" of the feed {type(fed).__name__}", "dtype", kept, f"None or one of {names}")
+    try:
+        return Plan(
+            feed=fed,
+            rule=part_of("rule", rule),
+            projector=part_of("projector", projector),
+            residual=part_of("residual", residual),
+            storage=STORAGES[dtype],
+            feed_storage=FEED_STORAGES[kept],
+            side=side,
+            on_refresh=on_refresh,
+        )
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def part_of(key: str, value: Any) -> Any:
+    """Return the part that a name, a text or an object in a group stands for."""
+    value = CHECKS[key](key, value, "")
+    registry = PARTS[key]
+    if not isinstance(value, str):
+        return value
+    return registry[value] if value in registry else made_from(value, kinds_in(registry))
 
 
 def described(group: Group) -> dict[str, str]:
@@ -356,13 +413,7 @@ def described(group: Group) -> dict[str, str]:
         "residual": text_of(plan.residual),
         "side": plan.side,
         "on_refresh": plan.on_refresh,
-        **({"rank": text_of(group["rank"])} if isinstance(group["rank"], AutoRank) else {}),
     }
-
-
-def text_of(part: Any) -> str:
-    """Return an object as `Name(settings)`, or `Name()` where its text might hold an address."""
-    return repr(part) if is_dataclass(part) else f"{type(part).__name__}()"
 
 
 def kind_of(text: str) -> str:

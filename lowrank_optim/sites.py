@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .auto_rank import AutoRank
+from .auto_rank import AutoRank, rank_of
 from .distributed import Layout, layout_of
 from .functional import compute_dtype
 from .geometry import subspace_of, width_of
@@ -49,7 +49,8 @@ def sites_of(
             is the least.
     """
     params: list[Tensor] = group["params"]
-    rank, side, seed, gap = (group[key] for key in ("rank", "side", "seed", "update_proj_gap"))
+    rank = rank_of(group["rank"])
+    side, seed, gap = (group[key] for key in ("side", "seed", "update_proj_gap"))
     whole = plan.projector.whole
     spaces = [subspace_of(tuple(param.shape), rank, side, whole, plan.full) for param in params]
     takes_turn = [
@@ -60,7 +61,7 @@ def sites_of(
     found: list[tuple[Tensor, Site | None]] = []
     for place, (param, space, takes) in enumerate(zip(params, spaces, takes_turn, strict=True)):
         site = None
-        if space is not None:
+        if space is not None and rank is not None:
             try:
                 layout = layout_of(param, side, False, copies)
             except ValueError as error:
@@ -86,7 +87,7 @@ def sites_of(
             turn += takes
         found.append((param, site))
     if isinstance(rank, AutoRank):
-        set_ranks(found, group, plan, states or {})
+        set_ranks(found, rank, group["state_budget"], plan, states or {})
     return found
 
 

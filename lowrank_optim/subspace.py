@@ -35,16 +35,12 @@ Waiting = tuple[State, Layout]
 def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
     """Return whether the subspace moves in this step.
 
-    It does at the first one, then every `gap` updates; with `stagger`, projectors that learn from
-    the gradient do so at a time of its own for each matrix of the group, so that no step has to
-    move all. A block's turn may also end between.
+    It does at the first one, then every `gap` updates, each matrix in a phase of its own. A
+    block's turn may also end between.
     """
     if plan.slots and shape_of(state, plan.slots[0])[-1] != plan.projector.width(site):
         return True
-    phase = 0
-    if plan.projector.learns and group["stagger"] and not group["capturable"]:
-        phase = site.turn * site.gap // site.turns
-    return site.step == 0 or (site.step - phase) % site.gap == 0
+    return site.step == 0 or (site.step - site.phase) % site.gap == 0
 
 
 def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:

@@ -132,7 +132,7 @@ def test_groups_of_a_model_take_it_as_the_optimizer_does():
         param.grad = torch.randn_like(param)
     optimizer.step()
     assert 2 <= rank_of(optimizer, model[0].weight) <= 10
-    assert optimizer.param_groups[0]["rank"] == AutoRank()
+    assert optimizer.param_groups[0]["rank"] == repr(AutoRank())
 
 
 def test_moments_are_carried_into_a_subspace_of_another_rank():
@@ -255,5 +255,5 @@ def test_a_checkpoint_says_what_it_was_made_with_and_fits_no_fixed_rank():
         GaLoreAdamW(Model().parameters(), rank=3, on_refresh="rotate").load_state_dict(saved)
     fixed = GaLoreAdamW(model.parameters(), rank=3, on_refresh="rotate", update_proj_gap=GAP)
     train(model, fixed, range(2))
-    with pytest.raises(ValueError, match="made with rank=3 in group 0, this optimizer has A"):
+    with pytest.raises(ValueError, match="rank 3 in the checkpoint, AutoRank"):
         optimizer.load_state_dict(fixed.state_dict())

@@ -78,10 +78,12 @@ def test_no_rank_anywhere_is_an_error_that_says_so(preset):
 
 
 def test_unknown_keyword_is_refused():
-    with pytest.raises(TypeError, match="update_gap"):
+    with pytest.raises(TypeError, match=r"^GaLoreAdamW.*'update_gap': did you mean 'update_proj_"):
         GaLoreAdamW([a_matrix()], rank=2, update_gap=100)
-    with pytest.raises(TypeError, match="amsgrad"):
-        FiraAdamW([a_matrix()], rank=2, amsgrad=True)
+    with pytest.raises(TypeError, match=r"^FiraAdamW.*'density': use 'rank'"):
+        FiraAdamW([a_matrix()], density=0.25)
+    with pytest.raises(TypeError, match=r"^FrugalAdamW.*'nonsense': it has no such setting"):
+        FrugalAdamW([a_matrix()], nonsense=1)
 
 
 @pytest.mark.parametrize(
@@ -150,11 +152,14 @@ def test_parts_check_themselves(factory, message):
         factory()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
-def test_parameters_must_be_real_and_floating(dtype):
-    value = torch.ones(8, 6, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"shape \(8, 6\).*{dtype}"):
+def test_trained_parameters_must_be_real_and_floating():
+    value = torch.ones(8, 6, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"shape \(8, 6\).*complex64"):
         GaLoreAdamW([value], rank=2)
+    optimizer = GaLoreAdamW([a_matrix()], rank=2)
+    optimizer.param_groups[0]["params"].append(value)
+    with pytest.raises(ValueError, match=r"parameter 1 of group 0.*complex64"):
+        optimizer.step()
 
 
 BAD_GRADIENTS = {
@@ -224,7 +229,7 @@ def test_rank_cannot_change_under_state():
     optimizer.step()
     before = param.detach().clone()
     optimizer.param_groups[0]["rank"] = 3
-    with pytest.raises(RuntimeError, match=r"state of parameter 0 .*rank and side cannot change"):
+    with pytest.raises(RuntimeError, match=r"shape \(8, 2\), and should have \(8, 3\)"):
         optimizer.step()
     assert torch.equal(param, before)
 
@@ -332,6 +337,6 @@ def test_parts_that_do_not_fit_the_state_are_refused(change):
     optimizer.step()
     before = param.detach().clone()
     optimizer.param_groups[0].update(change)
-    with pytest.raises(RuntimeError, match="feed, projector, rule and residual cannot change"):
+    with pytest.raises(RuntimeError, match="cannot change once there is state"):
         optimizer.step()
     assert torch.equal(param, before)

@@ -171,13 +171,16 @@ def test_other_rules(shape, rule, name, on_refresh):
 
 
 def test_limiter_bounds_growth_and_forgets_useless_norms():
-    """First norm free, later ones at most 1.01 times the last; 0, inf and nan leave no trace."""
+    """First norm free, later ones at most 1.01 times the last; 0, inf and nan leave no trace.
+
+    A norm that overflows makes a step of 0.
+    """
     state = {"residual_norm": torch.tensor([math.inf, math.inf])}
     steps = [
         ([3.0, 2.0], [1.0, 1.0], [3.0, 2.0]),
         ([6.0, 1.0], [0.505, 1.0], [3.03, 1.0]),
         ([0.0, math.nan], [1.0, 1.0], [3.03, 1.0]),
-        ([math.inf, 2.0], [1.0, 0.505], [3.03, 1.01]),
+        ([math.inf, 2.0], [0.0, 0.505], [3.03, 1.01]),
     ]
     for norm, factor, kept in steps:
         found = limit(torch.tensor(norm), state, 1.01).flatten()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
@@ -188,7 +189,7 @@ def test_mistakes_take_one_line(capsys, folder, options, said):
 
 
 def test_missing_transformers_names_the_extra(capsys, monkeypatch):
-    real = cli.require.__globals__["importlib"].util.find_spec
+    real = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name: None if name == "transformers" else real(name)
     )

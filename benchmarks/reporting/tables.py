@@ -14,7 +14,7 @@ from pretraining.tasks import TASKS
 from pretraining.tune import SEED, base, edges, measured, tuned
 from rows import read
 
-from lowrank_optim.cli import METHODS as SHOWN
+from lowrank_optim.demo.command import METHODS as SHOWN
 from lowrank_optim.demo.recipes import RECIPES
 
 from . import gpu

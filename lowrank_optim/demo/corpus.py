@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..terminal import printable
+
 LIMIT = 16 * 2**20
 SHARE = 0.1
 LEAST_TRAIN, LEAST_VALIDATION = 8192, 512
@@ -61,13 +63,14 @@ def load_corpus(path: str | Path | None = None, *, tuning: bool = False) -> Corp
 
     Raises:
         ValueError: the path does not exist, or holds too little text.
+        OSError: the path itself cannot be read.
     """
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         name, suffix, skipped = "Python standard library", ".py", SKIPPED
     else:
         root = Path(path)
-        name, suffix, skipped = root.name or str(root), "", frozenset[str]()
+        name, suffix, skipped = printable(root.name or str(root)), "", frozenset[str]()
     if not root.exists():
         raise ValueError(f"no corpus at {root}: give a text file or a folder of text files")
     train = list(_read(root, suffix, skipped))
@@ -118,13 +121,15 @@ def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]
 
 
 def _read(root: Path, suffix: str, skipped: frozenset[str]) -> Iterator[Document]:
-    """Yield distinct texts in the order of their names' hashes, up to LIMIT bytes in all."""
+    """Yield distinct readable texts in the order of their names' hashes, up to LIMIT bytes."""
     total, seen = 0, set[bytes]()
     for name, path in sorted(_files(root, suffix, skipped), key=lambda item: _digest(item[0])):
         try:
             with path.open("rb") as file:
                 data = file.read(LIMIT - total)
         except OSError:
+            if path == root:
+                raise
             continue
         content = hashlib.blake2b(data, digest_size=16).digest()
         if not data or b"\0" in data[:8192] or content in seen:
@@ -140,6 +145,8 @@ def _files(root: Path, suffix: str, skipped: frozenset[str]) -> Iterator[tuple[s
     """Yield (name relative to the root, path) of each regular file under the root."""
     if root.is_file():
         yield root.name, root
+        return
+    os.scandir(root).close()  # says why the root cannot be read; `walk` leaves out what cannot
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped]
         for name in files:

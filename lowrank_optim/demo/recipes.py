@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -89,7 +90,9 @@ def choose(names: Sequence[str]) -> list[Recipe]:
         return list(RECIPES.values())
     for place, name in enumerate(names):
         if name not in RECIPES:
-            raise ValueError(f"unknown method '{name}'; choose among {known}")
+            near = difflib.get_close_matches(name.lower(), RECIPES, n=1)
+            hint = f"; did you mean {near[0]}? Else" if near else ";"
+            raise ValueError(f"unknown method '{name}'{hint} choose among {known}")
         if name in names[:place]:
             raise ValueError(f"method '{name}' is given twice")
     return [RECIPES[name] for name in names]

@@ -15,12 +15,15 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
+from ..terminal import whole_file
 from .corpus import Corpus
 from .recipes import BETAS, RECIPES, WEIGHT_DECAY
 from .train import Run, Settings
 
 MIB = 2**20
+FILES = NUMBERS, PICTURE = "demo.json", "demo.png"
 BASELINE = "adamw"
 # A little above the loss of a uniform guess: only a diverging run goes further, and is cut off.
 CEILING = 1.1 * math.log(256)
@@ -78,15 +81,15 @@ def heading(found: Mapping[str, Any]) -> str:
 def table(found: Mapping[str, Any]) -> Table:
     """Lay the rows out, a line a method, in the order of the run."""
     c = found["conditions"]
+    title = f"{heading(found)}\n{c['corpus']}, torch {c['torch']}, CPU threads: {c['threads']}"
     shown = Table(
-        title=f"{heading(found)}\n{c['corpus']}, torch {c['torch']}, CPU threads: {c['threads']}",
+        title=Text(title, style="bold"),  # a str would be read as markup
         caption="Loss: mean over held-out texts. State: measured, all tensors the optimizer "
         f"keeps{_shared(found)}; saved: against AdamW. Step: optimizer.step() alone, after a "
         "discarded warm-up of the libraries; the first one also makes the state and the first "
         "subspace. Learning rates: peaks, tuned for each method, AdamW too. One seed: from seed to "
         f"seed a loss moves by some {SEED_NOISE:.2f}.",
         caption_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -110,11 +113,23 @@ def table(found: Mapping[str, Any]) -> Table:
 
 
 def write(found: Mapping[str, Any], folder: Path) -> tuple[Path, Path]:
-    """Write demo.json and demo.png into the folder and return their paths."""
-    numbers, picture = folder / "demo.json", folder / "demo.png"
-    numbers.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    """Write demo.json and demo.png into the folder and return their paths.
+
+    Raises:
+        CommandError: one of them cannot be written; a file of an earlier run is still there.
+    """
+    picture = folder / PICTURE
+    numbers = write_numbers(found, folder)
     figure(found, picture)
     return numbers, picture
+
+
+def write_numbers(found: Mapping[str, Any], folder: Path) -> Path:
+    """Write demo.json into the folder and return its path."""
+    numbers = folder / NUMBERS
+    with whole_file(numbers) as beside:
+        beside.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return numbers
 
 
 def figure(found: Mapping[str, Any], path: Path) -> None:
@@ -135,8 +150,10 @@ def figure(found: Mapping[str, Any], path: Path) -> None:
         f"of the rest tuned for each method. torch {c['torch']}, CPU threads: {c['threads']}.",
         fontsize=8,
         color="#555555",
+        parse_math=False,
     )
-    drawing.savefig(path, dpi=160)
+    with whole_file(path) as beside:
+        drawing.savefig(beside, dpi=160)
 
 
 def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], steps: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..groups import param_groups
 from ..memory import shared_bytes, state_bytes
 from ..optimizer import LowRank
 from .corpus import Corpus
@@ -91,6 +92,19 @@ def build_model(settings: Settings) -> nn.Module:
         use_cache=False,
     )
     return LlamaForCausalLM(config)
+
+
+def check(recipes: Sequence[Recipe], settings: Settings) -> None:
+    """Build all optimizers over a model without values.
+
+    Raises:
+        ValueError: one cannot be built, or the rank leaves nothing to project.
+    """
+    with torch.device("meta"):
+        model = build_model(settings)
+    param_groups(model, rank=settings.rank)  # also where all methods take whole matrices
+    for recipe in recipes:
+        build_optimizer(recipe, model, rank=settings.rank, steps=settings.steps, seed=settings.seed)
 
 
 def train(

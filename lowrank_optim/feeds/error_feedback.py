@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import check_share
+from ..functional import reach
 from ..plan import Group
 from ..protocols import Carried, Fed, Moments
 
@@ -46,8 +47,10 @@ class ErrorFeedback:
         check_share("keep", self.keep)
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
-        """Return G + E."""
-        fed = held["error"].add_(grad)
+        """Return G + E, with E cut off where the sum might overflow."""
+        error = held["error"]
+        most = reach(error.dtype)
+        fed = error.clamp_(-most, most).add_(grad)
         return Fed(fed, fed, {"error": fed})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:

@@ -47,7 +47,7 @@ class GeneralErrorFeedback(ErrorFeedback):
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
         """Return A, B and A + b1 / (1 - b1) M P^T."""
-        fed = held["error"].add_(grad)
+        fed = super().feed(grad, held, carried, group).grad
         if carried.seen == 0:
             return Fed(fed, fed, {"error": fed})
         decay = group["betas"][0]

@@ -18,9 +18,20 @@ from .blockwise import (
 from .cosine import dct, dct_scores
 from .factors import down, drop_, is_index, lift_
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
-from .moments import adam, bias_corrections, places_of, rotate_moments, select_moment
+from .moments import adam, bias_corrections, least_share, places_of, rotate_moments, select_moment
 from .orthogonal import newton_schulz
-from .products import NEAR, compute_dtype, peaks, product, product_t, row_chunks, row_norms, usable
+from .products import (
+    NEAR,
+    compute_dtype,
+    inverse,
+    peaks,
+    product,
+    product_t,
+    reach,
+    row_chunks,
+    row_norms,
+    usable,
+)
 from .rounding import (
     EXP_AVG,
     EXP_AVG_SQ,
@@ -78,7 +89,9 @@ __all__ = [
     "dynamic_map",
     "generator",
     "gram",
+    "inverse",
     "is_index",
+    "least_share",
     "lift_",
     "lift_write",
     "load",
@@ -96,6 +109,7 @@ __all__ = [
     "quantize_blockwise",
     "quantize_squares",
     "random_bits",
+    "reach",
     "rotate_moments",
     "round_into_",
     "row_chunks",

@@ -96,10 +96,10 @@ def quantize_squares(
         u = v / s  (a division, correctly rounded; 0 where s is 0)
         c = min(max(count of t below or at u, 1) - 1, 254)
         p = (u - t[c]) * f[c]
-        code = c + 1 if noise + 0.5 < p else c;  code = max(code, floor) where v > 0
+        code = c + 1 if noise + 0.5 < p else c;  code = max(code, floor) where v > 0 or s = inf
     The expectation of the decoded value is v to within 2^-17 of the gap, where v / s is at least
     t[floor] (7.9e-11 for 6). The largest of a block is kept exactly. Values below 0 are stored
-    as 0. A block with an infinity or a nan decodes to infinities and nans only.
+    as 0. A block with an infinity decodes to infinities, one with a nan to nans only.
 
     Args:
         v: `(..., cols)`, a floating dtype.
@@ -109,7 +109,8 @@ def quantize_squares(
     """
     noise = torch.full_like(v, LEVELS // 2 - 1, dtype=torch.int32) if noise is None else noise
     codes, scale = _between(v, square_map(v.device), noise)
-    return torch.where(v.to(torch.float32) > 0, codes.clamp_min(floor), codes), scale
+    lifted = (v.to(torch.float32) > 0) | _spread(scale, codes).isinf()
+    return torch.where(lifted, codes.clamp_min(floor), codes), scale
 
 
 def dequantize_squares(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

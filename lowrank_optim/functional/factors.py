@@ -6,10 +6,12 @@ for unit vectors: projecting is then indexing, and lifting is adding to columns.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from .products import product, transposed
+from .products import product, reach, transposed
 
 
 def is_index(factor: Tensor) -> bool:
@@ -18,7 +20,26 @@ def is_index(factor: Tensor) -> bool:
 
 
 def down(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `G P`, `(..., rows, cols)` to `(..., rows, rank)`, in `dtype`."""
+    """Return `G P`, `(..., rows, cols)` to `(..., rows, rank)`, in `dtype`.
+
+    On a CPU, where looking at the values costs no wait, they are cut off at `reach`, and a sum that
+    overflows is made again of smaller numbers; a gradient that is not finite stays so.
+    """
+    low = _down(grad, factor, dtype)
+    if low.device.type != "cpu" or not low.numel():
+        return low
+    least, most = low.aminmax()
+    limit = reach(dtype)
+    if -limit <= least and most <= limit:
+        return low
+    if not is_index(factor) and grad.dtype != torch.float16:
+        share = 0.5 ** math.ceil(math.log2(grad.shape[-1]) / 2 + 1)
+        low, limit = _down(grad, factor * share, dtype), limit * share
+        return torch.where(low.isfinite(), low.clamp(-limit, limit) / share, low)
+    return torch.where(low.isfinite(), low.clamp(-limit, limit), low)
+
+
+def _down(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if is_index(factor):
         if transposed(grad):
             return grad.mT.index_select(-2, factor).mT.to(dtype).contiguous()

@@ -18,6 +18,22 @@ def bias_corrections(
     return 1 - beta1**count, math.sqrt(1 - beta2**count)
 
 
+BEYOND = 4.0
+"""A direction is at most so many times as long as one in a basis that has never moved can be."""
+
+
+def least_share(beta1: float, beta2: float) -> float:
+    """Return c, the least share of M*M that V is kept at.
+
+    c = (1-b2) (1 - b1^2/b2) / ((1-b1)^2 BEYOND^2), or 0 where b1^2 >= b2
+
+    M = (1-b1) sum b1^k g_k and V = (1-b2) sum b2^k g_k^2, so that by Cauchy and Schwarz
+    M^2 <= (1-b1)^2 / (1-b2) sum (b1^2/b2)^k V: for any gradients V is 16 c M^2 or more.
+    """
+    room = max(0.0, beta2 - beta1**2)
+    return (1 - beta2) * room / (beta2 * ((1 - beta1) * BEYOND) ** 2) if room else 0.0
+
+
 def adam(
     grad: Tensor,
     exp_avg: Tensor,
@@ -29,8 +45,12 @@ def adam(
 ) -> Tensor:
     """Update Adam's moments in place and return the bias-corrected direction.
 
-    M <- b1 M + (1-b1) g,  V <- b2 V + (1-b2) g*g,
+    M <- b1 M + (1-b1) g,  V <- max(b2 V + (1-b2) g*g, c M*M),
     N = (M / (1-b1^t)) / (sqrt(V / (1-b2^t)) + eps)
+
+    with c of `least_share`, which changes nothing where M and V are of the same coordinates. Where
+    V is of a basis that has moved from under it (Conda's), a row that is rarely active may have
+    none where its M lies, and would go m / eps far.
 
     Args:
         grad: any shape, in the dtype of the moments.
@@ -41,6 +61,9 @@ def adam(
     correction1, correction2 = bias_corrections(count, beta1, beta2)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    least = exp_avg.square().mul_(least_share(beta1, beta2))
+    torch.maximum(exp_avg_sq, least, out=exp_avg_sq)
+    del least
     denominator = exp_avg_sq.sqrt().div_(correction2).add_(eps).mul_(correction1)
     return torch.div(exp_avg, denominator, out=denominator)
 
@@ -52,7 +75,8 @@ def rotate_moments(
 
     With Q = P_old^T P_new, t gradients seen, m = M / (1-b1^t) and v = V / (1-b2^t):
     M <- M Q,  V <- (1-b2^t) |(v - m*m) (Q*Q) + (m Q)^2|
-    that is, the variance is carried as if the coordinates were uncorrelated.
+    that is, the variance is carried as if the coordinates were uncorrelated. Values are cut off
+    where sums of `rank` of them would overflow.
 
     Args:
         exp_avg, exp_avg_sq: `(..., rows, rank)`; modified in place.
@@ -64,8 +88,10 @@ def rotate_moments(
         Low-Dimensional Gradient Statistics", arXiv 2410.16103.
     """
     correction1, correction2 = 1 - beta1**count, 1 - beta2**count
-    mean = exp_avg / correction1
-    variance = (exp_avg_sq / correction2).addcmul_(mean, mean, value=-1)
+    most = torch.finfo(exp_avg.dtype).max / rotation.shape[-2]
+    mean = (exp_avg / correction1).clamp_(-most, most)
+    variance = (exp_avg_sq / correction2).clamp_(max=most)
+    variance.addcmul_(mean, mean, value=-1).clamp_(min=-most)
     mean = mean @ rotation
     exp_avg.copy_(mean * correction1)
     second = (variance @ rotation.square()).addcmul_(mean, mean)

@@ -47,7 +47,8 @@ def store(
 
     bfloat16, four bits, and squares in 8 bits, are rounded stochastically: an average with a decay
     of 0.999 changes by less than half a step between neighbouring values, and would never fall. A
-    signed 8-bit moment is rounded to nearest, to the bytes of bitsandbytes.
+    signed 8-bit moment is rounded to nearest, to the bytes of bitsandbytes. What float64 has beyond
+    the range of float32 is cut off, except of squares: their infinity makes a step of 0.
 
     Args:
         stored: what `load` was given.
@@ -55,6 +56,10 @@ def store(
         square, ops: as in `load`.
         bits: random bits for the rounding.
     """
+    narrow = stored if isinstance(stored, Tensor) else stored[1]
+    if value.dtype == torch.float64 != narrow.dtype and not square:
+        most = torch.finfo(narrow.dtype).max
+        value = value.clamp(-most, most)
     if isinstance(stored, Tensor):
         if stored is not value:
             rounds = stored.dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from typing import Any, cast
 
@@ -152,7 +153,7 @@ class Factory:
             optimizer.step_in_backward(
                 accumulation_steps=lambda: GradientState().sync_gradients,
                 accumulate=in_backward,
-                max_norm=args.max_grad_norm or None,
+                max_norm=args.max_grad_norm or math.inf,
             )
         return optimizer
 

@@ -11,6 +11,9 @@ from .models import PlanError
 
 GIB = 2**30
 
+MOST = 2**50
+"""Bytes of the largest card."""
+
 RESERVE = GIB
 """Bytes of a card that are taken to be out of reach.
 
@@ -61,10 +64,12 @@ def card_of(text: str) -> Card:
     """Return the card of a name ("RTX 4090", "a100-80gb") or of a size ("24GiB", "24GB").
 
     Raises:
-        PlanError: neither; the message has the nearest names.
+        PlanError: neither, and the message has the nearest names; or no size of a card.
     """
     size = bytes_in(text)
     if size is not None:
+        if not 0 < size <= MOST:
+            raise PlanError(f"a card of '{text}': wanted more than nothing, and at most 1024 TiB")
         return Card(text.strip(), size)
     plain = {_plain(name): name for name in CARDS}
     wanted = _plain(text)

@@ -12,7 +12,7 @@ from torch import nn
 
 from .cards import Card, card_of
 from .methods import METHODS, needs_of
-from .models import PlanError, build, full_name, token_loss, without_values
+from .models import PlanError, build, foreign, full_name, token_loss, without_values
 from .phases import Parts, phases_of, weight_bytes
 from .search import Traces, largest, widest
 from .trace import Loss
@@ -213,10 +213,8 @@ def enable_checkpointing(model: nn.Module) -> None:
     """Turn on activation checkpointing as transformers' models have it."""
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if callable(enable := getattr(model, name, None)):
-            try:
+            with foreign(f"{type(model).__name__} cannot checkpoint"):
                 enable()
-            except ValueError as error:
-                raise PlanError(str(error).partition("\n")[0]) from error
             return
     raise PlanError(
         f"{type(model).__name__} has no gradient_checkpointing_enable(): make the factory return a "

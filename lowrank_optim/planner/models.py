@@ -5,16 +5,34 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import json
+import logging
 import os
+import re
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from ..checks import is_real
 from ..integrations import require
 from .trace import Loss
+
+MOST = 100_000
+"""Layers, labels or parameter tensors beyond which a configuration is taken to be a mistake."""
+
+COUNTED = re.compile(r"(^|_)(layers?|depths?|labels)$")
+"""Names of settings that transformers makes as many things of as they say."""
+
+LONG = 240
+"""Characters of somebody else's error that are shown."""
 
 
 class PlanError(ValueError):
@@ -166,50 +184,117 @@ def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
 def _read(path: Path) -> Any:
     """Return the configuration in a file; raise PlanError if it is none."""
     require("transformers", extra="transformers")
-    from transformers import AutoConfig
+    with foreign(f"{path} is no configuration of transformers"):
+        settings = json.loads(path.read_text("utf-8"))
+        _check(settings)
+        from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(str(path), local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise PlanError(f"{path} is no configuration of transformers: {_line(error)}") from error
+        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+
+
+def _check(settings: Any) -> None:
+    """Raise ValueError for what transformers would build something else from, or for ever."""
+    if not isinstance(settings, dict):
+        raise ValueError(f"it holds {type(settings).__name__}, not an object of settings")
+    named = settings.get("architectures")
+    if named is not None and not (
+        isinstance(named, list) and all(isinstance(x, str) for x in named)
+    ):
+        raise ValueError(f"architectures={named!r}: wanted a list of class names")
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            _check(value)
+        elif COUNTED.search(key):
+            for count in value if isinstance(value, list) else [value]:
+                if is_real(count) and count > MOST:
+                    raise ValueError(f"{key}={value}: more than {MOST:,} are not planned")
 
 
 def _from_config(config: Any, dtype: torch.dtype) -> nn.Module:
     """Make the class that a configuration names, or the causal language model of its type."""
     import transformers
 
-    config.use_cache = False  # as in training: nothing is kept for generation
-    named = [getattr(transformers, name, None) for name in config.architectures or ()]
+    with foreign(f"no model of type {config.model_type}"), torch.device("meta"), _counted():
+        config.use_cache = False  # as in training: nothing is kept for generation
+        if config.architectures:
+            make = _class_of(config.architectures[0])._from_config
+        else:
+            auto = transformers.AutoModelForCausalLM
+            make = partial(auto.from_config, trust_remote_code=False)
+        model: nn.Module = make(config, dtype=dtype)
+        return model.train()
+
+
+def _class_of(name: str) -> Any:
+    """Return the model class of transformers that has a name."""
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    known = {own.lower(): own for own in dir(transformers)}
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.8)
+    hint = f"; did you mean {known[near[0]]}?" if near else ";"
+    raise ValueError(
+        f"architectures: transformers has no model class '{name}'{hint} Without architectures, "
+        "the causal language model is planned"
+    )
+
+
+@contextmanager
+def foreign(failed: str) -> Iterator[None]:
+    """Run what belongs to others on what the user gave: any error of it is a line, and no more.
+
+    Raises:
+        PlanError: begins with `failed`, and says what was raised. Warnings and logs are dropped.
+    """
+    quiet = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with torch.device("meta"):
-            if named and named[0] is not None:
-                model: nn.Module = named[0]._from_config(config, dtype=dtype)
-            else:
-                make: Any = transformers.AutoModelForCausalLM
-                model = make.from_config(config, dtype=dtype)
-    except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
-        raise PlanError(f"no model of type {config.model_type}: {_line(error)}") from error
-    return model.train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except (Exception, SystemExit) as error:
+        raise PlanError(f"{failed}: {_line(error)}") from error
+    finally:
+        logging.disable(quiet)
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    """Stop at more parameters than models have, which a wrong count of anything may make."""
+    names: list[str] = []
+
+    def note(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        names.append(name)
+        if len(names) > MOST:
+            raise ValueError(f"it has more than {MOST:,} parameter tensors")
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _from_factory(name: str) -> tuple[nn.Module, Loss]:
     """Call `module:factory`, found as Python finds it, and in the current folder."""
     module, _, factory = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), factory)
-        with torch.device("meta"):
-            made = function()
-    except Exception as error:
-        raise PlanError(f"{name} makes no model: {type(error).__name__}: {_line(error)}") from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, token_loss)
-    if not isinstance(model, nn.Module) or not callable(loss):
-        raise PlanError(
-            f"{name} returns {type(made).__name__}: wanted a module, or a module and a loss"
-        )
-    return without_values(model).train(), loss
+    here = str(Path.cwd())
+    with foreign(f"{name} makes no model"):
+        sys.path.insert(0, here)
+        try:
+            function = getattr(importlib.import_module(module), factory)
+            with torch.device("meta"):
+                made = function()
+        finally:
+            sys.path.remove(here)
+        model, loss = made if isinstance(made, tuple) and len(made) == 2 else (made, token_loss)
+        if isinstance(model, nn.Module) and callable(loss):
+            return without_values(model).train(), loss
+    raise PlanError(
+        f"{name} returns {type(made).__name__}: wanted a module, or a module and a loss"
+    )
 
 
 def without_values(model: nn.Module) -> nn.Module:
@@ -235,5 +320,8 @@ def token_loss(model: nn.Module, batch: int, seq: int) -> Tensor:
 
 
 def _line(error: BaseException) -> str:
-    """Return an error's text up to its first line break."""
-    return str(error).strip().partition("\n")[0]
+    """Return an error's class, unless it is ValueError, and its text, shortened, in one line."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= LONG else f"{text[:LONG]}..."
+    kind = type(error).__name__
+    return f"{kind}: {text}" if text and type(error) is not ValueError else text or kind

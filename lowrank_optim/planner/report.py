@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..terminal import printable, whole_file
 from .cards import GIB, RESERVE
 from .estimate import Estimate, Plans
 from .phases import Parts
@@ -35,7 +36,7 @@ def heading(plans: Plans) -> str:
     s = plans.settings
     state = s["state_dtype"] or "float32"
     said = [
-        f"{plans.model}, {plans.parameters / 1e9:.3g}B parameters in {s['dtype']}",
+        f"{printable(plans.model)}, {plans.parameters / 1e9:.3g}B parameters in {s['dtype']}",
         f"batch {s['batch']} x {s['seq']} tokens",
         f"rank {s['rank']}",
         f"{state.replace('8bit', '8-bit')} states",
@@ -64,10 +65,11 @@ def notes(plans: Plans) -> str:
 def table(plans: Plans) -> Group:
     """Lay out the parts, a column a method; more than `ACROSS` methods go on below."""
     from rich.console import Group
+    from rich.text import Text
 
     starts = range(0, len(plans.rows), ACROSS)
     tables = [_block(plans, plans.rows[start : start + ACROSS]) for start in starts]
-    tables[0].title = _broken(heading(plans))
+    tables[0].title = Text(_broken(heading(plans)), style="bold")  # a str would be read as markup
     tables[-1].caption = notes(plans)
     return Group(*tables)
 
@@ -78,7 +80,6 @@ def _block(plans: Plans, rows: list[Estimate]) -> Table:
 
     shown = Table(
         caption_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
@@ -156,8 +157,9 @@ def figure(plans: Plans, path: Path) -> None:
         handles[::-1], labels[::-1], frameon=False, fontsize=9,
         loc="lower left" if below else "upper left", bbox_to_anchor=(1, 0 if below else 1),
     )  # fmt: skip
-    axes.set_title(_broken(heading(plans)), fontsize=11, fontweight="bold")
-    drawing.savefig(path, dpi=160)
+    axes.set_title(_broken(heading(plans)), fontsize=11, fontweight="bold", parse_math=False)
+    with whole_file(path) as beside:
+        drawing.savefig(beside, dpi=160)
 
 
 def _broken(text: str) -> str:

@@ -12,12 +12,15 @@ from torch import nn
 from ..geometry import subspace_of
 from ..groups import param_groups
 from .methods import Method, Needs, needs_of
-from .models import PlanError
+from .models import PlanError, foreign
 from .phases import phases_of
 from .trace import Loss, Trace, trace
 
 MOST = 1 << 20
 """Sequences a batch at which the search ends."""
+
+BEYOND = 2.0**61
+"""Bytes that no card has, and that add up without an overflow."""
 
 PROBES = 6
 """Looks along the line before the interval is halved."""
@@ -38,15 +41,11 @@ class Traces:
         self._asked = batch, self._run(batch)
 
     def _run(self, batch: int) -> Trace:
-        try:
+        with foreign(
+            f"{type(self.model).__name__} cannot be run without values, on a batch of "
+            f"{batch} x {self._seq} (a loss of your own may do what it needs: see estimate_memory)"
+        ):
             found = trace(self.model, self._loss, batch, self._seq)
-        except Exception as error:
-            line = str(error).strip().partition("\n")[0]
-            raise PlanError(
-                f"{type(self.model).__name__} cannot be run without values, on a batch of "
-                f"{batch} x {self._seq}: {type(error).__name__}: {line} (a loss of your own may do "
-                "what it needs: see estimate_memory)"
-            ) from error
         if not found.steps:
             raise PlanError(f"no parameter of {type(self.model).__name__} gets a gradient")
         return found
@@ -70,7 +69,8 @@ class Traces:
         if batch == self._asked[0]:
             return self._asked[1]
         start, first, second = self._pair
-        grown = (batch - start) * (second.live - first.live)
+        slope = (second.live - first.live).astype(np.float64)  # exact: a pass is below 2**53 bytes
+        grown = np.minimum((batch - start) * slope, BEYOND).astype(np.int64)
         return Trace(np.maximum(first.live + grown, first.grads), first.grads, first.steps)
 
 

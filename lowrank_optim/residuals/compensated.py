@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_share
-from ..functional import Norms, Want
+from ..functional import Norms, Want, inverse
 from ..kinds import NOT_NEGATIVE, Kind
-from ..limiter import check_limiter, limit
+from ..limiter import check_limiter, first_norm, limit
 from ..plan import Group, Site, State, Update
 from ._base import Limited
 
@@ -30,7 +30,8 @@ class Compensated(Limited):
 
     with |C|_F limited to `limiter` times its value of the step before. p starts at the first e. A
     difference counts as 1/256 of |G_i|^2 at least: below that it is what bfloat16 products leave,
-    and no length to divide by.
+    and no length to divide by. C_i is 0 where |G_i|^2 overflows, or p_i is below the least normal
+    number.
 
     Args:
         factor: the paper's alpha_c.
@@ -73,14 +74,15 @@ class Compensated(Limited):
     def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
         """Return |C|^2 of each matrix; p in place."""
         assert norms is not None
-        whole_row = norms.grad.square()
+        most = torch.finfo(site.dtype).max
+        whole_row = norms.grad.square().clamp_(max=most)
         energy = (whole_row - norms.low.square()).clamp_min_(0)
         counted = torch.maximum(energy, whole_row * NOISE)
         p: Tensor = state["residual_sq"]
         p.copy_(torch.where(p == 0, counted, p.lerp(counted, 1 - self.beta)))
         if self.limiter is None:
             return None
-        return (energy * self._inverse(p)).sum(-2) * (site.cols - site.rank)
+        return (energy * self._inverse(p, norms)).sum(-2) * (site.cols - site.rank)
 
     def update(
         self,
@@ -92,13 +94,14 @@ class Compensated(Limited):
         uncorrected: float | Tensor,
     ) -> Update:
         """Return k as the factor of N, c_i as that of G and -c_i as that of R."""
+        assert norms is not None
         scale = group["scale"] * self.factor
-        rest = self._inverse(state["residual_sq"]).sqrt_()
+        rest = self._inverse(state["residual_sq"], norms).sqrt_()
         rest.mul_(scale * math.sqrt(site.cols - site.rank))
         if sums is not None:
-            rest = rest * limit(sums[..., 0].sqrt(), state, self.limiter)
+            rest = rest * limit(sums[..., 0].sqrt(), state, self.limiter, first_norm(site))
         return Update(direction=group["scale"], low=-rest, grad=rest)
 
-    def _inverse(self, p: Tensor) -> Tensor:
-        """Return 1 / p, and 0 where p is 0."""
-        return torch.where(p > 0, p.reciprocal(), 0)
+    def _inverse(self, p: Tensor, norms: Norms) -> Tensor:
+        """Return 1 / p, and 0 in rows whose C is 0."""
+        return inverse(p).masked_fill_(norms.grad.square().isinf(), 0)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..functional import Norms, Want
-from ..limiter import check_limiter, limit
+from ..limiter import check_limiter, first_norm, limit
 from ..plan import Group, Site, State, Update
 from ._base import Limited
-from ._norms import TINY, phi_of
+from ._norms import measured, phi_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class GradScaled(Limited):
 
     update = phi * G,  phi_i = sqrt(k) |N_i| / (|R_i| + 1e-8), one factor a row or one a matrix,
     with |phi * G|_F limited to `limiter` times its value of the step before (measured before bias
-    correction).
+    correction).  phi is 0 where a norm overflows.
 
     Args:
         limiter: largest growth of the norm in one step; None for no limit.
@@ -33,7 +33,8 @@ class GradScaled(Limited):
     Reference: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance", arXiv 2412.05270.
         The paper projects with a Gaussian of variance 1/rank; ours is orthonormal, which makes R
         smaller and phi larger by sqrt(cols / rank): at scale 1 the step is as long as AdamW's.
-        `scale = rank / cols` gives the paper's length.
+        `scale = rank / cols` gives the paper's length. The first norm has a bound too, see
+        `limiter.FIRST`.
     """
 
     limiter: float | None = 1.01
@@ -50,14 +51,14 @@ class GradScaled(Limited):
         return Want(low=False, direction=False)
 
     def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
-        """Return |phi * G|^2 for factors of rows, else |R|^2, |N|^2 and |G|^2 of each matrix."""
+        """Return |phi * G|^2 for factors of rows, else |G|^2, |R|^2 and |N|^2 of each matrix."""
         assert norms is not None
         if self._by_matrix(site):
-            parts = (norms.low, norms.direction, norms.grad)
-            return torch.cat([part.square().sum(-2) for part in parts], dim=-1)
+            return torch.cat([part.square().sum(-2) for part in norms], dim=-1)
         if self.limiter is None:
             return None
         scale: float = group["scale"]
+        norms = measured(norms)
         return (phi_of(norms) * norms.grad).square_().sum(-2) * scale
 
     def update(
@@ -72,14 +73,16 @@ class GradScaled(Limited):
         """Return phi as the factor of G, and nothing else."""
         assert norms is not None
         root = math.sqrt(group["scale"])
+        first = root * first_norm(site) * uncorrected
         if sums is not None and self._by_matrix(site):
-            low, direction, grad = sums.sqrt().unbind(-1)
-            factor = root * direction / (low + TINY)
+            whole = measured(Norms(*sums.sqrt().unbind(-1)))
+            factor = root * phi_of(whole)
             phi = factor[..., None, None].expand_as(norms.grad)
-            return Update(grad=phi * limit(factor * grad * uncorrected, state, self.limiter))
-        phi = root * phi_of(norms)
+            norm = factor * whole.grad * uncorrected
+            return Update(grad=phi * limit(norm, state, self.limiter, first))
+        phi = root * phi_of(measured(norms))
         if sums is not None:
-            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, self.limiter)
+            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, self.limiter, first)
         return Update(grad=phi)
 
     def _by_matrix(self, site: Site) -> bool:

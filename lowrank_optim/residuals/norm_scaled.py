@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..functional import Norms, Want
-from ..limiter import check_limiter, limit
+from ..limiter import check_limiter, first_norm, limit
 from ..plan import Group, Site, State, Update
 from ._base import Limited
-from ._norms import phi_of
+from ._norms import measured, phi_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class NormScaled(Limited):
     numbers are the published ones (`form="code"`), and 1 in the paper (`form="paper"`).
     |S|_F comes from row norms alone: |G_i - c R_i P^T|^2 = |G_i|^2 - (2c - c^2) |R_i|^2, where a
     difference below rounding noise is 0. It is measured before bias correction, as in the authors'
-    code.
+    code.  A row whose norm overflows has phi 0.
 
     Args:
         limiter: largest growth of the norm in one step; None for no limit.
@@ -33,7 +33,8 @@ class NormScaled(Limited):
         ValueError: an unknown form, or a limiter below 1.
 
     Reference: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank
-        Constraint?", arXiv 2410.01623. Unlike the authors' code, a zero norm is not remembered.
+        Constraint?", arXiv 2410.01623. Unlike the authors' code, a zero norm is not remembered, and
+        the first one has a bound too, see `limiter.FIRST`.
     """
 
     limiter: float | None = 1.01
@@ -54,12 +55,12 @@ class NormScaled(Limited):
         if self.limiter is None:
             return None
         assert norms is not None
-        kept = self._kept(group)
-        whole_row = norms.grad.square()
-        dropped = whole_row.addcmul(norms.low, norms.low, value=kept**2 - 2 * kept)
+        kept, norms = self._kept(group), measured(norms)
+        phi = phi_of(norms)
+        whole_row, low = (phi * norms.grad).square_(), phi * norms.low
+        dropped = whole_row.addcmul(low, low, value=kept**2 - 2 * kept)
         noise = whole_row.mul_(16 * torch.finfo(dropped.dtype).eps)
-        dropped.masked_fill_(dropped < noise, 0)
-        return phi_of(norms).square_().mul_(dropped).sum(-2)
+        return dropped.masked_fill_(dropped < noise, 0).sum(-2)
 
     def update(
         self,
@@ -72,9 +73,10 @@ class NormScaled(Limited):
     ) -> Update:
         """Return k as the factor of N, phi as that of G and -c phi as that of R, both limited."""
         assert norms is not None
-        phi = phi_of(norms)
+        phi = phi_of(measured(norms))
         if sums is not None:
-            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, self.limiter)
+            norm, first = sums[..., 0].sqrt() * uncorrected, first_norm(site) * uncorrected
+            phi = phi * limit(norm, state, self.limiter, first)
         return Update(direction=group["scale"], low=phi * -self._kept(group), grad=phi)
 
     def _kept(self, group: Group) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,11 +11,15 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_share
+from ..functional import inverse
 from ..kinds import NORM, NOT_NEGATIVE, Kind
-from ..limiter import check_limiter, limit, limiter_state
-from ..plan import Group, Job, Site, State
+from ..limiter import check_limiter, first_norm, limit, limiter_state
+from ..plan import Group, Job, Site, State, site_of
 from ..team import Team
 from ._matrix import OfMatrices, zeros
+
+OUTLYING = 10.0
+"""What the values of a first step are cut off at; of Gaussian gradients they stay below."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,8 @@ class RowColumnScaled(OfMatrices):
     `iterations` times  s <- (G*G)^T q / |q|^2,  q <- (G*G) s / |s|^2,  from q = 1;
     Q <- beta Q + (1-beta) q,  S <- beta S + (1-beta) s;  N_ij = G_ij / sqrt(Q_i S_j)
 
-    with |N|_F limited to `limiter` times its value of the step before.
+    with |N|_F limited to `limiter` times its value of the step before. Squares count as what rows
+    cols of them have a finite sum at most.
 
     Args:
         beta: decay of both vectors, in [0, 1).
@@ -36,7 +42,9 @@ class RowColumnScaled(OfMatrices):
 
     Reference: Gong, Scetbon, Ma, Meeds, "Towards Efficient Optimizer Design for LLM via Structured
         Fisher Approximation with a Low-Rank Extension", arXiv 2502.07752 (RACS). Q and S start at
-        their first value instead of 0, which makes the first step as long as the others.
+        their first value instead of 0, which makes the first step as long as the others. That step
+        is cut off at 10 a value and has a largest norm too, see `limiter.FIRST`: beside one outlier
+        the estimate of the other squares is next to 0.
     """
 
     beta: float = 0.9
@@ -68,16 +76,20 @@ class RowColumnScaled(OfMatrices):
         self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group
     ) -> list[Tensor]:
         """Return N of each matrix; the state of each job in place."""
-        team = jobs[0].layout.team
+        team, site = jobs[0].layout.team, site_of(jobs[0])
         grads = torch.stack(list(directions))
-        rows, columns = rank_one(grads.square(), self.iterations, team)
+        most = torch.finfo(site.dtype).max / (site.layout.rows * site.layout.cols)
+        rows, columns = rank_one(grads.square().clamp_(max=most), self.iterations, team)
         row_scale = self._averaged("row_scale", rows, jobs)
         column_scale = self._averaged("column_scale", columns, jobs)
-        grads = grads * inverse_root(row_scale) * inverse_root(column_scale)
+        grads = grads * inverse(row_scale).sqrt_() * inverse(column_scale).sqrt_()
         if self.limiter is not None:
-            norm = team.sum_(grads.square().sum((-2, -1))).sqrt_()
             before = torch.stack([job.state["update_norm"] for job in jobs])
-            grads *= limit(norm, {"update_norm": before}, self.limiter, "update_norm")
+            bound = torch.where(before < math.inf, math.inf, OUTLYING)[..., None, None]
+            grads.clamp_(-bound, bound)
+            norm = team.sum_(grads.square().sum((-2, -1))).sqrt_()
+            held = {"update_norm": before}
+            grads *= limit(norm, held, self.limiter, first_norm(site), "update_norm")
             for job, value in zip(jobs, before.unbind(), strict=True):
                 job.state["update_norm"].copy_(value)
         return list(grads.unbind())
@@ -102,15 +114,12 @@ def rank_one(squares: Tensor, iterations: int, team: Team) -> tuple[Tensor, Tens
         parts = torch.cat([rows.mT @ squares, rows.square().sum(-2, keepdim=True)], -1)
         parts = team.sum_(parts)
         columns = divided(parts[..., :-1], parts[..., -1:])
-        rows = divided(squares @ columns.mT, columns.square().sum(-1, keepdim=True))
+        size = columns.amax(-1, keepdim=True)
+        unit = divided(columns, size)
+        rows = divided(divided(squares @ unit.mT, size), unit.square().sum(-1, keepdim=True))
     return rows, columns
 
 
 def divided(x: Tensor, by: Tensor) -> Tensor:
     """Return x / by, and 0 where that is 0 / 0."""
     return torch.where(by > 0, x / by, 0)
-
-
-def inverse_root(x: Tensor) -> Tensor:
-    """Return 1 / sqrt(x), and 0 where x is 0."""
-    return torch.where(x > 0, x.rsqrt(), 0)

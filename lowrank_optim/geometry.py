@@ -75,7 +75,8 @@ def subspace_of(
     auto = isinstance(rank, AutoRank)
     if whole and not full and (isinstance(rank, AutoRank) or rank >= 1):
         return None
-    share = isinstance(rank, AutoRank) or (isinstance(rank, float) and rank < 1)
+    least = rank.least if isinstance(rank, AutoRank) else rank
+    share = isinstance(least, float) and least < 1
     if share and not whole and min(matrix[-2:]) < min_dim:
         return None
     width = min(width_of(rank, cols, whole), cols)

@@ -143,28 +143,27 @@ def arranged(
     def fit(least: int) -> list[Tensor]:
         return [x for x in matrices if subspace_of(tuple(x.shape), *rule, least) is not None]
 
-    def trained(params: list[Tensor]) -> bool:
+    def trained(params: Iterable[Tensor]) -> bool:
         return any(param.requires_grad for param in params)
 
     message, fitting = "", fit(min_dim)
-    if not trained(fitting):
+    if trained(param for _, param in named) and not trained(fitting):
         long = fit(1)
-        alone = trained(long) or (trained(matrices) and not strict)
-        reason = f"both axes at least min_dim={min_dim}" if trained(long) else (
-            f"axes longer than rank={rule[0]}"
-        )  # fmt: skip
+        wanted = f"axes longer than rank={rule[0]}"
+        if trained(long):
+            wanted = f"no axis shorter than min_dim={min_dim}"
         who = "these parameters" if model is None else type(model).__name__
-        lacks = f"it has no trainable matrix, besides embeddings and head, with {reason}"
-        if not alone:
+        lacks = f"it has no trainable matrix, besides embeddings and head, with {wanted}"
+        if not matrices or (strict and not trained(long)):
             raise SettingError(
                 f"no parameter of {who} would be projected: {lacks}, or "
                 f"include={include!r} and exclude={exclude!r} leave none"
             )
         message = (
-            f"no parameter of {who} is projected, all are trained by plain AdamW: {lacks}. "
-            "Adapters need no more; to project short matrices, pass min_dim=1 or an int as rank"
+            f"no parameter of {who} is projected, all get AdamW's step: {lacks}. Adapters need no "
+            "more; to project short matrices all the same, pass min_dim=1 or an int as rank"
         )
-        fitting = long or matrices
+        fitting = fitting or long or matrices
         projected = {**projected, **{key: plain[key] for key in ("lr",) if key in plain}}
     chosen_ids = {id(param) for param in fitting}
     groups = {
@@ -204,7 +203,10 @@ def given(params: Any, defaults: dict[str, Any]) -> tuple[Any, str]:
         return listed, ""
     plan = plan_of(defaults)
     rule = (defaults["rank"], defaults["side"], plan.projector.whole, plan.full)
-    return arranged(listed, model, {}, {"rank": None}, rule, defaults["min_dim"])
+    found, message = arranged(listed, model, {}, {"rank": None}, rule, defaults["min_dim"])
+    for group in found:
+        group["params"] = list(zip(group.pop("param_names"), group["params"], strict=True))
+    return found, message
 
 
 def _rate(lr: float | None) -> dict[str, Any]:

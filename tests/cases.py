@@ -146,8 +146,8 @@ CASES = [
     Case("ldadam", LDAdamW, {"update_proj_gap": 1, "error_dtype": None}),
     Case("compensated", CompensatedAdamW),
     Case("racs", RACS, whole=True),
-    Case("auto-rank", GaLoreAdamW, {"rank": AUTO, "on_refresh": "rotate"}),
-    Case("auto-rank-dct", FiraAdamW, {"rank": AUTO, "projector": "dct"}),
+    Case("auto-rank", GaLoreAdamW, {"rank": AUTO, "min_dim": 1, "on_refresh": "rotate"}),
+    Case("auto-rank-dct", FiraAdamW, {"rank": AUTO, "min_dim": 1, "projector": "dct"}),
 ]
 
 

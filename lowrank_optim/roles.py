@@ -25,7 +25,7 @@ EMBEDDING = re.compile(
     r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|relative_attention|emb$)|^shared$"
 )
 
-TABLE = re.compile(r"(^|_)(tokens?|latents?|probe|pos|table)(_\dd)?$|^rel_pos")
+TABLE = re.compile(r"(^|_)(tokens?|latents?|probe|pos|table|latent_query)(_\dd)?$|^rel_pos")
 """Parameters that are no layer's weight and stand for inputs: tokens, queries, positions."""
 
 SCALE = re.compile(r"(\w+_)?(scales?|alphas?|gammas?)")
@@ -38,7 +38,7 @@ no matrix either, except where `WEIGHT` says so."""
 WEIGHT = re.compile(r"weight|proj|_w\d")
 
 HEAD = re.compile(
-    r"(\w+_)?(?<!conv_)(?<!pre_)(heads?|classifiers?|logits|scores?|predictors?)|aux\w*|fc", re.IGNORECASE
+    r"(\w+_)?(?<!conv_)(?<!pre_)(heads?|classifiers?|logits(_\w+)?|scores?|predictors?)|aux\w*|fc", re.IGNORECASE
 )
 """Modules whose last matrix is an output of the model, where they stand outside numbered layers.
 

@@ -88,6 +88,10 @@ class Case:
     carries: bool = False
 
     def build(self, params: Any, **changes: Any) -> LowRank:
+        """Return the optimizer; (name, tensor) pairs are one group, or they would be sorted."""
+        params = list(params)
+        if isinstance(params[0], tuple):
+            params = [{"params": params}]
         size = {} if self.whole else {"rank": RANK, "update_proj_gap": GAP}
         return self.factory(params, **{"lr": 1e-2, **size, **self.settings, **changes})
 

@@ -34,7 +34,7 @@ Build = Callable[[], nn.Module]
 LIBRARIES = ("transformers", "torchvision", "timm")
 DEPTHS = frozenset(
     "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks depth "
-    "num_encoder_layers num_decoder_layers encoder_num_hidden_layers".split()
+    "num_encoder_layers num_decoder_layers encoder_num_hidden_layers".split()  # noqa: SIM905
 )
 SUSPECT = re.compile(
     r"head|classif|score|logit|predict|embed|norm|token|bias|scale|A_log|time_|table|(^|\.)fc$"
@@ -171,7 +171,9 @@ def sweep(library: str, only: str, show_names: bool, rank: float) -> Counter[str
         alike = set(first["param_names"]) == by_names_alone(model, rank)
         counts["alike by names alone"] += alike
         chosen = first["param_names"] if show_names else suspects(model, first["param_names"])
-        shapes = {n: tuple(p.shape) for n, p in zip(first["param_names"], first["params"], strict=True)}
+        shapes = {
+            n: tuple(p.shape) for n, p in zip(first["param_names"], first["params"], strict=True)
+        }
         for projected in chosen:
             if not (show_names and re.search(r"\.\d+\.", projected)):
                 found[ends(projected)].append(f"{name} {projected} {shapes[projected]}")

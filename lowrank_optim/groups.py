@@ -89,7 +89,7 @@ def sorted_groups(
     settings: dict[str, Any],
     strict: bool,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return what `param_groups` does, and the warning; only if `strict`, too high a rank raises."""
+    """Return what `param_groups` does, and its warning; too high a rank raises only if `strict`."""
     rest = lr if rest_lr is None else rest_lr
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     share = checked_rank("rank", rank, "") if isinstance(rank, str) else rank

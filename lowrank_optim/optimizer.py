@@ -46,9 +46,8 @@ class LowRank(LayerWise):
         rank: columns of the projected gradient: an int, or a float in (0, 1], a share of the
             projected axis; "auto" or an `AutoRank` chooses one for each matrix at each refresh, by
             the spectrum of its gradient. At least one group needs one.
-        min_dim: where the rank is a share below 1.0 (or is chosen), the least length of both axes of
-            a matrix that is projected: a share of a short axis saves little and costs much. A rank
-            in columns means itself, and 1.0 takes all.
+        min_dim: where the rank is a share below 1.0, or is chosen, matrices with a shorter axis
+            are not projected: it saves little and costs much. A rank in columns means itself.
         state_budget: with `rank="auto"`, the most that the states of a group's matrices may take
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
@@ -307,9 +306,5 @@ class LowRank(LayerWise):
         self._recall_norm()
 
     def summary(self) -> str:
-        """Return a table: what is projected, and what the state takes beside AdamW's.
-
-        Raises:
-            ValueError: no parameter is projected, so the optimizer would save nothing.
-        """
+        """Return a table: what is projected, what is not and why, and the state beside AdamW's."""
         return memory.summary(self)

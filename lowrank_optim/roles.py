@@ -32,13 +32,14 @@ SCALE = re.compile(r"(\w+_)?(scales?|alphas?|gammas?)")
 """Parameters that are no layer's weight and multiply channels."""
 
 STATE_SPACE = re.compile(r"A_log$|^time_decay$")
-"""Parameters that tell a state-space model (Mamba, Jamba, Zamba, RWKV). What else its layer holds is
-no matrix either, except where `WEIGHT` says so."""
+"""Parameters that tell a state-space model (Mamba, Jamba, Zamba, RWKV). What else its layer holds
+is no matrix either, except where `WEIGHT` says so."""
 
 WEIGHT = re.compile(r"weight|proj|_w\d")
 
 HEAD = re.compile(
-    r"(\w+_)?(?<!conv_)(?<!pre_)(heads?|classifiers?|logits(_\w+)?|scores?|predictors?)|aux\w*|fc", re.IGNORECASE
+    r"(\w+_)?(?<!conv_)(?<!pre_)(heads?|classifiers?|logits(_\w+)?|scores?|predictors?)|aux\w*|fc",
+    re.IGNORECASE,
 )
 """Modules whose last matrix is an output of the model, where they stand outside numbered layers.
 
@@ -154,9 +155,7 @@ def heads(seen: list[Seen], matrices: list[Seen], modules: Modules) -> Iterator[
     known = {id(one) for one in matrices}
     weights = {one.path for one in seen if WEIGHT.search(one.own)}
     layers = [
-        one
-        for one in seen
-        if id(one) in known or (one.own == "bias" and one.path not in weights)
+        one for one in seen if id(one) in known or (one.own == "bias" and one.path not in weights)
     ]
     last: dict[Path, Seen] = {}
     for one in layers:

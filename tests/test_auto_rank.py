@@ -31,11 +31,15 @@ AUTO = AutoRank(share=0.6, least=0.1, most=0.9)
 MAKES = {
     "svd": lambda p: GaLoreAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP, on_refresh="rotate"),
     "svd-keep": lambda p: GaLoreAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP),
-    "power": lambda p: LowRankAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP, state_dtype="8bit"),
+    "power": lambda p: LowRankAdamW(
+        p, rank=AUTO, min_dim=1, update_proj_gap=GAP, state_dtype="8bit"
+    ),
     "dct": lambda p: DCTAdamW(p, rank=AUTO, min_dim=1),
     "reset": lambda p: FiraAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP, on_refresh="reset"),
     "trion": lambda p: TrionW(p, rank=AUTO, min_dim=1),
-    "feedback": lambda p: GaLoreAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP, feed=ErrorFeedback()),
+    "feedback": lambda p: GaLoreAdamW(
+        p, rank=AUTO, min_dim=1, update_proj_gap=GAP, feed=ErrorFeedback()
+    ),
 }
 each = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 

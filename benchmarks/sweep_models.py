@@ -32,9 +32,9 @@ from lowrank_optim.roles import CONVOLUTIONS
 
 Build = Callable[[], nn.Module]
 LIBRARIES = ("transformers", "torchvision", "timm")
-DEPTHS = frozenset(
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_blocks depth "
-    "num_encoder_layers num_decoder_layers encoder_num_hidden_layers".split()  # noqa: SIM905
+DEPTHS = re.compile(
+    r"n_layers?|depth|(encoder_|decoder_)?layers|num_blocks|encoder_num_hidden_layers"
+    r"|num_(hidden_|encoder_|decoder_)?layers"
 )
 SUSPECT = re.compile(
     r"head|classif|score|logit|predict|embed|norm|token|bias|scale|A_log|time_|table|(^|\.)fc$"
@@ -48,7 +48,7 @@ def cut(config: Any, seen: set[int]) -> None:
 
     seen.add(id(config))
     for key, value in list(vars(config).items()):
-        if key in DEPTHS and isinstance(value, int) and value > 2:
+        if DEPTHS.fullmatch(key) and isinstance(value, int) and value > 2:
             setattr(config, key, 2)
         elif key == "layer_types" and isinstance(value, list):
             setattr(config, key, value[:2])

@@ -175,13 +175,12 @@ def heads(seen: list[Seen], matrices: list[Seen], modules: Modules) -> Iterator[
 
 
 def branch(path: Path, depth: int, modules: Modules) -> Path:
-    """Return the module that is named a head, with the part of a list or dict that is one alone."""
-    key = path[: depth + 1]
-    for place in range(depth + 1, len(path)):
-        parent = modules.get(path[:place])
-        several = isinstance(parent, (nn.ModuleList, nn.ModuleDict))
-        if several or (parent is None and path[place].isdigit() and path[place - 1].endswith("s")):
-            key += path[place : place + 1]
+    """Return the module that is named a head, or the one of a list or dict that is named so."""
+    key, element = path[: depth + 1], path[depth + 1 : depth + 2]
+    module = modules.get(key)
+    several = isinstance(module, (nn.ModuleList, nn.ModuleDict))
+    if several or (module is None and key[-1].endswith("s") and "".join(element).isdigit()):
+        return key + element
     return key
 
 

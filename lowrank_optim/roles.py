@@ -150,28 +150,26 @@ def role_of(one: Seen, state_space: bool) -> str | None:
 def heads(seen: list[Seen], matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
     """Yield the matrices that are output heads by name and place.
 
-    Of a layer whose weight is tied, the names may hold its bias alone: it still is the last one.
+    Of names alone, a head with a bias and no weight of its own has a weight that is tied: then the
+    last matrix under its name is another.
     """
-    known = {id(one) for one in matrices}
     weights = {one.path for one in seen if WEIGHT.search(one.own)}
-    layers = [
-        one for one in seen if id(one) in known or (one.own == "bias" and one.path not in weights)
-    ]
-    last: dict[Path, Seen] = {}
-    for one in layers:
-        for depth, part in enumerate(one.path):
+    biases = {one.path for one in seen if one.own == "bias" and one.module is None}
+    last: dict[Path, Tensor] = {}
+    for param, path, *_ in matrices:
+        for depth, part in enumerate(path):
             if depth and part.isdigit():
                 break
             if HEAD.fullmatch(part):
-                last[branch(one.path, depth, modules)] = one
+                last[branch(path, depth, modules)] = param
         else:
-            if one.path and one.path[-1] in OUTPUTS:
-                yield one.param
-    yield from (one.param for one in last.values())
-    if layers and (path := layers[-1].path) and LAST.fullmatch(path[-1]):
+            if path and path[-1] in OUTPUTS:
+                yield param
+    yield from (param for path, param in last.items() if path not in biases - weights)
+    if matrices and (path := matrices[-1].path) and LAST.fullmatch(path[-1]):
         around = path[:-1]
         if all(one.path[: len(around)] == around for one in seen):
-            yield layers[-1].param
+            yield matrices[-1].param
 
 
 def branch(path: Path, depth: int, modules: Modules) -> Path:

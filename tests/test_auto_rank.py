@@ -263,3 +263,22 @@ def test_a_checkpoint_says_what_it_was_made_with_and_fits_no_fixed_rank():
     train(model, fixed, range(2))
     with pytest.raises(ValueError, match="made with rank=3 in group 0, this optimizer has A"):
         optimizer.load_state_dict(fixed.state_dict())
+
+
+@pytest.mark.parametrize("side", ["auto", "left", "right", "reverse"])
+@pytest.mark.parametrize("shape", [(1, 11), (11, 1), (2, 11), (11, 2), (3, 1, 11), (3, 11, 1)])
+@pytest.mark.parametrize("name", ["svd", "power", "dct", "reset", "trion", "feedback"])
+def test_matrices_of_one_or_two_rows_step_whatever_the_least_rank(name, shape, side):
+    """A subspace has no more directions than rows, and the least rank may ask for more."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape))
+    other = torch.nn.Parameter(torch.randn(13, 7))
+    optimizer = MAKES[name]([{"params": [other]}, {"params": [param], "side": side}])
+    for _ in range(GAP + 2):
+        for each_of in (param, other):
+            each_of.grad = torch.randn_like(each_of)
+        before = param.detach().clone()
+        optimizer.step()
+        assert param.isfinite().all()
+        assert not torch.equal(param, before)
+        assert predicted_bytes(optimizer) == state_bytes(optimizer)

@@ -11,7 +11,7 @@ those that are no weight of a layer. `--names` prints all that is projected outs
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -56,8 +56,8 @@ def cut(config: Any, seen: set[int]) -> None:
             cut(value, seen)
 
 
-def transformers_models() -> Iterator[tuple[str, Build]]:
-    """Yield every model class of transformers with a config of its own."""
+def transformers_models(only: str) -> Iterator[tuple[str, Build]]:
+    """Yield every model class of some packages of transformers that has a config of its own."""
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     import transformers
     from transformers import models
@@ -71,6 +71,8 @@ def transformers_models() -> Iterator[tuple[str, Build]]:
             return cls(cls.config_class())
 
     for package in pkgutil.iter_modules(models.__path__):
+        if not re.search(only, package.name):
+            continue
         try:
             found = importlib.import_module(f"transformers.models.{package.name}")
             files = [m.name for m in pkgutil.iter_modules(found.__path__)]
@@ -96,21 +98,21 @@ def transformers_models() -> Iterator[tuple[str, Build]]:
                     yield name, lambda cls=cls: build(cls)
 
 
-def torchvision_models() -> Iterator[tuple[str, Build]]:
+def torchvision_models(only: str) -> Iterator[tuple[str, Build]]:
     """Yield every model of torchvision, those for detection and segmentation too."""
     from torchvision import models
 
-    for name in models.list_models():
+    for name in filter(re.compile(only).search, models.list_models()):
         takes = inspect.signature(models.get_model_builder(name)).parameters
         backbone = {"weights_backbone": None} if "weights_backbone" in takes else {}
         yield name, lambda name=name, extra=backbone: models.get_model(name, weights=None, **extra)
 
 
-def timm_models() -> Iterator[tuple[str, Build]]:
+def timm_models(only: str) -> Iterator[tuple[str, Build]]:
     """Yield one model of each family of timm: the one with the shortest name of each module."""
     import timm
 
-    for module in timm.list_modules():
+    for module in filter(re.compile(only).search, timm.list_modules()):
         names = timm.list_models(module=module)
         if names:
             name = min(names, key=lambda name: (len(name), name))
@@ -146,9 +148,7 @@ def sweep(library: str, only: str, show_names: bool, rank: float) -> Counter[str
     reasons: Counter[str] = Counter()
     found: dict[str, list[str]] = defaultdict(list)
     start = time.perf_counter()
-    for name, build in globals()[f"{library}_models"]():
-        if not re.search(only, name):
-            continue
+    for name, build in globals()[f"{library}_models"](only):
         counts["classes"] += 1
         try:
             with torch.device("meta"):
@@ -189,17 +189,23 @@ def sweep(library: str, only: str, show_names: bool, rank: float) -> Counter[str
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", choices=LIBRARIES, action="append")
-    parser.add_argument("--only", default="", help="regular expression searched in class names")
+    parser.add_argument(
+        "--only", default="", help="regular expression searched in names of packages or models"
+    )
     parser.add_argument("--rank", type=float, default=0.25, help="1.0: whatever the length of axes")
     parser.add_argument("--names", action="store_true", help="all that is projected outside layers")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    for library in args.library or LIBRARIES:
-        if importlib.util.find_spec(library) is None:
-            print(f"{library}: not installed")
-        else:
-            sweep(library, args.only, args.names, args.rank)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for library in args.library or LIBRARIES:
+                if importlib.util.find_spec(library) is None:
+                    print(f"{library}: not installed")
+                else:
+                    sweep(library, args.only, args.names, args.rank)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 if __name__ == "__main__":

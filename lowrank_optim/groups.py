@@ -147,7 +147,7 @@ def arranged(
         return any(param.requires_grad for param in params)
 
     message, fitting = "", fit(min_dim)
-    if trained(param for _, param in named) and not trained(fitting):
+    if not trained(fitting) and (strict or trained(param for _, param in named)):
         long = fit(1)
         wanted = f"axes longer than rank={rule[0]}"
         if trained(long):

@@ -287,5 +287,8 @@ def test_a_constructor_says_so_too_and_an_int_takes_short_matrices():
     assert GaLoreAdamW(model, rank=4).param_groups[0]["param_names"] == ["body.weight"]
     with pytest.raises(ValueError, match="no parameter of ModuleDict would be projected"):
         GaLoreAdamW(nn.ModuleDict({"score": nn.Linear(30, 5)}), rank=4)
+    for nothing in (nn.ReLU(), nn.LayerNorm(9), nn.Linear(200, 200).requires_grad_(False)):
+        with pytest.raises(ValueError, match="would be projected: it has no trainable matrix"):
+            param_groups(nothing, rank=0.25)
     with pytest.raises(ValueError, match="include='nowhere'"):
         param_groups(model, rank=0.25, include="nowhere")

@@ -54,7 +54,8 @@ def narrow(
     auto = rank_of(group["rank"])
     assert isinstance(auto, AutoRank)
     site = matrices[0].site
-    least, _ = auto.bounds(site.cols)
+    assert site.most is not None
+    least = min(auto.bounds(site.cols)[0], site.most)  # fewer are learnt where there are fewer rows
     numbers = []
     for matrix, own in zip(matrices, learnt, strict=True):
         low = down(matrix.grad, plan.projector.factor(own, site), site.dtype)

@@ -187,7 +187,7 @@ def states_in(
     found = []
     for place, (param, site) in enumerate(sites_of(merged, plan, optimizer._shared, states=held)):
         name, shape = name_of(merged, index, place), tuple(param.shape)
-        if "rank" in saved and not same_rank(shape, saved["rank"], merged["rank"], plan):
+        if "rank" in saved and not same_rank(shape, saved["rank"], merged, plan):
             ranks = f"rank {saved['rank']} in the checkpoint, {merged['rank']} here"
             raise SettingError(f"the ranks of {name} differ: {ranks}")
         if held[param]:
@@ -196,12 +196,13 @@ def states_in(
     return found
 
 
-def same_rank(shape: Shape, there: Any, here: Any, plan: Plan) -> bool:
+def same_rank(shape: Shape, there: Any, group: Group, plan: Plan) -> bool:
     """Return whether two settings of `rank`, that of a checkpoint and ours, come to the same."""
+    here, least = group["rank"], group["min_dim"]
     if isinstance(there, str) or isinstance(here, str):
         return isinstance(there, str) and isinstance(here, str)
     spaces = [
-        subspace_of(shape, rank, plan.side, plan.projector.whole, plan.full)
+        subspace_of(shape, rank, plan.side, plan.projector.whole, plan.full, least)
         for rank in (there, here)
     ]
     return spaces[0] == spaces[1]

@@ -11,6 +11,10 @@ from .auto_rank import AutoRank
 
 Shape = tuple[int, ...]
 
+MIN_DIM = 128
+"""Default of `min_dim`, as of optax's Adafactor (`min_dim_size_to_factor`): on shorter matrices a
+share of the axis saves little of a model's state, see `docs/choosing.md`."""
+
 
 def matrix_shape(shape: Shape) -> Shape | None:
     """Return the shape as a matrix `(m, n)` or a stack `(E, m, n)`; None if it is neither.
@@ -54,12 +58,15 @@ def subspace_of(
     side: str,
     whole: bool = False,
     full: bool = False,
+    min_dim: int = 1,
 ) -> tuple[int, int] | None:
     """Return the length of the projected axis and the rank in columns; None if not projected.
 
-    Not projected are: a group without rank, fewer than two dimensions, no elements, and a projected
-    axis that is no longer than the rank. Where matrices are taken `whole` (`Blocks`), the rank is
-    their share, which leaves none out but at 1. With `full`, nothing is left out for its rank.
+    Not projected are: a group without rank, fewer than two dimensions, no elements, a projected
+    axis that is no longer than the rank, and, where the rank is a share below 1, a matrix with an
+    axis shorter than `min_dim`. Where matrices are taken `whole` (`Blocks`), the rank is their
+    share, which leaves none out but at 1. With `full`, nothing is left out for a rank that drops
+    nothing.
     """
     matrix = matrix_shape(shape)
     if matrix is None or rank is None:
@@ -67,6 +74,10 @@ def subspace_of(
     cols = matrix[-2] if is_wide(matrix, side) else matrix[-1]
     auto = isinstance(rank, AutoRank)
     if whole and not full and (isinstance(rank, AutoRank) or rank >= 1):
+        return None
+    least = rank.least if isinstance(rank, AutoRank) else rank
+    share = isinstance(least, float) and least < 1
+    if share and not whole and min(matrix[-2:]) < min_dim:
         return None
     width = min(width_of(rank, cols, whole), cols)
     return (cols, width) if whole or full or auto or width < cols else None

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .auto_rank import AutoRank, rank_of
-from .geometry import subspace_of
-from .settings import SettingError
+from .geometry import MIN_DIM, subspace_of
+from .roles import roles_of
+from .settings import SettingError, part_of, plan_of
 
-HEADS = frozenset(
-    {"lm_head", "head", "output", "output_layer", "embed_out", "classifier", "score", "fc_out"}
-)
-"""Last components of the names of output heads, where they stand outside numbered layers."""
-
-WRAPPER = re.compile(
-    r"(^|\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module|modules_to_save\.[^.]+)(?=\.|$)"
-)
-"""What torch.compile, activation checkpointing, FSDP and PEFT put into the names of modules."""
-
-NUMBERED = re.compile(r"\.\d+(\.|$)")
-
-EMBEDDING = re.compile(r"(^|[._])(embed|embedding|embeddings|wte|wpe|pos_embed|relative_attention)")
+Named = Sequence[tuple[str, Tensor]]
 
 
 def param_groups(
@@ -35,19 +26,26 @@ def param_groups(
     weight_decay: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
+    min_dim: int = MIN_DIM,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     r"""Sort a model's trainable parameters into groups for an optimizer of this package.
 
     Parameters are classified, not modules, so that GPT-2's Conv1D and 3-D stacks of experts count:
     1. projected: matrices, stacks of matrices and convolutions, with `rank`;
-    2. plain with decay: embeddings, output head, matrices with an axis no longer than the rank
-       (they would be plain anyway, and belong with the rates of the plain ones), 1-D convolutions
-       (three dimensions that are no stack), and what `exclude` names;
+    2. plain with decay: embeddings, output heads, matrices with an axis no longer than the rank or,
+       with a share as rank, shorter than `min_dim` (they would be plain anyway, and belong with the
+       rates of the plain ones), 1-D convolutions (three dimensions that are no stack), and what
+       `exclude` names;
     3. plain without decay: norms, biases of any shape, everything else below two dimensions, and
-       parameters that their module marks with `_no_weight_decay`, as state-space models do.
-    Frozen parameters are left out, tied ones stand once (a head tied to an embedding is an
-    embedding). Groups without parameters are left out.
+       what state-space models keep beside their matrices or mark with `_no_weight_decay`.
+    An output head is what the model says (`get_output_embeddings`, a layer as wide as `num_labels`
+    or `num_classes`), or the last matrix of a module that is called so (`head`, `classifier`, `fc`,
+    `score`, ...) and stands in no numbered layer. Frozen parameters are left out, tied ones stand
+    once (a head tied to an embedding is an embedding). Groups without parameters are left out.
+
+    Where no matrix reaches `min_dim`, as where adapters are all that is trained, nothing is
+    projected; a warning says so, and the first group holds the matrices that would be.
 
     Args:
         model: any module.
@@ -60,80 +58,153 @@ def param_groups(
         weight_decay: decay of groups 1 and 2; None leaves it to the optimizer.
         include: regular expression searched in names: of the matrices only these are projected.
         exclude: regular expression searched in names: these are not projected.
+        min_dim: as in the optimizer, which reads it from the projected group.
         **settings: further settings of the projected group, such as `update_proj_gap`.
 
     Returns:
         Group dicts with "params", "param_names" and settings, the projected group first.
 
     Raises:
-        ValueError: nothing would be projected.
+        ValueError: nothing would be projected, for another reason than `min_dim`.
     """
+    found, message = sorted_groups(
+        model, rank, lr, rest_lr, weight_decay, include, exclude, min_dim, settings, strict=True
+    )
+    if message:
+        warnings.warn(message, stacklevel=2)
+    return found
+
+
+def sorted_groups(
+    model: nn.Module,
+    rank: int | float | str | AutoRank,
+    lr: float | None,
+    rest_lr: float | None,
+    weight_decay: float | None,
+    include: str | None,
+    exclude: str | None,
+    min_dim: int,
+    settings: dict[str, Any],
+    strict: bool,
+) -> tuple[list[dict[str, Any]], str]:
+    """Return what `param_groups` does, and its warning; too high a rank raises only if `strict`."""
     rest = lr if rest_lr is None else rest_lr
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     share = rank_of(rank)
-    projected: dict[str, Any] = {"rank": share, **_rate(lr), **decay, **settings}
-    plain: dict[str, Any] = {"rank": None, **_rate(rest), **decay}
-    no_decay: dict[str, Any] = {"rank": None, **_rate(rest), "weight_decay": 0.0}
+    whole = "projector" in settings and part_of("projector", settings["projector"]).whole
+    full = isinstance(share, float) and share == 1
+    return arranged(
+        [(name, param) for name, param in model.named_parameters() if param.requires_grad],
+        model,
+        {"rank": share, "min_dim": min_dim, **_rate(lr), **decay, **settings},
+        {"rank": None, **_rate(rest), **decay},
+        (share, settings.get("side", "auto"), whole and not full, full),
+        min_dim,
+        (include, exclude),
+        strict,
+    )
 
-    side, full = settings.get("side", "auto"), isinstance(rank, float) and rank == 1
 
-    special = _not_projected(model)
-    groups = [projected, plain, no_decay]
-    for group in groups:
-        group.update(params=[], param_names=[])
-    for name, param in model.named_parameters():
-        if not param.requires_grad:
-            continue
-        kind = special.get(id(param))
-        if param.ndim < 2 or kind == "no decay":
-            group = no_decay
-        elif (
-            kind is not None
-            or subspace_of(tuple(param.shape), share, side, full=full) is None
-            or (include is not None and not re.search(include, name))
-            or (exclude is not None and re.search(exclude, name))
-        ):
-            group = plain
-        else:
-            group = projected
+def arranged(
+    named: Named,
+    model: nn.Module | None,
+    projected: dict[str, Any],
+    plain: dict[str, Any],
+    rule: tuple[Any, ...],
+    min_dim: int,
+    chosen: tuple[str | None, str | None] = (None, None),
+    strict: bool = False,
+) -> tuple[list[dict[str, Any]], str]:
+    """Return groups, without those that are empty, and a warning if nothing will be projected.
+
+    Args:
+        named: the parameters. Frozen ones are sorted too, and count for nothing.
+        model: that they belong to, if it is known.
+        projected, plain: settings of the first group, and of the others.
+        rule: what `subspace_of` goes by, besides the shape and `min_dim`.
+        min_dim: the least axis.
+        chosen: `include` and `exclude`.
+        strict: whether a rank that is too high is an error, not a warning.
+    """
+    include, exclude = chosen
+    roles = roles_of(named, model)
+    kinds: dict[int, str] = {}
+    for name, param in named:
+        kind = roles.get(id(param), "matrix" if param.ndim > 1 else "no decay")
+        left_out = (include is not None and not re.search(include, name)) or (
+            exclude is not None and re.search(exclude, name)
+        )
+        kinds[id(param)] = "plain" if kind == "matrix" and left_out else kind
+    matrices = [param for _, param in named if kinds[id(param)] == "matrix"]
+
+    def fit(least: int) -> list[Tensor]:
+        return [x for x in matrices if subspace_of(tuple(x.shape), *rule, least) is not None]
+
+    def trained(params: Iterable[Tensor]) -> bool:
+        return any(param.requires_grad for param in params)
+
+    message, fitting = "", fit(min_dim)
+    if not trained(fitting) and (strict or trained(param for _, param in named)):
+        long = fit(1)
+        wanted = f"axes longer than rank={rule[0]}"
+        if trained(long):
+            wanted = f"no axis shorter than min_dim={min_dim}"
+        who = "these parameters" if model is None else type(model).__name__
+        lacks = f"it has no trainable matrix, besides embeddings and head, with {wanted}"
+        if not matrices or (strict and not trained(long)):
+            raise SettingError(
+                f"no parameter of {who} would be projected: {lacks}, or "
+                f"include={include!r} and exclude={exclude!r} leave none"
+            )
+        message = (
+            f"no parameter of {who} is projected, all get AdamW's step: {lacks}. Adapters need no "
+            "more; to project short matrices all the same, pass min_dim=1 or an int as rank"
+        )
+        fitting = fitting or long or matrices
+        projected = {**projected, **{key: plain[key] for key in ("lr",) if key in plain}}
+    chosen_ids = {id(param) for param in fitting}
+    groups = {
+        "projected": projected,
+        "plain": plain,
+        "no decay": {**plain, "weight_decay": 0.0},
+    }
+    found = {kind: {**group, "params": [], "param_names": []} for kind, group in groups.items()}
+    for name, param in named:
+        kind = "projected" if id(param) in chosen_ids else kinds[id(param)]
+        group = found["plain" if kind == "matrix" else kind]
         group["params"].append(param)
         group["param_names"].append(name)
-    if not projected["params"]:
-        raise SettingError(
-            f"no parameter of {type(model).__name__} would be projected: it has no trainable "
-            f"matrix, besides embeddings and head, with axes longer than rank={rank}, or "
-            f"include={include!r} and exclude={exclude!r} leave none"
-        )
-    return [group for group in groups if group["params"]]
+    return [group for group in found.values() if group["params"]], message
+
+
+def given(params: Any, defaults: dict[str, Any]) -> tuple[Any, str]:
+    """Return what a constructor of an optimizer is given as groups, and a warning to give.
+
+    A module or (name, tensor) pairs are sorted as by `param_groups`, frozen parameters too; what
+    else torch's optimizers take is returned as it is.
+
+    Args:
+        params: tensors, (name, tensor) pairs, group dicts or a module.
+        defaults: the settings, checked.
+    """
+    model = params if isinstance(params, nn.Module) else None
+    if isinstance(params, (Tensor, dict)) or (model is None and not isinstance(params, Iterable)):
+        return params, ""
+    listed = list(params if model is None else model.named_parameters())
+    pairs = all(
+        isinstance(item, tuple) and [type(part) for part in item[:1]] == [str]
+        and len(item) == 2 and isinstance(item[1], Tensor)
+        for item in listed
+    )  # fmt: skip
+    if not listed or not pairs or defaults["rank"] is None:
+        return listed, ""
+    plan = plan_of(defaults)
+    rule = (rank_of(defaults["rank"]), defaults["side"], plan.projector.whole, plan.full)
+    found, message = arranged(listed, model, {}, {"rank": None}, rule, defaults["min_dim"])
+    for group in found:
+        group["params"] = list(zip(group.pop("param_names"), group["params"], strict=True))
+    return found, message
 
 
 def _rate(lr: float | None) -> dict[str, Any]:
     return {} if lr is None else {"lr": lr}
-
-
-def _not_projected(model: nn.Module) -> dict[int, str]:
-    """Return ids of parameters that are plain whatever their shape: "no decay" or "plain"."""
-    found: dict[int, str] = {}
-    for name, module in model.named_modules():
-        name = WRAPPER.sub("", name)
-        last = name.rpartition(".")[2]
-        convolution = isinstance(module, (nn.Conv1d, nn.ConvTranspose1d))
-        head = last in HEADS and not NUMBERED.search(name)
-        embedding = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or EMBEDDING.search(last)
-        norm = "norm" in type(module).__name__.lower()
-        for own, param in module.named_parameters(recurse=False):
-            bias = own == "bias" or own.endswith("_bias")
-            if embedding or EMBEDDING.search(own):
-                found.setdefault(id(param), "plain")
-            elif norm or bias or getattr(param, "_no_weight_decay", False):
-                found.setdefault(id(param), "no decay")
-            elif head or convolution:
-                found.setdefault(id(param), "plain")
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module_of = getattr(model, getter, None)
-        layer = module_of() if callable(module_of) else None
-        if isinstance(layer, nn.Module):
-            for own, param in layer.named_parameters(recurse=False):
-                if own != "bias":
-                    found.setdefault(id(param), "plain")
-    return found

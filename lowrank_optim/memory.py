@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .auto_rank import rank_of
 from .dispatch import reason_of
+from .geometry import matrix_shape, subspace_of
 from .local import here, is_distributed
-from .plan import State
-from .settings import SettingError, plan_of
+from .plan import Group, State
+from .settings import check_values, plan_of
 from .sites import plain_layout, sites_of
 from .update import template
 
@@ -50,15 +54,24 @@ def adamw_bytes(param: Tensor) -> int:
     return 2 * param.numel() * param.element_size() + 4
 
 
+def checked(optimizer: LowRank) -> Iterator[Group]:
+    """Yield the groups with their settings as the next step will read them, also just changed."""
+    optimizer._members.note(optimizer.param_groups, optimizer.defaults)
+    for index, group in enumerate(optimizer.param_groups):
+        settings = dict(group)
+        check_values(settings, f" in group {index}", least_lr=-math.inf)
+        yield settings
+
+
 def rows(optimizer: LowRank) -> list[dict[str, Any]]:
     """Return for each group its parameters, how many are projected, and bytes of state."""
     found = []
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(checked(optimizer)):
         plan = plan_of(group)
         row: dict[str, Any] = {
             "group": index,
             "projector": type(plan.projector).__name__ if group["rank"] is not None else "-",
-            "rank": group["rank"],
+            "rank": word_of(group["rank"]),
             "tensors": 0,
             "parameters": 0,
             "projected": 0,
@@ -88,7 +101,7 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
 def steppers(optimizer: LowRank) -> list[str]:
     """Return lines that say how many parameters are stepped by what, and why not by kernels."""
     found: Counter[str] = Counter()
-    for group in optimizer.param_groups:
+    for group in checked(optimizer):
         plan = plan_of(group)
         for param, site in sites_of(group, plan, optimizer._shared):
             if param.requires_grad:
@@ -96,18 +109,36 @@ def steppers(optimizer: LowRank) -> list[str]:
     return [f"{count} tensors stepped by {how}" for how, count in found.most_common()]
 
 
+def word_of(rank: int | float | str | None) -> str:
+    """Return a rank as the table has it."""
+    if isinstance(rank, str):
+        return "auto"
+    return "-" if rank is None else f"{rank:.4g}" if isinstance(rank, float) else str(rank)
+
+
+def left_plain(optimizer: LowRank) -> list[str]:
+    """Return lines that say how many matrices of groups with a rank are not projected, and why."""
+    found: Counter[str] = Counter()
+    for group in checked(optimizer):
+        plan, rank = plan_of(group), group["rank"]
+        rule = (rank_of(rank), group["side"], plan.projector.whole, plan.full)
+        for param, site in sites_of(group, plan, optimizer._shared):
+            shape = tuple(param.shape)
+            plain = site is None and rank is not None and matrix_shape(shape) is not None
+            if plain and param.requires_grad:
+                reason = f"the projected axis is no longer than rank {word_of(rank)}"
+                if subspace_of(shape, *rule) is not None:
+                    reason = f"an axis is shorter than min_dim={group['min_dim']}"
+                found[reason] += 1
+    return [f"{count} matrices left plain: {reason}" for reason, count in found.most_common()]
+
+
 def summary(optimizer: LowRank) -> str:
-    """Return a table of `rows`, and a line for all; raise SettingError if nothing is projected."""
+    """Return a table of `rows`, and lines for all."""
     table = rows(optimizer)
     total = {key: sum(row[key] for row in table) for key in ("tensors", "parameters", "projected")}
-    if total["projected"] == 0:
-        raise SettingError(
-            f"{type(optimizer).__name__} projects none of its {total['tensors']} parameter tensors "
-            "and would save nothing: lower the rank, or give a rank to the group of the matrices "
-            "(lowrank_optim.param_groups finds them)"
-        )
     lines = [
-        f"{type(optimizer).__name__}: {total['projected'] / total['parameters']:.1%} of "
+        f"{type(optimizer).__name__}: {total['projected'] / max(1, total['parameters']):.1%} of "
         f"{total['parameters']:,} parameters projected",
         f"{'group':>5}  {'projector':<10} {'rank':>6} {'tensors':>8} {'parameters':>14} "
         f"{'projected':>9} {'state MiB':>10} {'AdamW MiB':>10} {'saved':>6}",
@@ -115,16 +146,22 @@ def summary(optimizer: LowRank) -> str:
     entire = {"group": "all", "projector": "", "rank": "", **total}
     entire.update({key: sum(row[key] for row in table) for key in ("state", "adamw")})
     for row in [*table, entire]:
-        rank = "-" if row["rank"] is None else row["rank"]
         share = row["projected"] / max(1, row["parameters"])
         saved = 1 - row["state"] / max(1, row["adamw"])
         lines.append(
-            f"{row['group']:>5}  {row['projector']:<10} {rank:>6} {row['tensors']:>8} "
+            f"{row['group']:>5}  {row['projector']:<10} {row['rank']:>6} {row['tensors']:>8} "
             f"{row['parameters']:>14,} {share:>9.1%} {row['state'] / MIB:>10.2f} "
             f"{row['adamw'] / MIB:>10.2f} {saved:>6.0%}"
         )
     if any(is_distributed(param) for group in optimizer.param_groups for param in group["params"]):
         lines.append("parameters are counted whole, states as they lie on this process")
+    if total["projected"] == 0:
+        lines.append(
+            f"projects none of its {total['tensors']} parameter tensors and saves nothing: lower "
+            "rank or min_dim, or give a rank to the group of the matrices "
+            "(lowrank_optim.param_groups finds them)"
+        )
+    lines += left_plain(optimizer)
     lines += steppers(optimizer)
     if shared := shared_bytes(optimizer):
         lines.append(f"and {shared / MIB:.2f} MiB of bases shared by layers, made when needed")

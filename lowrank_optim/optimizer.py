@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import checkpoint, memory, settings
+from . import checkpoint, groups, memory, settings
 from .auto_rank import AutoRank
 from .backward import check_accumulable
+from .geometry import MIN_DIM
 from .guards import is_rehearsal, named
 from .layerwise import LayerWise
 from .members import Members, check_param, name_alike
@@ -20,7 +22,7 @@ from .rounds import open_step
 from .settings import SettingError
 from .subspace import Watch
 
-Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
 class LowRank(LayerWise):
@@ -30,11 +32,14 @@ class LowRank(LayerWise):
     direction on R = G P:  W <- (1 - lr wd) W - lr (scale N P^T + residual).
     The named methods (`GaLoreAdamW`, ...) are settings of this class. Every setting but `params`
     may stand in a parameter group; a parameter with fewer than two dimensions, with a projected
-    axis no longer than the rank, or in a group whose rank is None is not projected: with the Adam
-    rule it gets `torch.optim.AdamW`'s step.
+    axis no longer than the rank, with an axis shorter than `min_dim`, or in a group whose rank is
+    None is not projected: with the Adam rule it gets `torch.optim.AdamW`'s step.
 
     Args:
-        params: tensors, (name, tensor) pairs or group dicts, as any torch optimizer takes.
+        params: a module, whose embeddings, heads, norms and biases are not projected, as
+            `param_groups` sorts them; (name, tensor) pairs, sorted likewise as far as names and
+            shapes tell; tensors or group dicts, which mean what they say. Frozen parameters are
+            taken too, and are trained once they require a gradient.
         lr: learning rate, a number or a tensor of one element.
         betas: decay of the moments, each in [0, 1).
         eps: added to the corrected root of the second moment.
@@ -42,6 +47,8 @@ class LowRank(LayerWise):
         rank: columns of the projected gradient: an int, or a float in (0, 1], a share of the
             projected axis; "auto" or an `AutoRank` chooses one for each matrix at each refresh, by
             the spectrum of its gradient. At least one group needs one.
+        min_dim: where the rank is a share below 1.0, or is chosen, matrices with a shorter axis
+            are not projected: it saves little and costs much. A rank in columns means itself.
         state_budget: with `rank="auto"`, the most that the states of a group's matrices may take
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
@@ -108,6 +115,7 @@ class LowRank(LayerWise):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | str | AutoRank | None = None,
+        min_dim: int = MIN_DIM,
         state_budget: int | str | None = None,
         update_proj_gap: int = 200,
         scale: float = 1.0,
@@ -141,6 +149,7 @@ class LowRank(LayerWise):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": rank,
+            "min_dim": min_dim,
             "state_budget": state_budget,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
@@ -168,7 +177,10 @@ class LowRank(LayerWise):
         settings.check_values(defaults, "")
         self._forget()
         self._process_group = process_group
-        super().__init__(params, defaults)
+        given, message = groups.given(params, defaults)
+        if message:
+            warnings.warn(message, stacklevel=2 if type(self) is LowRank else 3)
+        super().__init__(given, defaults)
         if all(group["rank"] is None for group in self.param_groups):
             raise SettingError(
                 "no group has a rank, so nothing would be projected: pass rank=..., or put "
@@ -200,6 +212,7 @@ class LowRank(LayerWise):
         super().__setstate__(state)
         # Torch adds this when a state is loaded: flat checkpoints need the same keys at all times.
         self.defaults.pop("differentiable", None)
+        self.defaults = {**checkpoint.BEFORE, **self.defaults}
         fresh = "_members" not in self.__dict__
         if fresh:
             self._forget()
@@ -324,9 +337,5 @@ class LowRank(LayerWise):
         checkpoint.load(self, state_dict)
 
     def summary(self) -> str:
-        """Return a table: what is projected, and what the state takes beside AdamW's.
-
-        Raises:
-            ValueError: no parameter is projected, so the optimizer would save nothing.
-        """
+        """Return a table: what is projected, what is not and why, and the state beside AdamW's."""
         return memory.summary(self)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import settings
 from .dispatch import refusal
+from .fit import fitting, misfit
 from .guards import Work, flat_error, flat_piece, without_autocast
 from .local import here, is_distributed
 from .plan import Job, Plan
@@ -19,7 +20,7 @@ from .settings import SettingError, plan_of
 from .sites import Entry, name_of, plain_layout, sites_of
 from .subspace import Waiting, Watch, set_steps
 from .team import any_of
-from .update import fitting, init_state, misfit, step_plain, step_projected
+from .update import init_state, step_plain, step_projected
 
 if TYPE_CHECKING:
     from .optimizer import LowRank
@@ -169,8 +170,9 @@ class Round:
         if used and all(entry.site is None for entry in used):
             warnings.warn(
                 f"{type(self.optimizer).__name__} projects none of its {len(used)} parameter "
-                "tensors and saves nothing: every projected axis is as short as the rank, or the "
-                "groups with a rank hold no matrices (lowrank_optim.param_groups finds them)",
+                "tensors and saves nothing: every projected axis is as short as the rank or, where "
+                "the rank is a share, every matrix has an axis below min_dim, or the groups with a "
+                "rank hold no matrices (lowrank_optim.param_groups finds them)",
                 stacklevel=7,
             )
 

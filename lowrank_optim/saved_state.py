@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import numbers
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .distributed import Layout, cut_alike
+from .fit import owned
 from .functional import load, store
 from .kinds import COUNT, NOT_NEGATIVE, NUMBER, Kind
 from .local import here, is_distributed
-from .plan import COUNTED, Group, Plan, Site, State
-from .settings import PARTS, SettingError
+from .plan import Group, Plan, Site, State
+from .settings import SettingError
 from .sites import plain_layout
 from .storage import form_of, forms, stored
 from .team import any_of
@@ -178,16 +178,6 @@ def kind_at(saved: Saved, key: str) -> Kind | None:
 def convertible(there: torch.dtype, here: torch.dtype) -> bool:
     """Return whether values of a checkpoint keep their meaning in the dtype that is wanted."""
     return there == here or (there.is_floating_point and here.is_floating_point)
-
-
-@cache
-def owned() -> frozenset[str]:
-    """Return every key that the state of some method has."""
-    parts = [part for registry in PARTS.values() for part in registry.values()]
-    slots = {slot for part in parts for slot in getattr(part, "slots", ())}
-    keys = {key for part in parts for key in getattr(part, "kinds", {})}
-    found = {key for slot in slots for form in forms(slot) for key in form}
-    return frozenset({*COUNTED, *keys, *found})
 
 
 def take(saved: Saved, into: dict[str, Any]) -> None:

@@ -205,6 +205,7 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "eps": number("at least 0", lambda x: 0 <= x < math.inf),
     "weight_decay": number("at least 0", lambda x: 0 <= x < math.inf),
     "rank": rank,
+    "min_dim": integer(1),
     "state_budget": state_budget,
     "update_proj_gap": integer(1),
     "scale": number("at least 0", lambda x: 0 <= x < math.inf),

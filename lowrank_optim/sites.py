@@ -52,7 +52,8 @@ def sites_of(
     rank = rank_of(group["rank"])
     side, seed, gap = (group[key] for key in ("side", "seed", "update_proj_gap"))
     whole = plan.projector.whole
-    spaces = [subspace_of(tuple(param.shape), rank, side, whole, plan.full) for param in params]
+    rule = (rank, side, whole, plan.full, group["min_dim"])
+    spaces = [subspace_of(tuple(param.shape), *rule) for param in params]
     takes_turn = [
         space is not None and param.requires_grad
         for param, space in zip(params, spaces, strict=True)

@@ -134,42 +134,6 @@ def template(
     return state
 
 
-FIXED = ("rank", "shard_basis", "capturable")
-"""Settings beside those of a plan on which a state depends."""
-
-
-def fitting(param: Tensor, state: State, group: Group, plan: Plan) -> tuple[Any, ...]:
-    """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
-    kind = (id(state), len(state), param.dtype, param.shape, param.device)
-    return (*kind, plan, *(group[key] for key in FIXED))
-
-
-def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:
-    """Return what does not fit in the state of a parameter, as the start of a sentence, or None.
-
-    Keys that are none of ours are left alone.
-    """
-    if site is not None:
-        site = replace(site, step=max(0, int(state.get("step", 0)) - 1))
-    wanted = template(param, site, group, plan)
-    counter = step_device(param, state if site is None else None, group, plan)
-    for key, like in wanted.items():
-        held = state.get(key)
-        if held is None:
-            return f"there is no {key!r} in"
-        if not isinstance(like, Tensor):
-            continue
-        home = counter if key in ("step", "age") else param.device
-        for what, there, here in (
-            ("shape", tuple(held.shape), tuple(like.shape)),
-            ("dtype", held.dtype, like.dtype),
-            ("device", held.device, home),
-        ):
-            if there != here:
-                return f"{key!r} has the {what} {there}, and should have {here}, in"
-    return None
-
-
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Do one step of projected parameters, in place; return which may lack a subspace."""
     waiting: list[Waiting] = []

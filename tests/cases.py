@@ -88,6 +88,10 @@ class Case:
     carries: bool = False
 
     def build(self, params: Any, **changes: Any) -> LowRank:
+        """Return the optimizer; (name, tensor) pairs are one group, or they would be sorted."""
+        params = list(params)
+        if isinstance(params[0], tuple):
+            params = [{"params": params}]
         size = {} if self.whole else {"rank": RANK, "update_proj_gap": GAP}
         return self.factory(params, **{"lr": 1e-2, **size, **self.settings, **changes})
 
@@ -146,8 +150,8 @@ CASES = [
     Case("ldadam", LDAdamW, {"update_proj_gap": 1, "error_dtype": None}),
     Case("compensated", CompensatedAdamW),
     Case("racs", RACS, whole=True),
-    Case("auto-rank", GaLoreAdamW, {"rank": AUTO, "on_refresh": "rotate"}),
-    Case("auto-rank-dct", FiraAdamW, {"rank": AUTO, "projector": "dct"}),
+    Case("auto-rank", GaLoreAdamW, {"rank": AUTO, "min_dim": 1, "on_refresh": "rotate"}),
+    Case("auto-rank-dct", FiraAdamW, {"rank": AUTO, "min_dim": 1, "projector": "dct"}),
 ]
 
 

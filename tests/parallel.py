@@ -90,7 +90,7 @@ def loss_of(model: nn.Module, words: Tensor) -> Tensor:
 def optimizer_of(model: nn.Module, method: str, **changes: Any) -> LowRank:
     """Build an optimizer that projects the matrices of the blocks and the experts."""
     cls, settings = METHODS[method]
-    groups = param_groups(model, rank=0.4, side="right", weight_decay=0.1)
+    groups = param_groups(model, rank=0.4, side="right", weight_decay=0.1, min_dim=1)
     settings = {"lr": 1e-2, "update_proj_gap": GAP, **settings, **changes}
     return cls(groups, **{key: value for key, value in settings.items() if value is not None})
 

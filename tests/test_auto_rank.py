@@ -29,13 +29,17 @@ from lowrank_optim.checks import bytes_in
 
 AUTO = AutoRank(share=0.6, least=0.1, most=0.9)
 MAKES = {
-    "svd": lambda p: GaLoreAdamW(p, rank=AUTO, update_proj_gap=GAP, on_refresh="rotate"),
-    "svd-keep": lambda p: GaLoreAdamW(p, rank=AUTO, update_proj_gap=GAP),
-    "power": lambda p: LowRankAdamW(p, rank=AUTO, update_proj_gap=GAP, state_dtype="8bit"),
-    "dct": lambda p: DCTAdamW(p, rank=AUTO),
-    "reset": lambda p: FiraAdamW(p, rank=AUTO, update_proj_gap=GAP, on_refresh="reset"),
-    "trion": lambda p: TrionW(p, rank=AUTO),
-    "feedback": lambda p: GaLoreAdamW(p, rank=AUTO, update_proj_gap=GAP, feed=ErrorFeedback()),
+    "svd": lambda p: GaLoreAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP, on_refresh="rotate"),
+    "svd-keep": lambda p: GaLoreAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP),
+    "power": lambda p: LowRankAdamW(
+        p, rank=AUTO, min_dim=1, update_proj_gap=GAP, state_dtype="8bit"
+    ),
+    "dct": lambda p: DCTAdamW(p, rank=AUTO, min_dim=1),
+    "reset": lambda p: FiraAdamW(p, rank=AUTO, min_dim=1, update_proj_gap=GAP, on_refresh="reset"),
+    "trion": lambda p: TrionW(p, rank=AUTO, min_dim=1),
+    "feedback": lambda p: GaLoreAdamW(
+        p, rank=AUTO, min_dim=1, update_proj_gap=GAP, feed=ErrorFeedback()
+    ),
 }
 each = pytest.mark.parametrize("make", MAKES.values(), ids=MAKES)
 
@@ -83,7 +87,7 @@ def test_a_known_spectrum_gets_the_rank_it_needs(projector, share, rank):
     share -= 1e-6
     param = torch.nn.Parameter(torch.zeros(13, 5, dtype=torch.float64))
     auto = AutoRank(share, 0.2, 1.0)
-    optimizer = GaLoreAdamW([param], rank=auto, projector=projector)
+    optimizer = GaLoreAdamW([param], rank=auto, min_dim=1, projector=projector)
     param.grad = of_spectrum([8.0, 5.0, 3.0, 1.0, 1.0])
     optimizer.step()
     assert rank_of(optimizer, param) == rank
@@ -91,7 +95,9 @@ def test_a_known_spectrum_gets_the_rank_it_needs(projector, share, rank):
 
 def test_share_one_is_full_rank():
     param = torch.nn.Parameter(torch.zeros(13, 7, dtype=torch.float64))
-    optimizer = LowRank([param], rank=AutoRank(1.0, 0.2, 1.0), rule="sgdm", lr=1.0, weight_decay=0)
+    optimizer = LowRank(
+        [param], rank=AutoRank(1.0, 0.2, 1.0), min_dim=1, rule="sgdm", lr=1.0, weight_decay=0
+    )
     grad = param.grad = torch.randn_like(param)
     optimizer.step()
     assert rank_of(optimizer, param) == 7
@@ -125,7 +131,7 @@ def test_ranks_change_and_a_resumed_run_is_the_same_to_the_bit(make):
 
 def test_groups_of_a_model_take_it_as_the_optimizer_does():
     model = torch.nn.Sequential(torch.nn.Linear(20, 40), torch.nn.LayerNorm(40))
-    groups = param_groups(model, rank="auto", lr=1e-2, rest_lr=1e-3)
+    groups = param_groups(model, rank="auto", min_dim=1, lr=1e-2, rest_lr=1e-3)
     assert groups[0]["param_names"] == ["0.weight"]
     optimizer = GaLoreAdamW(groups, projector="power", state_budget="30KiB")
     for param in model.parameters():
@@ -139,7 +145,7 @@ def test_moments_are_carried_into_a_subspace_of_another_rank():
     """M' = b1 M P^T P' + (1 - b1) G P', whether the rank rises or falls."""
     param = torch.nn.Parameter(torch.zeros(13, 7, dtype=torch.float64))
     auto = AutoRank(0.97, 0.2, 1.0)
-    optimizer = GaLoreAdamW([param], rank=auto, update_proj_gap=1, on_refresh="rotate")
+    optimizer = GaLoreAdamW([param], rank=auto, min_dim=1, update_proj_gap=1, on_refresh="rotate")
     seen = []
     for kept in (2, 6, 3):
         spectrum = [10.0] * kept + [0.1] * (7 - kept)
@@ -161,7 +167,7 @@ def test_moments_are_carried_into_a_subspace_of_another_rank():
 @pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
 def test_a_gradient_that_says_nothing_keeps_rank_and_subspace(bad):
     param = torch.nn.Parameter(torch.zeros(13, 7))
-    optimizer = GaLoreAdamW([param], rank=AutoRank(0.9, 0.2, 1.0), update_proj_gap=1)
+    optimizer = GaLoreAdamW([param], rank=AutoRank(0.9, 0.2, 1.0), min_dim=1, update_proj_gap=1)
     param.grad = torch.randn(13, 7)
     optimizer.step()
     basis = optimizer.state[param]["basis"].clone()
@@ -178,9 +184,9 @@ def test_the_state_stays_within_the_budget_and_uses_it(state_dtype):
     frozen = torch.nn.Parameter(torch.zeros(500, 400), requires_grad=False)
     common = {"update_proj_gap": 2, "projector": "power", "state_dtype": state_dtype}
     auto = AutoRank(0.999, 0.1, 1.0)
-    free = GaLoreAdamW(params, rank=auto, **common)
+    free = GaLoreAdamW(params, rank=auto, min_dim=1, **common)
     budget = predicted_bytes(free) // 2
-    optimizer = GaLoreAdamW([*params, frozen], rank=auto, state_budget=budget, **common)
+    optimizer = GaLoreAdamW([*params, frozen], rank=auto, min_dim=1, state_budget=budget, **common)
     assert 0.9 * budget < predicted_bytes(optimizer) <= budget
     for _ in range(5):
         for param in params:
@@ -190,7 +196,7 @@ def test_the_state_stays_within_the_budget_and_uses_it(state_dtype):
     ranks = [rank_of(optimizer, param) for param in params]
     assert f" {min(ranks)}-{max(ranks)} " in optimizer.summary()
     with pytest.raises(ValueError, match=r"state_budget=100: the least ranks take \d+ bytes"):
-        GaLoreAdamW(params, rank=auto, state_budget=100, **common).summary()
+        GaLoreAdamW(params, rank=auto, min_dim=1, state_budget=100, **common).summary()
 
 
 @given(
@@ -257,3 +263,22 @@ def test_a_checkpoint_says_what_it_was_made_with_and_fits_no_fixed_rank():
     train(model, fixed, range(2))
     with pytest.raises(ValueError, match="rank 3 in the checkpoint, AutoRank"):
         optimizer.load_state_dict(fixed.state_dict())
+
+
+@pytest.mark.parametrize("side", ["auto", "left", "right", "reverse"])
+@pytest.mark.parametrize("shape", [(1, 11), (11, 1), (2, 11), (11, 2), (3, 1, 11), (3, 11, 1)])
+@pytest.mark.parametrize("name", ["svd", "power", "dct", "reset", "trion", "feedback"])
+def test_matrices_of_one_or_two_rows_step_whatever_the_least_rank(name, shape, side):
+    """A subspace has no more directions than rows, and the least rank may ask for more."""
+    torch.manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(shape))
+    other = torch.nn.Parameter(torch.randn(13, 7))
+    optimizer = MAKES[name]([{"params": [other]}, {"params": [param], "side": side}])
+    for _ in range(GAP + 2):
+        for each_of in (param, other):
+            each_of.grad = torch.randn_like(each_of)
+        before = param.detach().clone()
+        optimizer.step()
+        assert param.isfinite().all()
+        assert not torch.equal(param, before)
+        assert predicted_bytes(optimizer) == state_bytes(optimizer)

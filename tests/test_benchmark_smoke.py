@@ -276,6 +276,25 @@ def test_report(script, tmp_path, capsys):
         assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_sweep_models(script, capsys):
+    sweep = script("sweep_models")
+    sweep.main(["--library", "transformers", "--only", "^(rwkv|resnet)$"])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("transformers: classes 5, built 5, sorted 5, alike by names alone 5,")
+    sweep.main(["--library", "transformers", "--only", "^rwkv$", "--names"])
+    assert "rwkv" not in capsys.readouterr().out  # all that is projected stands in layers
+
+
+def test_least_axis(script, capsys):
+    small = ["--axes", "8", "--steps", "2", "--seeds", "2", "--width", "16"]
+    script("least_axis").main([*small, "--methods", "AdamW", "GaLore"])
+    before, header, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert before[:2] == ["before", "adapters:"]
+    assert header[0] == "axis"
+    assert [row[:2] for row in rows] == [["8", "AdamW"], ["8", "GaLore"]]
+    assert int(rows[0][-1]) > 1.5 * int(rows[1][-1])
+
+
 def test_compiled():
     """In a process of its own: the kernels of this one may be interpreted."""
     pytest.importorskip("triton", reason="kernels need triton")

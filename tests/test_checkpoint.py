@@ -34,10 +34,10 @@ KEYS = {
 }  # fmt: skip
 GROUP_KEYS = {
     "grad_norm", "state_version",
-    "params", "lr", "betas", "eps", "weight_decay", "rank", "state_budget", "update_proj_gap",
-    "scale", "feed", "projector", "rule", "residual", "side", "on_refresh", "state_dtype",
-    "stochastic_rounding", "skip_nonfinite", "maximize", "capturable", "seed", "impl",
-    "skipped_steps", "stagger", "shard_basis",
+    "params", "lr", "betas", "eps", "weight_decay", "rank", "min_dim", "state_budget",
+    "update_proj_gap", "scale", "feed", "projector", "rule", "residual", "side", "on_refresh",
+    "state_dtype", "stochastic_rounding", "skip_nonfinite", "maximize", "capturable", "seed",
+    "impl", "skipped_steps", "stagger", "shard_basis",
 }  # fmt: skip
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 

@@ -7,7 +7,17 @@ import torch
 from hf_models import gpt2, llama, mixtral
 from torch import nn
 
-from lowrank_optim import ApolloAdamW, GaLoreAdamW, param_groups
+from lowrank_optim import (
+    ApolloAdamW,
+    AutoRank,
+    Blocks,
+    CondaW,
+    FrugalAdamW,
+    GaLoreAdamW,
+    MuonW,
+    TrionW,
+    param_groups,
+)
 
 
 def names(groups):
@@ -161,3 +171,124 @@ def test_what_cannot_be_projected_has_the_rates_of_the_plain_parameters():
     assert groups[1]["lr"] == 1e-3
     with pytest.raises(ValueError, match="axes longer than rank=64"):
         param_groups(model, rank=64)
+
+
+LENGTHS = {"long": (9, 40), "short": (7, 40), "tall": (40, 7), "stack": (3, 9, 40),
+           "conv": (40, 1, 2, 3), "pair": (3, 40, 7)}  # fmt: skip
+LONG = {"long", "stack"}
+
+
+def of_lengths():
+    model = nn.Module()
+    for name, shape in LENGTHS.items():
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    return model
+
+
+@pytest.mark.parametrize("side", ["auto", "left", "right", "reverse"])
+@pytest.mark.parametrize(
+    ("preset", "rank", "taken"),
+    [
+        (GaLoreAdamW, 0.3, LONG),
+        (GaLoreAdamW, "auto", LONG),
+        (GaLoreAdamW, AutoRank(0.9, 0.5, 1.0), LONG),
+        (CondaW, 0.3, LONG),
+        (TrionW, 0.3, LONG),
+        (GaLoreAdamW, 3, set(LENGTHS)),
+        (MuonW, 1.0, set(LENGTHS)),
+        (CondaW, 1.0, set(LENGTHS)),
+    ],
+)
+def test_a_share_leaves_matrices_with_a_short_axis_plain(preset, rank, taken, side):
+    """The shorter axis counts, whichever is projected; group, constructor and helper agree."""
+    model, settings = of_lengths(), {"side": side, "min_dim": 8}
+    more = {"projector": "power"} if rank == "auto" else {}
+    optimizers = [
+        preset(model.parameters(), rank=rank, **settings, **more),
+        preset([{"params": list(model.parameters()), "rank": rank, **settings}], **more),
+        preset(model, rank=rank, **settings, **more),
+        preset(param_groups(model, rank=rank, **settings), **more),
+    ]
+    for optimizer in optimizers:
+        for param in model.parameters():
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        whole = {"step", "exp_avg", "exp_avg_sq"}
+        plain = {
+            name
+            for name, param in model.named_parameters()
+            if set(optimizer.state[param]) == whole
+            and optimizer.state[param]["exp_avg_sq"].shape == param.shape
+        }
+        assert set(LENGTHS) - plain == taken
+    (first, *rest) = optimizers[-1].param_groups
+    assert set(first["param_names"]) == taken
+    assert first["min_dim"] == 8
+    assert all(group["rank"] is None for group in rest)
+
+
+def test_the_least_axis_is_128_by_default_and_one_takes_all():
+    at, below = nn.Parameter(torch.zeros(128, 300)), nn.Parameter(torch.zeros(127, 300))
+    for least, ranks in (({}, ["basis"]), ({"min_dim": 1}, ["basis", "basis"])):
+        optimizer = GaLoreAdamW([at, below], rank=0.25, projector="power", **least)
+        for param in (at, below):
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        assert [key for p in (at, below) for key in optimizer.state[p] if key == "basis"] == ranks
+
+
+def test_shares_of_matrices_are_no_shares_of_an_axis():
+    params = [nn.Parameter(torch.randn(9, 7)) for _ in range(4)]
+    optimizer = FrugalAdamW(params, rank=0.5, projector=Blocks("ascending"))
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    kept = [optimizer.state[param]["exp_avg"].numel() for param in params]
+    assert sorted(kept) == [0, 0, 63, 63]
+
+
+@pytest.mark.parametrize("bad", [0, -3, 1.5, True, "128", None])
+def test_a_least_axis_that_is_none_is_refused(bad):
+    with pytest.raises(ValueError, match=r"min_dim=.*an int of at least 1"):
+        GaLoreAdamW([nn.Parameter(torch.zeros(9, 7))], rank=0.3, min_dim=bad)
+    with pytest.raises(ValueError, match=r"min_dim=.*in group 0.*an int of at least 1"):
+        GaLoreAdamW([{"params": [nn.Parameter(torch.zeros(9, 7))], "min_dim": bad}], rank=0.3)
+
+
+def test_where_no_matrix_is_long_enough_all_is_plain_and_said():
+    """The first group is what would be projected, with the rates of the plain ones."""
+    model = nn.ModuleDict({"body": nn.Linear(20, 30), "score": nn.Linear(30, 5)})
+    said = r"no parameter of ModuleDict is projected, all get AdamW's step.*min_dim=128.*min_dim=1"
+    with pytest.warns(UserWarning, match=said):
+        groups = param_groups(model, rank=0.25, lr=1e-2, rest_lr=1e-3)
+    assert [group["param_names"] for group in groups][:2] == [["body.weight"], ["score.weight"]]
+    assert [group["rank"] for group in groups] == [0.25, None, None]
+    assert [group["lr"] for group in groups] == [1e-3] * 3
+    twin = nn.ModuleDict({"body": nn.Linear(20, 30), "score": nn.Linear(30, 5)})
+    twin.load_state_dict(model.state_dict())
+    optimizer = GaLoreAdamW(groups, weight_decay=0.0)
+    plain = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
+    for pair in zip(model.parameters(), twin.parameters(), strict=True):
+        pair[0].grad = torch.randn_like(pair[0])
+        pair[1].grad = pair[0].grad.clone()
+    with pytest.warns(UserWarning, match="projects none of its 4 parameter tensors"):
+        optimizer.step()
+    plain.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+def test_a_constructor_says_so_too_and_an_int_takes_short_matrices():
+    model = nn.ModuleDict({"body": nn.Linear(20, 30), "score": nn.Linear(30, 5)})
+    for params in (model, model.named_parameters()):
+        with pytest.warns(UserWarning, match="is projected, all get AdamW's step"):
+            GaLoreAdamW(params, rank=0.25)
+    with pytest.warns(UserWarning, match="axes longer than rank=20"):
+        GaLoreAdamW(model, rank=20)
+    assert GaLoreAdamW(model, rank=4).param_groups[0]["param_names"] == ["body.weight"]
+    with pytest.raises(ValueError, match="no parameter of ModuleDict would be projected"):
+        GaLoreAdamW(nn.ModuleDict({"score": nn.Linear(30, 5)}), rank=4)
+    for nothing in (nn.ReLU(), nn.LayerNorm(9), nn.Linear(200, 200).requires_grad_(False)):
+        with pytest.raises(ValueError, match="would be projected: it has no trainable matrix"):
+            param_groups(nothing, rank=0.25)
+    with pytest.raises(ValueError, match="include='nowhere'"):
+        param_groups(model, rank=0.25, include="nowhere")

@@ -10,6 +10,7 @@ import torch
 from hf_models import frozen_llama, gpt2, llama, mixtral
 from hf_runs import SETTINGS, arguments, fields_by_name, trainer
 from torch import nn
+from transformers import Trainer
 
 from lowrank_optim import ApolloAdamW, DCTAdamW, FiraAdamW, GaLoreAdamW
 from lowrank_optim.integrations import huggingface
@@ -169,3 +170,96 @@ def test_a_trainer_without_factories_is_told(tmp_path, monkeypatch):
     monkeypatch.delattr("transformers.trainer.is_optimizer_factory")
     with pytest.raises(ImportError, match="--upgrade transformers"):
         trainer_optimizer(GaLoreAdamW, arguments(tmp_path))
+
+
+def adapters(rank=16):
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return peft.get_peft_model(llama(), lora)
+
+
+@pytest.mark.parametrize("rank", [0.25, 16, 128, "auto"])
+def test_adapters_alone_get_adamw_and_a_warning(rank, tmp_path):
+    """As in SFTTrainer(peft_config=...): training goes on, and equals AdamW's to the bit."""
+    torch.manual_seed(0)
+    model, twin = adapters(), adapters()
+    twin.load_state_dict(model.state_dict())
+    args = arguments(tmp_path, max_steps=3)
+    more = {"rank": rank, "projector": "power"}
+    run = trainer(model, args, trainer_optimizer(GaLoreAdamW, args, **more))
+    with pytest.warns(UserWarning, match="no parameter of .* is projected, all get AdamW's step"):
+        run.create_optimizer()
+    run.train()
+    trainer(twin, args, (torch.optim.AdamW, {"lr": args.learning_rate})).train()
+    for (name, param), (_, other) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
+        assert torch.equal(param, other), name
+
+
+@pytest.mark.parametrize("by_place", [True, False])
+def test_the_factory_takes_arguments_by_position_too(by_place, tmp_path):
+    """axolotl's trainer calls it with the model and its arguments, Trainer with the model alone."""
+    args, later = arguments(tmp_path), arguments(tmp_path, learning_rate=0.5)
+    factory, settings = trainer_optimizer(GaLoreAdamW, args, rank=5)
+    model = llama()
+    optimizer = factory()(model, later, **settings) if by_place else factory()(model, **settings)
+    wanted = later if by_place else args
+    assert {group["lr"] for group in optimizer.param_groups} == {wanted.learning_rate}
+
+
+class LossTrainer(Trainer):
+    """As those of sentence-transformers: `loss` is a module, or a dict of some, with the model."""
+
+    loss = None
+
+
+def own_loss(model):
+    loss = nn.Module()
+    loss.model = model
+    loss.classifier = nn.Linear(96, 3)
+    loss.frozen = nn.Linear(4, 4).requires_grad_(False)
+    return loss
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_weights_of_a_loss_are_trained_as_adamw_would(several, tmp_path):
+    model = llama()
+    args = arguments(tmp_path, **FIELDS)
+    made = LossTrainer(
+        model,
+        args,
+        optimizer_cls_and_kwargs=trainer_optimizer(GaLoreAdamW, args, rank=5, rest_lr=1e-4),
+    )
+    loss = own_loss(model)
+    made.loss = {"pairs": loss, "other": nn.CosineSimilarity()} if several else loss
+    optimizer = made.create_optimizer()
+    prefix = "loss.pairs" if several else "loss"
+    found = {
+        name: (group["rank"], group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for name in group["param_names"]
+        if name.startswith("loss")
+    }
+    assert found == {
+        f"{prefix}.classifier.weight": (None, 1e-4, 0.3),
+        f"{prefix}.classifier.bias": (None, 1e-4, 0.0),
+    }
+    given = [param for group in optimizer.param_groups for param in group["params"]]
+    assert len(given) == len({id(param) for param in given}) == len(list(model.parameters())) + 2
+    before = loss.classifier.weight.detach().clone()
+    for param in given:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not torch.equal(loss.classifier.weight, before)
+
+
+def test_a_trainer_without_losses_of_its_own_has_the_groups_of_the_model(tmp_path):
+    args = arguments(tmp_path)
+    for loss in (None, nn.CrossEntropyLoss(), torch.nn.functional.mse_loss):
+        made = LossTrainer(
+            llama(), args, optimizer_cls_and_kwargs=trainer_optimizer(GaLoreAdamW, args, rank=5)
+        )
+        made.loss = loss
+        names = [name for g in made.create_optimizer().param_groups for name in g["param_names"]]
+        assert not any(name.startswith("loss") for name in names)

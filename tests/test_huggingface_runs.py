@@ -220,7 +220,7 @@ def test_the_optimizer_in_trainer_tells_what_it_projects(build, tmp_path):
     first = next(iter(model.parameters())).requires_grad_(False)
     kept = first.detach().clone()
     args = arguments(tmp_path, max_steps=2)
-    run = trainer(model, args, trainer_optimizer(FrugalAdamW, args))
+    run = trainer(model, args, trainer_optimizer(FrugalAdamW, args, min_dim=1))
     run.train()
     table = run.optimizer.optimizer.summary()
     assert float(table.splitlines()[0].split(": ")[1].split("%")[0]) > 78

@@ -187,9 +187,43 @@ def test_summary_reads_well():
     ]
 
 
-def test_nothing_projected_is_an_error():
-    optimizer = GaLoreAdamW(Model().parameters(), rank=100)
-    with pytest.raises(
-        ValueError, match=r"projects none of its 9 parameter tensors.*lower the rank"
-    ):
-        optimizer.summary()
+def test_a_summary_says_what_was_left_plain_and_why():
+    shapes = [(40, 9), (40, 7), (7, 40), (3, 40, 7), (40, 2), (40, 40)]
+    params = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    frozen = torch.nn.Parameter(torch.zeros(40, 7), requires_grad=False)
+    groups = [
+        {"params": [*params[:4], frozen], "rank": 0.3, "min_dim": 8},
+        {"params": params[4:], "rank": 2},
+        {"params": [torch.nn.Parameter(torch.zeros(40, 7))], "rank": None},
+    ]
+    lines = GaLoreAdamW(groups).summary().splitlines()
+    assert [line for line in lines if "left plain" in line] == [
+        "3 matrices left plain: an axis is shorter than min_dim=8",
+        "1 matrices left plain: the projected axis is no longer than rank 2",
+    ]
+
+
+def test_a_summary_where_nothing_is_projected_says_so():
+    model = Model()
+    for settings in ({"rank": 100}, {"rank": 0.25}, {"rank": "auto", "projector": "power"}):
+        optimizer = GaLoreAdamW(model.parameters(), **settings)
+        text = optimizer.summary()
+        assert text.startswith("GaLoreAdamW: 0.0% of 501 parameters projected")
+        assert "projects none of its 9 parameter tensors and saves nothing" in text
+        assert "left plain" in text
+
+
+@pytest.mark.parametrize("rank", ["auto", 0.25, 3])
+def test_a_summary_can_be_asked_for_at_any_time(rank):
+    """Before, after and without a step, with a rank just changed, all frozen, or no elements."""
+    model = Model()
+    optimizer = GaLoreAdamW(model.parameters(), rank=rank, projector="power", min_dim=1)
+    wide = len(optimizer.summary().splitlines()[2])
+    train(model, optimizer, range(2))
+    assert len(optimizer.summary().splitlines()[2]) == wide
+    optimizer.param_groups[0]["rank"] = "auto"
+    assert "SVD" not in optimizer.summary()
+    model.requires_grad_(False)
+    assert GaLoreAdamW(model.parameters(), rank=rank, projector="power").summary()
+    empty = torch.nn.Parameter(torch.zeros(0, 4))
+    assert GaLoreAdamW([empty], rank=rank, projector="power", min_dim=1).summary()

@@ -29,14 +29,18 @@ SNIPPETS = [(kind, snippet) for kind, snippet in ALL if kind != "torchrun"]
 SHELL = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S))
 
 
+LONG = {"hidden_size": 128, "intermediate_size": 144}
+"""Axes of which a share may be taken, see `min_dim`."""
+
+
 class Net(nn.Module):
     """A model with what the snippets speak of: layers of matrices, an embedding and a head."""
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(50, 40)
-        self.layers = nn.ModuleList([nn.Linear(40, 40), nn.Linear(40, 40)])
-        self.head = nn.Linear(40, 50)
+        self.embed = nn.Embedding(50, 128)
+        self.layers = nn.ModuleList([nn.Linear(128, 128), nn.Linear(128, 128)])
+        self.head = nn.Linear(128, 50)
 
     def forward(self, tokens):
         hidden = self.embed(tokens)
@@ -67,7 +71,7 @@ def context(tmp_path):
 
 def for_trainer(context, tmp_path):
     """Transformers' Trainer: a LLaMA, arguments and data."""
-    return {"model": llama(), "args": arguments(tmp_path), "train_dataset": texts()}
+    return {"model": llama(**LONG), "args": arguments(tmp_path), "train_dataset": texts()}
 
 
 def for_lightning(context, tmp_path):
@@ -87,7 +91,7 @@ def for_peft(context, tmp_path):
     def loss_of(out, goal):
         return nn.functional.cross_entropy(out.logits.flatten(0, 1), goal.flatten())
 
-    return {"model": llama(), "loss_of": loss_of}
+    return {"model": llama(**LONG), "loss_of": loss_of}
 
 
 def for_galore(context, tmp_path):

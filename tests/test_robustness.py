@@ -159,7 +159,7 @@ def test_maximize_is_descent_on_the_negative(case, dtype):
 )
 def test_a_share_is_rounded_to_columns(share, axis, rank):
     param = torch.nn.Parameter(torch.zeros(60, axis))
-    optimizer = GaLoreAdamW([param], rank=share)
+    optimizer = GaLoreAdamW([param], rank=share, min_dim=1)
     param.grad = torch.randn(60, axis)
     optimizer.step()
     assert optimizer.state[param]["exp_avg"].shape == (60, rank)

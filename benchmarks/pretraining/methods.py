@@ -97,6 +97,7 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         lr=spec.lr,
         rest_lr=spec.rest_lr,
         weight_decay=spec.weight_decay,
+        min_dim=1,
     )
     betas = (spec.beta1, spec.beta2)
     if method.optimizer == "AdamW":

@@ -116,6 +116,7 @@ def build_optimizer(
         rest_lr=recipe.rest_lr,
         weight_decay=WEIGHT_DECAY,
         betas=recipe.betas,
+        min_dim=1,
     )
     if recipe.optimizer == "AdamW":
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]

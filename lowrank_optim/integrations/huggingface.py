@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Container
 from typing import Any, cast
 
@@ -10,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..groups import param_groups
+from ..auto_rank import AutoRank
+from ..geometry import MIN_DIM
+from ..groups import sorted_groups
 from ..local import is_distributed
 from ..optimizer import LowRank
 from ..settings import SettingError
@@ -36,7 +40,7 @@ def trainer_optimizer(
     cls: type[LowRank],
     args: TrainingArguments,
     *,
-    rank: int | float = 0.25,
+    rank: int | float | str | AutoRank = 0.25,
     rest_lr: float | None = None,
     include: str | None = None,
     exclude: str | None = None,
@@ -48,8 +52,10 @@ def trainer_optimizer(
 
     Matrices are projected as `param_groups` sorts them. Learning rate, betas, eps and weight decay
     are those of `args`, read when Trainer builds the optimizer, and the parameters that are decayed
-    are those that Trainer decays. Frozen parameters are left out, tied ones stand once. Several
-    processes share subspaces: `process_group` is all of them, unless it is given.
+    are those that Trainer decays. Frozen parameters are left out, tied ones stand once. Weights of
+    the trainer's losses (sentence-transformers) are trained too, as AdamW does. Where all matrices
+    are too short to be projected, as those of adapters alone, a warning says that all is AdamW.
+    Several processes share subspaces: `process_group` is all of them, unless it is given.
 
         optimizer = trainer_optimizer(GaLoreAdamW, args, rank=128, update_proj_gap=200)
         Trainer(model, args, train_dataset=texts, optimizer_cls_and_kwargs=optimizer)
@@ -116,17 +122,23 @@ class Factory:
     def __call__(
         self,
         model: nn.Module,
+        given: TrainingArguments | None = None,
+        /,
         *,
-        cls: type[LowRank],
         args: TrainingArguments,
-        rank: int | float,
+        cls: type[LowRank],
+        rank: int | float | str | AutoRank,
         rest_lr: float | None,
         include: str | None,
         exclude: str | None,
         in_backward: str | None,
         **settings: Any,
     ) -> LowRank:
-        """Return the optimizer: projected groups first, each kind with decay before without."""
+        """Return the optimizer: projected groups first, each kind with decay before without.
+
+        Trainers that give their arguments by position (axolotl's) mean those.
+        """
+        args = args if given is None else given
         if in_backward is not None and several() and not _is_sharded(model):
             raise SettingError(
                 "step_in_backward=True in several processes needs FSDP2: DistributedDataParallel, "
@@ -135,20 +147,35 @@ class Factory:
                 "steps"
             )
         # The method is Trainer's own rule, and reads nothing of a trainer.
-        decayed = Trainer.get_decay_parameter_names(cast(Trainer, None), model)
+        decayed = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
         fields = _fields(args, settings)
         if several():
             fields.setdefault("process_group", dist.group.WORLD)
-        groups = param_groups(
+        groups, message = sorted_groups(
             model,
             rank,
-            lr=fields["lr"],
-            rest_lr=rest_lr,
-            include=include,
-            exclude=exclude,
-            side=settings.get("side", "auto"),
+            fields["lr"],
+            rest_lr,
+            None,
+            include,
+            exclude,
+            settings.get("min_dim", MIN_DIM),
+            {key: settings[key] for key in ("side", "projector") if key in settings},
+            strict=False,
         )
-        optimizer = cls(_split(groups, set(decayed), fields["weight_decay"]), **fields)
+        if message:
+            warnings.warn(message, stacklevel=2)
+        own = _of_losses(_caller(), {id(x) for group in groups for x in group["params"]})
+        decayed |= {name for name, (_, decay) in own.items() if decay}
+        groups.append(
+            {
+                "rank": None,
+                "lr": fields["lr"] if rest_lr is None else rest_lr,
+                "params": [param for param, _ in own.values()],
+                "param_names": list(own),
+            }
+        )
+        optimizer = cls(_split(groups, decayed, fields["weight_decay"]), **fields)
         if in_backward is not None:
             optimizer.step_in_backward(
                 accumulation_steps=lambda: GradientState().sync_gradients,
@@ -168,6 +195,35 @@ class LogGradNorm(TrainerCallback):
         for logs in (kwargs.get("logs"), *state.log_history[-1:]):
             if norm is not None and logs and "grad_norm" in logs:
                 logs["grad_norm"] = float(norm)
+
+
+def _caller() -> Any:
+    """Return the trainer whose method has called the factory: nothing else says what it holds."""
+    frame = inspect.currentframe()
+    for _ in range(2):
+        frame = frame and frame.f_back
+    return frame and frame.f_locals.get("self")
+
+
+def _of_losses(trainer: Any, known: Container[int]) -> dict[str, tuple[nn.Parameter, bool]]:
+    """Return what a trainer's losses have to be trained besides the model, and whether it decays.
+
+    Those of sentence-transformers are modules that hold the model and may have weights too.
+
+    Args:
+        trainer: with a module, or a dict of some, as `loss`.
+        known: ids of the model's parameters.
+    """
+    loss = getattr(trainer, "loss", None)
+    found = {}
+    for prefix, module in (loss if isinstance(loss, dict) else {"": loss}).items():
+        if isinstance(module, nn.Module):
+            decayed = set(Trainer.get_decay_parameter_names(cast(Trainer, None), module))
+            for name, param in module.named_parameters():
+                if param.requires_grad and id(param) not in known:
+                    place = ".".join(part for part in ("loss", prefix, name) if part)
+                    found[place] = (param, name in decayed)
+    return found
 
 
 def _is_sharded(model: nn.Module) -> bool:

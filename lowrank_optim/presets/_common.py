@@ -12,6 +12,7 @@ from ..protocols import Feed
 class Common(TypedDict, total=False):
     """Settings whose default is the same in every method; see `LowRank`."""
 
+    min_dim: int
     side: str
     state_budget: int | str | None
     state_dtype: torch.dtype | str | None

@@ -77,7 +77,7 @@ def reorder(optimizer, params, rng):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_state_of_what_was_taken_out_is_not_saved_and_stays(preset):
     model = nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 9))
-    optimizer = preset(model.named_parameters(), **rank_of(preset))
+    optimizer = preset([{"params": list(model.named_parameters())}], **rank_of(preset))
     for param in model.parameters():
         param.grad = torch.randn_like(param)
     optimizer.step()
@@ -143,7 +143,7 @@ def test_groups_with_and_without_names_go_together(first_named):
         lambda layer: list(layer.parameters()),
     )
     build, add = (named, bare) if first_named else (bare, named)
-    optimizer = GaLoreAdamW(build(old), rank=2)
+    optimizer = GaLoreAdamW([{"params": build(old)}], rank=2)
     optimizer.add_param_group({"params": add(new)})
     place = 1 if first_named else 0
     made = optimizer.param_groups[place]["param_names"]

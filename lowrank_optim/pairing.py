@@ -62,7 +62,8 @@ def paired(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, 
     """Return a state dict whose groups hold the parameters of these groups, in their order.
 
     With names on both sides a state goes to the parameter of the same name, else to that of the
-    same place. The settings are those of the group of the same parameters, else of the same place.
+    same place. The settings are those of the group of the same parameters, else of the same place,
+    or of the one that holds them all if there are more groups here.
 
     Raises:
         SettingError: groups of other sizes; a name without a partner, but that of a parameter
@@ -112,13 +113,17 @@ def partners(groups: Sequence[Group], saved: Sequence[Group]) -> list[int]:
     here, there = ([frozenset(group["param_names"]) for group in some] for some in (groups, saved))
     if len(set(there)) == len(there) and set(here) == set(there):
         return [there.index(names) for names in here]
-    if len(here) != len(there):
+    if len(here) == len(there):
+        return list(range(len(here)))
+    known = frozenset().union(*there)
+    around = [[place for place, other in enumerate(there) if own & known <= other] for own in here]
+    if not all(around):
         raise SettingError(
-            f"the checkpoint has {len(there)} groups, this optimizer {len(here)} with other "
-            "parameters, so that it is not known whose settings they take: build it with the same "
-            "groups"
+            f"the checkpoint has {len(there)} groups, this optimizer {len(here)} with parameters "
+            "of several of them, so that it is not known whose settings they take: build it with "
+            "the same groups"
         )
-    return list(range(len(here)))
+    return [places[0] for places in around]
 
 
 def listed(names: Sequence[Any]) -> str:

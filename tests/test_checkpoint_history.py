@@ -116,6 +116,7 @@ def test_a_budget_that_more_parameters_share_makes_ranks_smaller():
     make = lambda: GaLoreAdamW(  # noqa: E731
         params,
         rank=AutoRank(share=1.0, least=0.1, most=0.9),
+        min_dim=1,
         state_budget=9000,
         update_proj_gap=2,
         stagger=False,

@@ -104,11 +104,11 @@ def test_as_many_groups_of_other_names_take_settings_by_place():
 
 def test_without_names_on_one_side_states_go_by_place():
     model = Model()
-    optimizer = GaLoreAdamW(model.named_parameters(), rank=RANK)
+    optimizer = GaLoreAdamW([{"params": named(model)}], rank=RANK)
     train(model, optimizer, range(2))
-    for other in (GaLoreAdamW(model.parameters(), rank=RANK), GaLoreAdamW(
-        [(f"module.{name}", param) for name, param in model.named_parameters()], rank=RANK
-    )):  # fmt: skip
+    wrapped = [(f"module.{name}", param) for name, param in named(model)]
+    for params in (list(model.parameters()), wrapped):
+        other = GaLoreAdamW([{"params": params}], rank=RANK)
         saved = optimizer.state_dict()
         if "param_names" in other.param_groups[0]:
             del saved["param_groups"][0]["param_names"]
@@ -122,19 +122,36 @@ def test_without_names_on_one_side_states_go_by_place():
 
 def test_names_without_a_partner_are_listed():
     model = Model()
-    optimizer = GaLoreAdamW(model.named_parameters(), rank=RANK)
+    optimizer = GaLoreAdamW([{"params": named(model)}], rank=RANK)
     train(model, optimizer, range(1))
     renamed = [(f"m.{name}" if name != "tall" else name, p) for name, p in named(model)]
-    other = GaLoreAdamW(renamed, rank=RANK)
+    other = GaLoreAdamW([{"params": renamed}], rank=RANK)
     with pytest.raises(SettingError) as raised:
         other.load_state_dict(optimizer.state_dict())
     message = str(raised.value)
     assert "'wide', 'square', 'stack' and 5 more in the checkpoint" in message
     assert "'m.wide', 'm.square', 'm.stack' and 5 more here" in message
     assert not other.state
-    fewer = GaLoreAdamW(named(model)[:-2], rank=RANK)
+    fewer = GaLoreAdamW([{"params": named(model)[:-2]}], rank=RANK)
     with pytest.raises(SettingError, match="'scalar', 'empty' in the checkpoint, none here"):
         fewer.load_state_dict(optimizer.state_dict())
+
+
+def test_sorted_parameters_load_what_one_group_has_saved():
+    """What names were given as pairs, before they were sorted, is in the groups of today."""
+    model = Model()
+    optimizer = GaLoreAdamW([{"params": named(model)}], rank=RANK, update_proj_gap=7)
+    train(model, optimizer, range(2))
+    sorted_now = GaLoreAdamW(model, rank=RANK, update_proj_gap=7)
+    assert len(sorted_now.param_groups) > 1
+    sorted_now.load_state_dict(optimizer.state_dict())
+    for param in model.parameters():
+        for name, value in optimizer.state[param].items():
+            assert torch.equal(
+                torch.as_tensor(value), torch.as_tensor(sorted_now.state[param][name])
+            )
+    with pytest.raises(SettingError, match="3 groups, this optimizer 1 with parameters of several"):
+        optimizer.load_state_dict(sorted_now.state_dict())
 
 
 def test_frozen_parameters_need_no_partner():
@@ -167,6 +184,6 @@ def test_names_that_are_not_unique_are_no_names():
     train(model, optimizer, range(1))
     saved = optimizer.state_dict()
     saved["param_groups"][0]["param_names"] = [name for name, _ in doubled]
-    other = GaLoreAdamW(model.named_parameters(), rank=RANK)
+    other = GaLoreAdamW([{"params": named(model)}], rank=RANK)
     other.load_state_dict(saved)
     assert torch.equal(other.state[model.tall]["basis"], optimizer.state[model.tall]["basis"])

@@ -72,6 +72,7 @@ class InBackward:
         self._lock = threading.RLock()
         self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._passes: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
+        self._versions: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()
         self._norms: list[Norm] = []
         self._watched: list[Norm] = []
         self._measuring = False
@@ -145,6 +146,9 @@ class InBackward:
             if self._under_way.enter():
                 optimizer._end_round()  # that of the step whose backward pass has failed
             turn, entry = open_for(optimizer, param)
+            if entry is None:  # taken out of its group: from here on it is as any other tensor
+                self._handles.pop(param).remove()
+                return
             optimizer._round = turn
             if self._measuring:
                 self._measure(turn, entry)
@@ -182,6 +186,7 @@ class InBackward:
             for param, grad in zip(params, grads, strict=True):
                 if param in optimizer._members:
                     turn, entry = open_for(optimizer, param)
+                    assert entry is not None
                     optimizer._round = turn
                     param.grad = grad
                     self._use(turn, entry)
@@ -199,7 +204,7 @@ class InBackward:
         """Step a parameter, or add its gradient to what it waits for; return whether it is used."""
         param = entry.param
         self._check(turn, entry)
-        self._passes[param] = self._passes.get(param, 0) + 1
+        self._count_pass(param)
         last = self.accumulation_steps
         if not (last() if callable(last) else self._passes[param] == last):
             return self.projects and entry.site is not None and self._collect(turn, entry)
@@ -209,6 +214,20 @@ class InBackward:
         job = job_of(turn, entry)
         turn.do([(group, plan, [self._ready(job)])])
         return True
+
+    def _count_pass(self, param: Tensor) -> None:
+        """Count a pass, from 1 on where the gradients of those before were set to None meanwhile.
+
+        A gradient that is added to grows older; one that is made anew, after an exception in the
+        forward pass and `model.zero_grad()`, say, does not.
+        """
+        assert param.grad is not None
+        if not self.projects and not is_distributed(param):
+            version = param.grad._version
+            if version <= self._versions.get(param, -1):
+                self._passes.pop(param, None)
+            self._versions[param] = version
+        self._passes[param] = self._passes.get(param, 0) + 1
 
     def _check(self, turn: Round, entry: Entry) -> None:
         """Raise RuntimeError for a gradient that cannot be used; nothing is changed then."""
@@ -318,6 +337,7 @@ class InBackward:
         """Forget gradients that were accumulated and not used."""
         self._sums.clear()
         self._passes.clear()
+        self._versions.clear()
         self._norms = []
 
 

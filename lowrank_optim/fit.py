@@ -19,8 +19,9 @@ FIXED = ("rank", "min_dim", "shard_basis", "capturable")
 
 def fitting(param: Tensor, state: State, group: Group, plan: Plan) -> tuple[Any, ...]:
     """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
-    kind = (id(state), len(state), param.dtype, param.shape, param.device)
-    return (*kind, plan, *(group[key] for key in FIXED))
+    held = (id(value) for value in state.values() if isinstance(value, Tensor))
+    kind = (len(state), param.dtype, param.shape, param.device, plan)
+    return (*kind, *held, *(group[key] for key in FIXED))
 
 
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:

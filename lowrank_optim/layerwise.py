@@ -74,7 +74,8 @@ class LayerWise(Optimizer):
         """
         if self._round is not None and param in self._round.done:
             self._end_round()
-        turn, entry = open_for(cast("LowRank", self), param)
+        turn, _ = open_for(cast("LowRank", self), param)
+        entry = turn.entry_of(param)
         if param.grad is None:
             return
         turn.check(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from operator import is_
@@ -65,15 +65,22 @@ class Members:
         A group that lacks a setting gets the default. `param_names` follow their parameters; a
         group without, beside others with them, gets names by place.
         """
-        for group in groups:
+        for index, group in enumerate(groups):
             for key, value in defaults.items():
                 group.setdefault(key, value)
+            if "params" not in group:
+                raise SettingError(f"group {index} has no 'params'")
+            if not isinstance(group["params"], list):
+                single = isinstance(group["params"], Tensor)
+                group["params"] = [group["params"]] if single else list(group["params"])
         now = [group["params"] for group in groups]
         if all_same(now, self._lists):
             return
         if any("param_names" in group for group in groups):
             for index, group in enumerate(groups):
-                group.setdefault("param_names", place_names(index, len(group["params"])))
+                taken = {name for other in groups for name in other.get("param_names", ())}
+                if "param_names" not in group:
+                    group["param_names"] = place_names(index, len(group["params"]), taken)
         before, self._known = self._known, {}
         for index, group in enumerate(groups):
             for place, param in enumerate(group["params"]):
@@ -151,12 +158,13 @@ def piece_of_all(param: Tensor, gone: list[tuple[int, ...]]) -> str | None:
 def given_name(group: Mapping[str, Any], index: int, place: int) -> str:
     """Return the name that a group gives a new parameter; one by its place where it gives none."""
     names, count = group["param_names"], len(group["params"])
-    return str((names if len(names) == count else place_names(index, count))[place])
+    return str((names if len(names) == count else place_names(index, count, names))[place])
 
 
-def place_names(index: int, count: int) -> list[str]:
-    """Return names for the parameters of a group that came without."""
-    return [f"group{index}.{place}" for place in range(count)]
+def place_names(index: int, count: int, taken: Collection[str]) -> list[str]:
+    """Return names for the parameters of a group that came without, none of them taken."""
+    names = [f"group{index}.{place}" for place in range(count)]
+    return names if not set(names) & set(taken) else place_names(index + 1, count, taken)
 
 
 def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -171,11 +179,12 @@ def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict
     """
     params = group["params"]
     single = isinstance(params, Tensor)
+    taken = {name for other in groups for name in other.get("param_names", ())}
     if "param_names" in group or (not single and any(isinstance(x, tuple) for x in params)):
         bare = [(index, other) for index, other in enumerate(groups) if "param_names" not in other]
         for index, other in bare:
-            other["param_names"] = place_names(index, len(other["params"]))
+            other["param_names"] = place_names(index, len(other["params"]), taken)
         return [other for _, other in bare]
     if any("param_names" in other for other in groups):
-        group["param_names"] = place_names(len(groups), 1 if single else len(params))
+        group["param_names"] = place_names(len(groups), 1 if single else len(params), taken)
     return []

@@ -104,7 +104,7 @@ class LowRank(LayerWise):
     _shared: Shared
     _members: Members
     _watch: Watch
-    _signatures: dict[int, tuple[Any, ...]]
+    _signatures: dict[int, settings.Signature]
 
     def __init__(
         self,
@@ -303,7 +303,7 @@ class LowRank(LayerWise):
     @property
     def skipped_steps(self) -> int:
         """Number of steps that `skip_nonfinite` has left out."""
-        return max(int(group["skipped_steps"]) for group in self.param_groups)
+        return max((int(group["skipped_steps"]) for group in self.param_groups), default=0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does, with settings that are objects given as text.

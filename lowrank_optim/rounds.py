@@ -44,11 +44,14 @@ class Round:
         self.waiting: list[Waiting] = [] if before is None else before.waiting
         optimizer._members.note(optimizer.param_groups, optimizer.defaults)
         optimizer._members.check(optimizer.param_groups)
-        self.signatures: list[tuple[Any, ...]] = []
+        self.signatures: list[settings.Signature] = []
         position, checked = 0, optimizer._signatures
         for index, group in enumerate(optimizer.param_groups):
             if checked.get(index) != settings.signature(group):
-                settings.check_values(group, f" in group {index}", least_lr=-math.inf)
+                where = f" in group {index}"
+                settings.translate(group, where)
+                settings.check_keys(group, where)
+                settings.check_values(group, where, least_lr=-math.inf)
                 checked[index] = settings.signature(group)
             self.signatures.append(checked[index])
             plan, entries = plan_of(group), []
@@ -67,18 +70,21 @@ class Round:
         """Every parameter's entry."""
         return {entry.param: entry for _, _, entries in self.groups for entry in entries}
 
-    def is_of_before(self, index: int) -> bool:
-        """Return whether a group has been changed since this was opened.
+    def keeps_up(self, index: int) -> bool:
+        """Return whether what is derived from a group still holds; check rates that have changed.
 
         That a parameter was put in the place of another does not show.
         """
         groups, (group, _, entries) = self.optimizer.param_groups, self.groups[index]
-        return (
-            len(groups) != len(self.groups)
-            or groups[index] is not group
-            or len(group["params"]) != len(entries)
-            or settings.signature(group) != self.signatures[index]
-        )
+        if len(groups) != len(self.groups) or groups[index] is not group:
+            return False
+        now, before = settings.signature(group), self.signatures[index]
+        if len(group["params"]) != len(entries) or now.structure != before.structure:
+            return False
+        if now.rates != before.rates:
+            settings.check_values(group, f" in group {index}", least_lr=-math.inf)
+            self.signatures[index] = settings.signature(group)
+        return True
 
     def entry_of(self, param: Tensor) -> Entry:
         """Return the entry of a parameter; raise SettingError if the optimizer has none."""
@@ -131,7 +137,7 @@ class Round:
                 raise RuntimeError(
                     f"{what} the state of {self.name(entry)}: its group's parts, rank, side and "
                     "state_dtype, and its own shape, dtype and device cannot change once there is "
-                    "state. Change it back, or start without state: optimizer.state.clear()"
+                    "state. Change it back, or start it without: del optimizer.state[param]"
                 )
             member.fits = wanted
 
@@ -248,7 +254,7 @@ def open_step(optimizer: LowRank) -> Round:
     turn = optimizer._round
     current = (
         turn is not None
-        and not any(map(turn.is_of_before, range(len(turn.groups))))
+        and all(map(turn.keeps_up, range(len(turn.groups))))
         and all(
             entry.param is param
             for group, _, entries in turn.groups
@@ -258,13 +264,16 @@ def open_step(optimizer: LowRank) -> Round:
     return turn if turn is not None and current else Round(optimizer, turn)
 
 
-def open_for(optimizer: LowRank, param: Tensor) -> tuple[Round, Entry]:
-    """Return the step under way and the entry of a parameter, with settings as they are now."""
+def open_for(optimizer: LowRank, param: Tensor) -> tuple[Round, Entry | None]:
+    """Return the step under way and the entry of a parameter, with settings as they are now.
+
+    The entry is None for a parameter in no group.
+    """
     turn = optimizer._round
     entry = None if turn is None else turn.entries.get(param)
-    if turn is None or entry is None or turn.is_of_before(entry.group):
+    if turn is None or entry is None or not turn.keeps_up(entry.group):
         turn = Round(optimizer, turn)
-        entry = turn.entry_of(param)
+        entry = turn.entries.get(param)
     return turn, entry
 
 

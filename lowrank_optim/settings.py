@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,6 +228,10 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
 }
 
 
+RATES = ("lr", "betas", "eps", "weight_decay", "scale", "maximize", "skipped_steps")
+"""Settings that change nothing but numbers of a step."""
+
+
 def translate(group: dict[str, Any], where: str) -> None:
     """Rewrite the keys of galore_torch and fira to ours, in place: `alpha`, `proj_type`."""
     if "alpha" in group:
@@ -342,10 +346,25 @@ def check_auto(plan: Plan, where: str) -> None:
         )
 
 
-def signature(group: Group) -> tuple[Any, ...]:
-    """Return what tells whether a setting has been replaced since it was checked."""
-    values = (group[key] for key in CHECKS)
-    return tuple(id(value) if isinstance(value, Tensor) else value for value in values)
+class Signature(NamedTuple):
+    """What tells whether a setting has been replaced since it was checked.
+
+    `rates` are numbers that nothing is derived from, `structure` is the rest and the keys there.
+    """
+
+    rates: tuple[Any, ...]
+    structure: tuple[Any, ...]
+
+
+def signature(group: Group) -> Signature:
+    """Return the signature of a group."""
+    structure = (seen(group[key]) for key in CHECKS if key not in RATES)
+    return Signature(tuple(seen(group[key]) for key in RATES), (*group, *structure))
+
+
+def seen(value: Any) -> Any:
+    """Return a value by which it is known again: itself if it is plain, else its address."""
+    return value if isinstance(value, (int, float, str, tuple, type(None))) else id(value)
 
 
 def plan_of(group: Group) -> Plan:

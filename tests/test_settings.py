@@ -49,10 +49,10 @@ def test_settings_that_do_not_change_the_state_may_change_on_resume():
 
 def test_a_checkpoint_of_another_rank_is_refused_without_state_too():
     params = [torch.nn.Parameter(torch.ones(8, 6))]
-    saved = GaLoreAdamW(params, rank=2).state_dict()
+    saved = GaLoreAdamW(params, rank=2, min_dim=1).state_dict()
     with pytest.raises(ValueError, match="rank 2 in the checkpoint, 3 here"):
         GaLoreAdamW(params, rank=3).load_state_dict(saved)
-    same = GaLoreAdamW(params, rank=0.3)
+    same = GaLoreAdamW(params, rank=0.3, min_dim=1)
     same.load_state_dict(saved)
     assert same.param_groups[0]["rank"] == 0.3
 

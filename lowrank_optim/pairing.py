@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .plan import Group
+from .roles import WRAPPER
 from .settings import SettingError
 
 SHOWN = 3
@@ -70,7 +71,7 @@ def paired(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, 
             which is frozen here, or has no state in the checkpoint.
     """
     saved, state = state_dict["param_groups"], state_dict["state"]
-    here, there = names_in(groups), names_in(saved)
+    here, there = bare_names(names_in(groups)), bare_names(names_in(saved))
     if here is None or there is None or any(isinstance(key, str) for key in ids_of(saved)):
         sizes = [[len(group["params"]) for group in some] for some in (saved, groups)]
         if sizes[0] != sizes[1]:
@@ -86,14 +87,14 @@ def paired(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, 
     if only_here or only_there:
         raise SettingError(
             f"parameters without a partner: {listed(only_there)} in the checkpoint, "
-            f"{listed(only_here)} here. Build the optimizer with the checkpoint's names, or with "
-            "none, to load by place"
+            f"{listed(only_here)} here. Build the optimizer with the checkpoint's parameters, or "
+            "take 'param_names' out of the checkpoint's groups to load by place"
         )
     found = []
-    for group, place in zip(groups, partners(groups, saved), strict=True):
-        names = list(group["param_names"])
+    ours, theirs = (in_groups(*of) for of in ((here, groups), (there, saved)))
+    for group, names, place in zip(groups, ours, partners(ours, theirs), strict=True):
         own = [ids.get(name, ("frozen", name)) for name in names]
-        found.append({**saved[place], "params": own, "param_names": names})
+        found.append({**saved[place], "params": own, "param_names": list(group["param_names"])})
     return {**state_dict, "param_groups": found}
 
 
@@ -108,9 +109,32 @@ def names_in(groups: Iterable[Group]) -> list[str] | None:
     return names if len(set(names)) == len(names) else None
 
 
-def partners(groups: Sequence[Group], saved: Sequence[Group]) -> list[int]:
-    """Return for each group the place of the one in the checkpoint whose settings it takes."""
-    here, there = ([frozenset(group["param_names"]) for group in some] for some in (groups, saved))
+def bare_names(names: list[str] | None) -> list[str] | None:
+    """Return names without what wrappers put into them; as they are if that makes two the same.
+
+    That is of torch.compile, checkpointing, FSDP and PEFT, and "module." of data parallelism.
+    """
+    if names is None:
+        return None
+    bare = [WRAPPER.sub("", name).lstrip(".") for name in names]
+    while bare and all(name.startswith("module.") for name in bare):
+        bare = [name.removeprefix("module.") for name in bare]
+    return bare if len(set(bare)) == len(bare) else names
+
+
+def in_groups(names: Sequence[str], groups: Sequence[Group]) -> list[list[str]]:
+    """Return the names of all parameters, a list a group."""
+    left = iter(names)
+    return [[next(left) for _ in group["params"]] for group in groups]
+
+
+def partners(ours: Sequence[Sequence[str]], theirs: Sequence[Sequence[str]]) -> list[int]:
+    """Return for each group the place of the one in the checkpoint whose settings it takes.
+
+    Args:
+        ours, theirs: names of the parameters of each group.
+    """
+    here, there = ([frozenset(names) for names in some] for some in (ours, theirs))
     if len(set(there)) == len(there) and set(here) == set(there):
         return [there.index(names) for names in here]
     if len(here) == len(there):

@@ -31,6 +31,8 @@ TABLE = re.compile(r"(^|_)(tokens?|latents?|probe|pos|table|latent_query)(_\dd)?
 SCALE = re.compile(r"(\w+_)?(scales?|alphas?|gammas?)")
 """Parameters that are no layer's weight and multiply channels."""
 
+NORM = re.compile(r"norm(?!ali[sz])", re.IGNORECASE)
+
 STATE_SPACE = re.compile(r"A_log$|^time_decay$")
 """Parameters that tell a state-space model (Mamba, Jamba, Zamba, RWKV). What else its layer holds
 is no matrix either, except where `WEIGHT` says so."""
@@ -134,7 +136,8 @@ def role_of(one: Seen, state_space: bool) -> str | None:
     embedding = isinstance(module, nn.Embedding) or "Embedding" in kind
     if embedding or EMBEDDING.search(last) or EMBEDDING.search(own):
         return "plain"
-    if "norm" in kind.lower() or getattr(param, "_no_weight_decay", False):
+    weighs = isinstance(module, (nn.Linear, *CONVOLUTIONS))
+    if (NORM.search(kind) and not weighs) or getattr(param, "_no_weight_decay", False):
         return "no decay"
     if STATE_SPACE.search(own) or SCALE.fullmatch(own) or (state_space and not WEIGHT.search(own)):
         return "no decay"
@@ -183,8 +186,17 @@ def branch(path: Path, depth: int, modules: Modules) -> Path:
 
 
 def labelled(matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
-    """Yield weights outside numbered layers that give as many values as the model has labels."""
+    """Yield weights outside numbered layers that give a value for each label of the model.
+
+    Labels are those of `num_labels` and `num_classes`, and the tokens of an embedding of vectors
+    that are shorter than their number.
+    """
     labels = {}
+    tokens = {
+        part.num_embeddings
+        for part in modules.values()
+        if isinstance(part, nn.Embedding) and part.num_embeddings > part.embedding_dim
+    }
     for path, module in modules.items():
         counts = (asked(asked(module, "config"), "num_labels"), asked(module, "num_classes"))
         if found := {count for count in counts if isinstance(count, int) and count > 0}:
@@ -196,7 +208,8 @@ def labelled(matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
             continue
         sizes = (asked(one.module, key) for key in ("out_features", "out_channels", "nf"))
         width = next((size for size in sizes if isinstance(size, int)), rows)
-        if any(width in labels.get(one.path[:end], ()) for end in range(len(one.path) + 1)):
+        tells = any(width in labels.get(one.path[:end], ()) for end in range(len(one.path) + 1))
+        if tells or (width in tokens and width > one.param.numel() // width):
             yield one.param
 
 

@@ -14,8 +14,8 @@ from .settings import CHECKS, described
 COUNTS = ("skipped_steps",)
 """What is among the settings and counts steps: a checkpoint has more of them."""
 
-SCHEDULED = ("lr", "weight_decay")
-"""What a schedule changes; it leaves "initial_lr" in the group."""
+SCHEDULED = ("lr", "weight_decay", "betas")
+"""What schedules change; they leave "initial_lr" in the group."""
 
 
 def news(groups: Sequence[Group], saved: Sequence[Group], live: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from cases import CASES, GAP, PRESETS, RANK, Model, gradient
@@ -119,6 +120,53 @@ def test_bad_settings_of_assigned_groups_are_refused_before_anything_moves():
     with pytest.raises(ValueError, match="update_proj_gap=0 in group 1"):
         optimizer.step()
     assert all(map(torch.equal, params, before))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("amsgrad", True, "amsgrad is not offered"),
+        ("updat_proj_gap", 3, "did you mean 'update_proj_gap'"),
+        ("density", 0.5, "use 'rank'"),
+        ("proj_type", "std", "both 'side' and 'proj_type' in group 0"),
+    ],
+)
+def test_keys_that_are_set_later_are_read_as_those_of_new_groups(key, value, message):
+    param = a_matrix()
+    optimizer = GaLoreAdamW([param], rank=2)
+    optimizer.param_groups = [{**optimizer.param_groups[0], key: value}]
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+
+
+def test_groups_in_odd_forms():
+    param = a_matrix()
+    optimizer = GaLoreAdamW([param], rank=2)
+    optimizer.param_groups[0]["params"] = (each for each in [param])
+    optimizer.param_groups[0]["betas"] = np.array([0.9, 0.95])
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.param_groups[0]["params"] == [param]
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    optimizer.param_groups.append({"lr": 1e-3})
+    with pytest.raises(ValueError, match="group 1 has no 'params'"):
+        optimizer.step()
+    optimizer.param_groups.clear()
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert "projects none" in optimizer.summary()
+
+
+def test_names_by_place_are_never_given_twice():
+    optimizer = GaLoreAdamW([{"params": [("a", a_matrix())]}], rank=2)
+    optimizer.add_param_group({"params": [a_matrix()]})
+    optimizer.add_param_group({"params": [a_matrix()]})
+    optimizer.param_groups.pop(1)
+    optimizer.add_param_group({"params": [a_matrix()]})
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert len(set(names)) == 3
 
 
 def test_one_vector_in_place_of_matrices_is_a_flat_piece_and_a_new_bias_is_none():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -152,6 +153,36 @@ def test_sorted_parameters_load_what_one_group_has_saved():
             )
     with pytest.raises(SettingError, match="3 groups, this optimizer 1 with parameters of several"):
         optimizer.load_state_dict(sorted_now.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_into_names_makes_no_difference(prefix):
+    model = Model()
+    plain = GaLoreAdamW([{"params": named(model)}], rank=RANK)
+    wrapped = GaLoreAdamW(
+        [{"params": [(prefix + name, p) for name, p in named(model)[::-1]]}], rank=RANK
+    )
+    train(model, plain, range(2))
+    wrapped.load_state_dict(plain.state_dict())
+    assert torch.equal(wrapped.state[model.tall]["exp_avg"], plain.state[model.tall]["exp_avg"])
+    assert wrapped.param_groups[0]["param_names"][-1] == f"{prefix}tall"
+    plain.load_state_dict(wrapped.state_dict())
+    assert plain.param_groups[0]["param_names"][0] == "tall"
+
+
+def test_cycled_betas_and_rates_are_no_news():
+    model = Model()
+    make = lambda: GaLoreAdamW([{"params": named(model)}], rank=RANK, lr=1e-3)  # noqa: E731
+    optimizer, resumed = make(), make()
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=10)
+    torch.optim.lr_scheduler.OneCycleLR(resumed, 1e-3, total_steps=10)
+    for step in range(3):
+        train(model, optimizer, range(step, step + 1))
+        schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(optimizer.state_dict())
+    assert resumed.param_groups[0]["betas"] == optimizer.param_groups[0]["betas"]
 
 
 def test_frozen_parameters_need_no_partner():

@@ -377,3 +377,34 @@ def test_frozen_parameters_are_left_out_by_the_helper_and_taken_by_a_constructor
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert not torch.equal(model.blocks[0]["fc"].weight, before)
+
+
+class WordModel(nn.Module):
+    """A language model whose output layer has a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Embedding(1000, 256)
+        self.rnn = nn.LSTM(256, 256)
+        self.decoder = nn.Linear(256, 1000)
+
+
+class NormalizedLinear(nn.Linear):
+    """A linear layer, whatever its name."""
+
+
+def test_a_layer_that_gives_a_value_for_each_token_is_a_head():
+    names = param_groups(WordModel(), rank=0.25)[0]["param_names"]
+    assert names == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
+
+
+def test_a_linear_layer_is_no_norm_for_its_name():
+    model = nn.ModuleDict({"up": NormalizedLinear(128, 256), "normalizer_proj": nn.Linear(256, 128)})
+    assert param_groups(model, rank=0.25)[0]["param_names"] == [
+        "up.weight",
+        "normalizer_proj.weight",
+    ]
+    assert LowRankAdamW(model.named_parameters()).param_groups[0]["param_names"] == [
+        "up.weight",
+        "normalizer_proj.weight",
+    ]

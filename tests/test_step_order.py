@@ -215,6 +215,42 @@ def test_state_of_plain_adamw_is_none_of_a_whole_matrix():
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.update(exp_avg=state["exp_avg"][:-1]),
+        lambda state: state.update(ema=state.pop("exp_avg")),
+        lambda state: state.update(exp_avg=state["exp_avg"].half()),
+        lambda state: state.update(basis=state["basis"].double()),
+    ],
+)
+def test_a_state_that_was_edited_is_compared_again(spoil):
+    model, optimizer = trained(CASES[0])
+    spoil(optimizer.state[model.square])
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"state of parameter 'square'.*del optimizer\.state"):
+        optimizer.step()
+    assert_unchanged(before, model, optimizer)
+    del optimizer.state[model.square]
+    optimizer.step()
+
+
+def test_layer_wise_a_parameter_taken_out_is_left_alone_and_may_come_back():
+    model, twin = Failing(9), Failing(9)
+    optimizers = [
+        GaLoreAdamW(net.parameters(), lr=1e-2, rank=3, stagger=False) for net in (model, twin)
+    ]
+    optimizers[0].step_in_backward()
+    for step, taken in enumerate((False, True, False, False)):
+        for net, optimizer in zip((model, twin), optimizers, strict=True):
+            params = list(net.parameters())
+            optimizer.param_groups[0]["params"] = params[1:] if taken else params
+            net(data(step)).backward()
+            optimizer.step()
+            net.zero_grad()
+        assert_same(weights(model), weights(twin))
+
+
 class Failing(nn.Module):
     """Layers whose backward pass runs out of memory at one of them, as long as it is told to."""
 
@@ -296,3 +332,22 @@ def test_a_parameter_of_two_reentrant_checkpoints_is_still_refused():
     y = checkpoint(layer, checkpoint(layer, x, use_reentrant=True), use_reentrant=True)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         y.square().mean().backward()
+
+
+@pytest.mark.parametrize("passes", [2, 3])
+def test_gradients_given_up_before_a_pass_are_not_counted(passes):
+    """As after running out of memory in a forward pass, and `model.zero_grad()`."""
+    model = Failing(9)
+    optimizer = GaLoreAdamW(model.parameters(), lr=1e-2, rank=3)
+    optimizer.step_in_backward(accumulation_steps=passes)
+    before = weights(model)
+    for _ in range(2):
+        for step in range(passes - 1):
+            model(data(step)).backward()
+        model.zero_grad()
+        assert_same(weights(model), before)
+    for step in range(passes):
+        assert_same(weights(model), before)
+        model(data(step)).backward()
+    assert not torch.equal(model.layers[2].weight, before["layers.2.weight"])
+    optimizer.step()

@@ -73,7 +73,10 @@ def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) 
     def restore(_: Any) -> None:
         given = checkpoint[0].groups
         for group, own, new in zip(optimizer.param_groups, live, given, strict=True):
-            group.update({k: v for k, v in own.items() if k in LIVE or k not in new})
+            loaded = {k: own[k] if k in LIVE or k not in new else group[k] for k in own}
+            rest = {k: v for k, v in group.items() if k not in own}
+            group.clear()
+            group.update(loaded | rest)  # in the order of before: a checkpoint is the same text
         for saved in checkpoint[0].states:
             saved_state.take(saved, optimizer.state[saved.param])
 

@@ -197,7 +197,9 @@ class LowRank(LayerWise):
         self._forget_rounds()
 
     def _note(self) -> None:
-        """Write into state and groups what is still on its way from the device."""
+        """Write into state and groups what is still on its way, also from a step left open."""
+        if self._round is not None and self._in_backward is None:
+            self._round.close()
         self._watch.read()
         self._note_norm()
 

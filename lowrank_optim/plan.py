@@ -64,9 +64,9 @@ class Site:
         step: updates of this parameter before this one.
         gap: updates between refreshes.
         turn, turns: place of this matrix among the projected ones of its group, and their number.
-        phase: updates by which its refreshes come later than those of others.
         share: the rank as a share of `cols` where it was given so (FRUGAL's density).
         most: the largest rank, where it is chosen anew at each refresh.
+        phase: updates by which its refreshes come later than those of others.
         shared: tensors common to several parameters.
         kernels: whether kernels may be used, where there are any for the dtype.
         wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
@@ -82,9 +82,9 @@ class Site:
     gap: int = 1
     turn: int = 0
     turns: int = 1
-    phase: int = 0
     share: float | None = None
     most: int | None = None
+    phase: int = 0
     shared: Shared = field(default_factory=Shared)
     kernels: bool = False
     wanted: Tensor | None = None

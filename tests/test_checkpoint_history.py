@@ -166,3 +166,19 @@ def test_states_that_torch_names_go_by_its_names():
     set_state_dict(model, turned, model_state_dict=model.state_dict(), optim_state_dict=saved)
     for name, param in model.named_parameters():
         assert torch.equal(turned.state[param]["exp_avg"], expected[name])
+
+
+def test_a_resumed_run_saves_its_settings_in_the_same_order():
+    """A checkpoint as text, or its hash, is then that of a run left alone."""
+    model = Model()
+    optimizer = GaLoreAdamW(model, rank=3)
+    step(model, optimizer, 0)
+    saved = optimizer.state_dict()
+    resumed = GaLoreAdamW(model, rank=3)
+    resumed.load_state_dict(saved)
+    again = resumed.state_dict()
+    for group, other in zip(saved["param_groups"], again["param_groups"], strict=True):
+        assert list(group) == list(other)
+    assert [list(state) for state in saved["state"].values()] == [
+        list(state) for state in again["state"].values()
+    ]

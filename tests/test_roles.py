@@ -399,7 +399,9 @@ def test_a_layer_that_gives_a_value_for_each_token_is_a_head():
 
 
 def test_a_linear_layer_is_no_norm_for_its_name():
-    model = nn.ModuleDict({"up": NormalizedLinear(128, 256), "normalizer_proj": nn.Linear(256, 128)})
+    model = nn.ModuleDict(
+        {"up": NormalizedLinear(128, 256), "normalizer_proj": nn.Linear(256, 128)}
+    )
     assert param_groups(model, rank=0.25)[0]["param_names"] == [
         "up.weight",
         "normalizer_proj.weight",

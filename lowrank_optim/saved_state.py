@@ -217,6 +217,9 @@ def take(saved: Saved, into: dict[str, Any]) -> None:
             device = home if plan.kinds.get(key) is COUNT else param.device
             value = value.detach().to(wanted[key].dtype)
             into[key] = layout.kept(value, each.of(key), device)
+    for key in [*wanted, *(key for key in state if key not in wanted)]:
+        if key in into:  # the order of a state that was never saved
+            into[key] = into.pop(key)
 
 
 def converted(saved: Saved, moment: Moment, like: Tensor) -> State:

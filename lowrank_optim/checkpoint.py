@@ -17,6 +17,7 @@ from .plan import Group, Plan
 from .saved_state import Saved
 from .settings import (
     CHECKS,
+    NOT_OFFERED,
     STRUCTURE,
     SettingError,
     check_keys,
@@ -157,8 +158,8 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
-    asked = [k for k in ("amsgrad", "differentiable") if saved.get(k, False) is not False]
-    check_keys(dict.fromkeys(asked, True), f" in group {index}")
+    names = {key: saved[key] is not False for key in NOT_OFFERED if key in saved}
+    check_keys({**dict.fromkeys(saved), **names}, f" in group {index} of the checkpoint")
 
 
 def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:

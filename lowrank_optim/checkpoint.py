@@ -12,15 +12,14 @@ from torch.optim import Optimizer
 from . import saved_state
 from .checks import is_real
 from .geometry import Shape, subspace_of
+from .keys import NOT_OFFERED, check_keys
 from .pairing import check_form, ids_of, paired
 from .plan import Group, Plan
 from .saved_state import Saved
 from .settings import (
     CHECKS,
-    NOT_OFFERED,
     STRUCTURE,
     SettingError,
-    check_keys,
     check_values,
     described,
     kind_of,

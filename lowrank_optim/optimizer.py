@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, groups, memory, settings
+from . import checkpoint, groups, keys, memory, settings
 from .auto_rank import AutoRank
 from .backward import check_accumulable
 from .geometry import MIN_DIM
@@ -141,8 +141,8 @@ class LowRank(LayerWise):
         differentiable: bool = False,
         **unknown: Any,
     ) -> None:
-        settings.check_unknown(unknown, type(self).__name__)
-        settings.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        keys.check_unknown(unknown, type(self).__name__)
+        keys.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -229,8 +229,8 @@ class LowRank(LayerWise):
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
-        settings.translate(group, where)
-        settings.check_keys(group, where)
+        keys.translate(group, where)
+        keys.check_keys(group, where)
         group = {**self.defaults, **group}
         settings.check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .checks import text_of
 from .geometry import is_wide
+from .keys import PROJ_TYPES
 from .kinds import COUNT, NORM, NOT_NEGATIVE, NUMBER, UNIT
 from .plan import Group, Plan, Site, State
 from .projectors import Random
 from .residuals import Drop, GradScaled, NormScaled
 from .rules import Adam
 from .saved_state import unkind, values_of
-from .settings import PROJ_TYPES, SettingError
+from .settings import SettingError
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import settings
+from . import keys, settings
 from .dispatch import refusal
 from .fit import fitting, misfit
 from .guards import Work, flat_error, flat_piece, without_autocast
@@ -49,8 +49,8 @@ class Round:
         for index, group in enumerate(optimizer.param_groups):
             if checked.get(index) != settings.signature(group):
                 where = f" in group {index}"
-                settings.translate(group, where)
-                settings.check_keys(group, where)
+                keys.translate(group, where)
+                keys.check_keys(group, where)
                 settings.check_values(group, where, least_lr=-math.inf)
                 checked[index] = settings.signature(group)
             self.signatures.append(checked[index])

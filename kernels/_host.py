@@ -16,9 +16,6 @@ from .tables import addresses
 Stored = Tensor | tuple[Tensor, Tensor]
 """A moment as it lies in memory: a tensor, or 8-bit codes and their scales."""
 
-BEYOND = 4.0
-"""See `functional.moments.BEYOND`."""
-
 TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -76,12 +73,6 @@ def corrections(
         exact = t.to(torch.float64)
         return (1 - beta1**exact).float(), (1 - beta2**exact).sqrt().float(), counted
     return float(1 - beta1**t), math.sqrt(1 - beta2**t), counted
-
-
-def least_share(beta1: float, beta2: float) -> float:
-    """Return the least share of M*M that V is kept at: see `functional.least_share`."""
-    room = max(0.0, beta2 - beta1**2)
-    return (1 - beta2) * room / (beta2 * ((1 - beta1) * BEYOND) ** 2) if room else 0.0
 
 
 def numbers(values: Sequence[int | Tensor]) -> tuple[int | Tensor, bool]:

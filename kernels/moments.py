@@ -16,7 +16,6 @@ from ._host import (
     aligned,
     corrections,
     form_of,
-    least_share,
     matrix_shape,
     numbers,
     over,
@@ -42,11 +41,10 @@ WIDTH = 256
 
 
 @triton.jit
-def adam(g, m, v, beta1, beta2, share, eps, correction1, correction2):
+def adam(g, m, v, beta1, beta2, eps, correction1, correction2):
     """Return the new moments and the direction: see `functional.adam`."""
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
-    v = tl.maximum(v, share * (m * m), propagate_nan=tl.PropagateNan.ALL)
     denominator = (tl.sqrt(v) * (1 / correction2) + eps) * correction1
     return m, v, m / denominator
 
@@ -121,7 +119,7 @@ def store_scales(m_scale, v_scale, m_scales, v_scales, k, row, block, blocks, ro
 def _adam(
     weights, grads, m_table, v_table, m_scales, v_scales, streams, out, signed_map, square_map,
     rows, cols, blocks, row_tiles, seed, step,
-    beta1, beta2, share, eps, correction1, correction2, step_size, decay,
+    beta1, beta2, eps, correction1, correction2, step_size, decay,
     P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     EIGHT: tl.constexpr, COUNTED: tl.constexpr, RATED: tl.constexpr, WRITES: tl.constexpr,
     ROUNDS: tl.constexpr, ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, TILE: tl.constexpr,
@@ -141,7 +139,7 @@ def _adam(
         k, row, block, blocks, at, inside, rows, M_TYPE, V_TYPE, EIGHT, ALIGNED,
     )  # fmt: skip
     m, v, direction = adam(
-        g, m, v, beta1, beta2, share, eps,
+        g, m, v, beta1, beta2, eps,
         number(correction1, k, COUNTED), number(correction2, k, COUNTED),
     )  # fmt: skip
     stream = tl.load(streams + k)
@@ -243,8 +241,7 @@ def _launch(
     _adam[(len(grads) * row_tiles * blocks,)](
         *moved, out, signed_tables(device), square_table(device),
         rows, cols, blocks, row_tiles, noises[0].seed, steps,
-        float(beta1), float(beta2), least_share(beta1, beta2), float(eps),
-        correction1, correction2, step_size, decay,
+        float(beta1), float(beta2), float(eps), correction1, correction2, step_size, decay,
         tl_type(params[0]), tl_type(grad), m_type, v_type,
         eight, counted, rated, out is None, rounds,
         aligned(*places), height, WIDTH, num_warps=4,

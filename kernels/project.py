@@ -18,7 +18,6 @@ from ._host import (
     aligned,
     corrections,
     form_of,
-    least_share,
     numbers,
     over,
     places_of_moments,
@@ -108,7 +107,7 @@ def tile_of(rows: int, rank: int, half: bool, eight: bool, indexed: bool, room: 
 @triton.jit
 def _moved(
     low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
-    k, row, block, blocks, rows, rank, beta1, beta2, share, eps, correction1, correction2,
+    k, row, block, blocks, rows, rank, beta1, beta2, eps, correction1, correction2,
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Return the new moments of a piece, its direction, where it lies and what of it exists."""
@@ -119,7 +118,7 @@ def _moved(
         m_table, v_table, m_scales, v_scales, signed_map, square_map,
         k, row, block, blocks, at, inside, rows, M_TYPE, V_TYPE, EIGHT, ALIGNED,
     )  # fmt: skip
-    m, v, direction = adam(low, m, v, beta1, beta2, share, eps, correction1, correction2)
+    m, v, direction = adam(low, m, v, beta1, beta2, eps, correction1, correction2)
     return m, v, direction, at, inside
 
 
@@ -127,7 +126,7 @@ def _moved(
 def _finish(
     low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
     low_out, direction_out, k, row, block, blocks, rows, rank, seed, step, stream,
-    beta1, beta2, share, eps, correction1, correction2,
+    beta1, beta2, eps, correction1, correction2,
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, OUT_TYPE: tl.constexpr, EIGHT: tl.constexpr,
     LOW: tl.constexpr, DIRECTION: tl.constexpr, NORMS: tl.constexpr, ALIGNED: tl.constexpr,
     PIECE: tl.constexpr,
@@ -141,21 +140,21 @@ def _finish(
         low_left, direction_left = _finish(
             left, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
             low_out, direction_out, k, row, block, blocks, rows, rank, seed, step, stream,
-            beta1, beta2, share, eps, correction1, correction2,
+            beta1, beta2, eps, correction1, correction2,
             M_TYPE, V_TYPE, OUT_TYPE, EIGHT, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
         )  # fmt: skip
         tl.debug_barrier()
         low_right, direction_right = _finish(
             right, first + left.shape[1], m_table, v_table, m_scales, v_scales, signed_map,
             square_map, low_out, direction_out, k, row, block, blocks, rows, rank, seed, step,
-            stream, beta1, beta2, share, eps, correction1, correction2,
+            stream, beta1, beta2, eps, correction1, correction2,
             M_TYPE, V_TYPE, OUT_TYPE, EIGHT, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
         )  # fmt: skip
         return low_left + low_right, direction_left + direction_right
     else:
         m, v, direction, at, inside = _moved(
             low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
-            k, row, block, blocks, rows, rank, beta1, beta2, share, eps, correction1, correction2,
+            k, row, block, blocks, rows, rank, beta1, beta2, eps, correction1, correction2,
             M_TYPE, V_TYPE, EIGHT, ALIGNED,
         )  # fmt: skip
         m_scale = None
@@ -186,7 +185,7 @@ def _project(
     grads, factors, m_table, v_table, m_scales, v_scales, streams, signed_map, square_map,
     low_out, direction_out, norms_out,
     rows, cols, rank, row_tiles, rank_tiles, matrices, g_row, g_col, f_col, f_rank,
-    seed, step, beta1, beta2, share, eps, correction1, correction2,
+    seed, step, beta1, beta2, eps, correction1, correction2,
     G_TYPE: tl.constexpr, F_TYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr,
     OUT_TYPE: tl.constexpr, INDEXED: tl.constexpr, EIGHT: tl.constexpr, COUNTED: tl.constexpr,
     LOW: tl.constexpr, DIRECTION: tl.constexpr, NORMS: tl.constexpr,
@@ -229,7 +228,7 @@ def _project(
         low_squares, direction_squares = _finish(
             low, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
             low_out, direction_out, k, row, block, rank_tiles, rows, rank, seed, count, stream,
-            beta1, beta2, share, eps, correct1, correct2,
+            beta1, beta2, eps, correct1, correct2,
             M_TYPE, V_TYPE, OUT_TYPE, False, LOW, DIRECTION, NORMS, ALIGNED, PIECE,
         )  # fmt: skip
         if NORMS:
@@ -257,7 +256,7 @@ def _project_eight(
     low_in, m_table, v_table, m_scales, v_scales, streams, signed_map, square_map,
     low_out, direction_out, norms_out,
     rows, rank, row_tiles, blocks, matrices,
-    seed, step, beta1, beta2, share, eps, correction1, correction2,
+    seed, step, beta1, beta2, eps, correction1, correction2,
     OUT_TYPE: tl.constexpr, COUNTED: tl.constexpr, LOW: tl.constexpr, DIRECTION: tl.constexpr,
     NORMS: tl.constexpr, ALIGNED: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -273,7 +272,7 @@ def _project_eight(
         low, block * WIDTH, m_table, v_table, m_scales, v_scales, signed_map, square_map,
         low_out, direction_out, k, row, block, blocks, rows, rank,
         seed, number(step, k, COUNTED).to(tl.uint32), tl.load(streams + k),
-        beta1, beta2, share, eps, number(correction1, k, COUNTED), number(correction2, k, COUNTED),
+        beta1, beta2, eps, number(correction1, k, COUNTED), number(correction2, k, COUNTED),
         tl.uint8, tl.uint8, OUT_TYPE, True, LOW, DIRECTION, NORMS, ALIGNED, WIDTH,
     )  # fmt: skip
     if NORMS:
@@ -326,8 +325,7 @@ def project_moments(
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
     maps = signed_tables(device), square_table(device)
-    betas = float(beta1), float(beta2), least_share(beta1, beta2)
-    adams = noises[0].seed, steps, *betas, float(eps), correction1, correction2
+    adams = noises[0].seed, steps, float(beta1), float(beta2), float(eps), correction1, correction2
     sums = torch.empty(shape, dtype=torch.float32, device=device) if eight else low
     known = aligned(*places)
     _project[(len(grads) * row_tiles * rank_tiles,)](

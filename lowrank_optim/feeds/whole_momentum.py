@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ..functional import raise_square_
 from ..plan import Group
 from ..protocols import Carried, Fed, Moments
 
@@ -16,7 +17,8 @@ class WholeMomentum:
     """Keep Adam's first moment whole, learn the subspace from it, and show the rule its projection.
 
     M <- b1 M + (1-b1) G;  P is learnt from M;  the rule sees G P, and M P in place of a first
-    moment of its own, which a change of P therefore never makes stale.
+    moment of its own, which a change of P therefore never makes stale. Adam's second moment stays
+    in the basis that it was made in, and is kept at the least that M allows, see `raise_square_`.
 
     Args:
         dtype: how M is stored, see `ErrorFeedback`; None for that of the other moments.
@@ -39,4 +41,6 @@ class WholeMomentum:
         return Fed(grad, momentum, {"exp_avg": momentum})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> None:
-        """Return None: nothing leaves M."""
+        """Return None: nothing leaves M. A second moment of an older basis is raised, in place."""
+        if (square := moments.get("exp_avg_sq")) is not None:
+            raise_square_(moments["exp_avg"], square, *group["betas"])

@@ -18,7 +18,15 @@ from .blockwise import (
 from .cosine import dct, dct_scores
 from .factors import down, drop_, is_index, lift_
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
-from .moments import adam, bias_corrections, least_share, places_of, rotate_moments, select_moment
+from .moments import (
+    adam,
+    bias_corrections,
+    least_share,
+    places_of,
+    raise_square_,
+    rotate_moments,
+    select_moment,
+)
 from .orthogonal import newton_schulz
 from .products import (
     NEAR,
@@ -108,6 +116,7 @@ __all__ = [
     "quantize_4bit",
     "quantize_blockwise",
     "quantize_squares",
+    "raise_square_",
     "random_bits",
     "reach",
     "rotate_moments",

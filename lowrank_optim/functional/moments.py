@@ -34,6 +34,21 @@ def least_share(beta1: float, beta2: float) -> float:
     return (1 - beta2) * room / (beta2 * ((1 - beta1) * BEYOND) ** 2) if room else 0.0
 
 
+def raise_square_(exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: float) -> None:
+    """Raise V to c M*M where it is less, in place, with c of `least_share`.
+
+    That changes nothing where M and V are of the same coordinates, in this step and later ones.
+    Where V is of a basis that has moved from under it (Conda's), a row that is rarely active may
+    have none where its M lies, and would go M / eps far.
+
+    Args:
+        exp_avg, exp_avg_sq: of one shape; the second is modified.
+        beta1, beta2: decay of the moments.
+    """
+    least = exp_avg.square().mul_(least_share(beta1, beta2))
+    torch.maximum(exp_avg_sq, least, out=exp_avg_sq)
+
+
 def adam(
     grad: Tensor,
     exp_avg: Tensor,
@@ -45,12 +60,8 @@ def adam(
 ) -> Tensor:
     """Update Adam's moments in place and return the bias-corrected direction.
 
-    M <- b1 M + (1-b1) g,  V <- max(b2 V + (1-b2) g*g, c M*M),
+    M <- b1 M + (1-b1) g,  V <- b2 V + (1-b2) g*g,
     N = (M / (1-b1^t)) / (sqrt(V / (1-b2^t)) + eps)
-
-    with c of `least_share`, which changes nothing where M and V are of the same coordinates. Where
-    V is of a basis that has moved from under it (Conda's), a row that is rarely active may have
-    none where its M lies, and would go m / eps far.
 
     Args:
         grad: any shape, in the dtype of the moments.
@@ -61,9 +72,6 @@ def adam(
     correction1, correction2 = bias_corrections(count, beta1, beta2)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    least = exp_avg.square().mul_(least_share(beta1, beta2))
-    torch.maximum(exp_avg_sq, least, out=exp_avg_sq)
-    del least
     denominator = exp_avg_sq.sqrt().div_(correction2).add_(eps).mul_(correction1)
     return torch.div(exp_avg, denominator, out=denominator)
 

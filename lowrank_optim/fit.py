@@ -17,11 +17,15 @@ FIXED = ("rank", "min_dim", "shard_basis", "capturable")
 """Settings beside those of a plan on which a state depends."""
 
 
-def fitting(param: Tensor, state: State, group: Group, plan: Plan) -> tuple[Any, ...]:
+def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
+    """Return what the states of a group depend on."""
+    return (plan, *(group[key] for key in FIXED))
+
+
+def fitting(param: Tensor, state: State, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
-    held = (id(value) for value in state.values() if isinstance(value, Tensor))
-    kind = (len(state), param.dtype, param.shape, param.device, plan)
-    return (*kind, *held, *(group[key] for key in FIXED))
+    held = tuple(map(id, state.values()))
+    return (held, param.dtype, param.shape, param.device, wanted)
 
 
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:

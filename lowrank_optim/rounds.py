@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import keys, settings
 from .dispatch import refusal
-from .fit import fitting, misfit
+from .fit import fitting, misfit, wants
 from .guards import Work, flat_error, flat_piece, without_autocast
 from .local import here, is_distributed
 from .plan import Job, Plan
@@ -45,6 +45,7 @@ class Round:
         optimizer._members.note(optimizer.param_groups, optimizer.defaults)
         optimizer._members.check(optimizer.param_groups)
         self.signatures: list[settings.Signature] = []
+        self.wants: list[tuple[Any, ...]] = []
         position, checked = 0, optimizer._signatures
         for index, group in enumerate(optimizer.param_groups):
             if checked.get(index) != settings.signature(group):
@@ -63,6 +64,7 @@ class Round:
                 layout = plain_layout(param, group, plan) if site is None else site.layout
                 entries.append(Entry(param, site, layout, index, place, position))
             self.groups.append((group, plan, entries))
+            self.wants.append(wants(group, plan))
         stagger(self.groups)
 
     @cached_property
@@ -131,7 +133,7 @@ class Round:
             site.kernels = refusal(plan, group, here(param), here(grad), state or {}, True) is None
         if not state:
             return
-        wanted = fitting(param, state, group, plan)
+        wanted = fitting(param, state, self.wants[index])
         if member.fits != wanted:
             if (what := misfit(param, site, state, group, plan)) is not None:
                 raise RuntimeError(
@@ -208,7 +210,7 @@ class Round:
             fresh = init_state(local, site, group, plan, param.numel())
             state = states[param] = {}
             layout.view(state, plan.each(group)).update(fresh)
-            self.optimizer._members[param].fits = fitting(param, state, group, plan)
+            self.optimizer._members[param].fits = fitting(param, state, self.wants[index])
         if grad is None or state is None:
             return None
         return Job(

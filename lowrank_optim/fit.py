@@ -24,7 +24,7 @@ def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
 
 def fitting(param: Tensor, state: State, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
-    held = tuple(map(id, state.values()))
+    held = [id(value) for value in state.values() if isinstance(value, Tensor)]
     return (held, param.dtype, param.shape, param.device, wanted)
 
 

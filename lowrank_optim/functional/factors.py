@@ -28,8 +28,9 @@ def down(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     low = _down(grad, factor, dtype)
     if low.device.type != "cpu" or not low.numel():
         return low
+    least, most = low.aminmax()
     limit = reach(dtype)
-    if float(torch.linalg.vector_norm(low, ord=math.inf)) <= limit:
+    if -limit <= least and most <= limit:
         return low
     if not is_index(factor) and grad.dtype != torch.float16:
         share = 0.5 ** math.ceil(math.log2(grad.shape[-1]) / 2 + 1)

@@ -3,17 +3,12 @@
 from pathlib import Path
 
 from ._version import __version__
-from .auto_rank import AutoRank
-from .ddp import projected_all_reduce
-from .feeds import ErrorFeedback, GeneralErrorFeedback, Gradient, WholeMomentum
-from .flat import flatten_state, unflatten_state
-from .foreign import import_state
+from .checkpoints.flatten import flatten_state, unflatten_state
+from .checkpoints.imports import import_state
+from .engine.memory import predicted_bytes, state_bytes
 from .groups import param_groups
-from .memory import predicted_bytes, state_bytes
-from .optimizer import LowRank
-from .plan import Plan, Site, Update
-from .planner import estimate_memory
-from .presets import (
+from .layerwise.ddp import projected_all_reduce
+from .methods import (
     RACS,
     ApolloAdamW,
     CompensatedAdamW,
@@ -28,9 +23,14 @@ from .presets import (
     NorMuonW,
     TrionW,
 )
-from .projectors import DCT, SVD, Blocks, Columns, Identity, Power, Random
-from .residuals import Compensated, Drop, GradScaled, NormScaled, StateFree
-from .rules import SGDM, Adam, Lion, Muon, NorMuon, Orthogonal, RowColumnScaled
+from .optimizer import LowRank
+from .parts.auto_rank import AutoRank
+from .parts.feeds import ErrorFeedback, GeneralErrorFeedback, Gradient, WholeMomentum
+from .parts.plan import Plan, Site, Update
+from .parts.projectors import DCT, SVD, Blocks, Columns, Identity, Power, Random
+from .parts.residuals import Compensated, Drop, GradScaled, NormScaled, StateFree
+from .parts.rules import SGDM, Adam, Lion, Muon, NorMuon, Orthogonal, RowColumnScaled
+from .planner import estimate_memory
 from .settings import SettingError
 
 _root = Path(__file__).resolve().parent.parent

@@ -95,7 +95,7 @@ def add_cite(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run_cite(args: argparse.Namespace) -> None:
     """Print the entries, or what can be cited."""
-    from .citations import bibtex, listing
+    from .methods.papers import bibtex, listing
 
     try:
         found = bibtex(args.names) if args.names and not args.list else listing()

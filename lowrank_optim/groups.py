@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .auto_rank import AutoRank, rank_of
-from .geometry import MIN_DIM, subspace_of
+from .parts.auto_rank import AutoRank, rank_of
+from .parts.geometry import MIN_DIM, subspace_of
 from .roles import roles_of
 from .settings import SettingError, part_of, plan_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from .plan import Group
+from .parts.plan import Group
 from .settings import CHECKS, SettingError, fail
 
 KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "stage"})

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, groups, keys, memory, settings
-from .auto_rank import AutoRank
-from .backward import check_accumulable
-from .geometry import MIN_DIM
-from .guards import is_rehearsal, named
-from .layerwise import LayerWise
-from .members import Members, check_param, name_alike
-from .plan import Shared
-from .protocols import Feed, Projector, Residual, Rule
-from .rounds import open_step
+from . import groups, keys, settings
+from .checkpoints import load as checkpoint
+from .engine import memory
+from .engine.guards import is_rehearsal, named
+from .engine.members import Members, check_param, name_alike
+from .engine.refresh import Watch
+from .engine.step import open_step
+from .layerwise.api import LayerWise
+from .layerwise.hooks import check_accumulable
+from .parts.auto_rank import AutoRank
+from .parts.geometry import MIN_DIM
+from .parts.plan import Shared
+from .parts.protocols import Feed, Projector, Residual, Rule
 from .settings import SettingError
-from .subspace import Watch
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

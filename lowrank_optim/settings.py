@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .auto_rank import AutoRank, rank_of
-from .checks import as_text, bytes_in, is_real, made_from, text_of
-from .feeds import FEEDS, Feed
-from .plan import Group, Plan
-from .projectors import PROJECTORS
-from .protocols import Projector, Residual, Rule
-from .residuals import RESIDUALS
-from .rules import RULES
-from .storage import DTYPES, FEED_STORAGES, STORAGES
+from .parts.auto_rank import AutoRank, rank_of
+from .parts.checks import as_text, bytes_in, is_real, made_from, text_of
+from .parts.feeds import FEEDS, Feed
+from .parts.plan import Group, Plan
+from .parts.projectors import PROJECTORS
+from .parts.protocols import Projector, Residual, Rule
+from .parts.residuals import RESIDUALS
+from .parts.rules import RULES
+from .parts.storage import DTYPES, FEED_STORAGES, STORAGES
 
 PARTS: dict[str, dict[str, Any]] = {
     "feed": FEEDS,

@@ -7,15 +7,9 @@ import torch
 from cases import CASES, GAP, Case, Model, train
 from test_memory import Peak
 
-from lowrank_optim import (
-    DCTAdamW,
-    FrugalAdamW,
-    GaLoreAdamW,
-    LowRank,
-    carrying,
-    functional,
-    subspace,
-)
+from lowrank_optim import DCTAdamW, FrugalAdamW, GaLoreAdamW, LowRank, functional
+from lowrank_optim.engine import carry as carrying
+from lowrank_optim.engine import refresh as subspace
 
 ROTATING = [
     case for case in CASES if case.build(Model().parameters()).defaults["on_refresh"] == "rotate"

@@ -28,7 +28,7 @@ from lowrank_optim import (
     Power,
     StateFree,
 )
-from lowrank_optim.rounds import Round
+from lowrank_optim.engine.step import Round
 from lowrank_optim.settings import PARTS, part_of
 
 CHANGED = [case for case in CASES if str(case) in ("galore", "dct", "fira", "muon", "trion")]

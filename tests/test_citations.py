@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 import lowrank_optim
-from lowrank_optim import Power, citations, cli, presets
+from lowrank_optim import Power, cli
+from lowrank_optim import methods as presets
 from lowrank_optim._version import __released__
+from lowrank_optim.methods import papers as citations
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from wire import counted
 
 from lowrank_optim import GaLoreAdamW, projected_all_reduce
-from lowrank_optim.projectors import svd
+from lowrank_optim.parts.projectors import svd
 
 STEPS = 3 * GAP + 1
 WIDE = torch.float64

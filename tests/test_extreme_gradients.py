@@ -21,7 +21,7 @@ from lowrank_optim.functional import (
     raise_square_,
     rotate_moments,
 )
-from lowrank_optim.limiter import FIRST, limit
+from lowrank_optim.parts.limiter import FIRST, limit
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 BOUNDED = [case for case in CASES if not case.name.startswith("sgdm")]

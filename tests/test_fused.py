@@ -15,7 +15,7 @@ from cases import CASES, GAP, Model, gradient
 from torch import nn
 
 from lowrank_optim import DCT, ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
-from lowrank_optim.dispatch import refusal
+from lowrank_optim.engine.backend import refusal
 from lowrank_optim.settings import plan_of
 
 pytest.importorskip("triton", reason="kernels need triton")
@@ -243,7 +243,8 @@ def test_run_time_numbers_on_the_device_do_not_change_a_fused_step(name, device)
 
 
 def test_matrices_of_one_shape_share_launches(monkeypatch, device):
-    from lowrank_optim import fused, kernels
+    from lowrank_optim import kernels
+    from lowrank_optim.engine import launches as fused
 
     launches = []
     for name in ("project_moments", "lift_write"):
@@ -307,7 +308,7 @@ def test_kernels_in_the_backward_pass(name, accumulate, device):
 
 def test_bases_of_few_matrices_are_held_at_once(monkeypatch, device):
     """What a projector gathers for a matrix goes before those of the next launch are made."""
-    from lowrank_optim import fused
+    from lowrank_optim.engine import launches as fused
 
     held, most = weakref.WeakSet(), []
 

@@ -22,12 +22,7 @@ from torch import nn
 from transformers import TrainerCallback, default_data_collator, get_scheduler
 from transformers.trainer_utils import get_last_checkpoint
 
-from lowrank_optim import (
-    FiraAdamW,
-    FrugalAdamW,
-    GaLoreAdamW,
-    param_groups,
-)
+from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
 from lowrank_optim.integrations.huggingface import LogGradNorm, trainer_optimizer
 
 ROOT = Path(__file__).parent.parent

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import ApolloAdamW, GaLoreAdamW, import_state
 from lowrank_optim.functional import load
-from lowrank_optim.storage import stored
+from lowrank_optim.parts.storage import stored
 
 
 def projection(basis: Tensor) -> Tensor:

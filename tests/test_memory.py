@@ -21,7 +21,7 @@ from lowrank_optim import (
     predicted_bytes,
     state_bytes,
 )
-from lowrank_optim.memory import shared_bytes
+from lowrank_optim.engine.memory import shared_bytes
 
 M, N, R = 40, 24, 5
 STEP = 4

@@ -8,7 +8,7 @@ from cases import CASES, GAP, Model, train
 from torch import Tensor
 
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.projectors import PROJECTORS
+from lowrank_optim.parts.projectors import PROJECTORS
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 

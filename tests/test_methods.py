@@ -26,10 +26,10 @@ from lowrank_optim import (
     LowRankAdamW,
     NormScaled,
 )
-from lowrank_optim.limiter import limit
-from lowrank_optim.plan import Shared
+from lowrank_optim.engine.sites import sites_of
+from lowrank_optim.parts.limiter import limit
+from lowrank_optim.parts.plan import Shared
 from lowrank_optim.settings import plan_of
-from lowrank_optim.sites import sites_of
 
 SHAPES = [(13, 7), (5, 11), (9, 9)]
 RANK, GAP, STEPS = 3, 4, 15

@@ -32,7 +32,7 @@ from lowrank_optim import (
 )
 from lowrank_optim.functional import BLOCK_4BIT, dequantize_4bit, newton_schulz, quantize_4bit
 from lowrank_optim.functional.stored import load
-from lowrank_optim.storage import stored
+from lowrank_optim.parts.storage import stored
 
 LENGTHS = ["original", "match_rms_adamw", "dion", "none"]
 OF_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)

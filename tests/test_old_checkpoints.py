@@ -45,7 +45,7 @@ def test_a_setting_that_had_no_name_yet_means_what_it_did(monkeypatch):
     saved = torch.load(FILES[-1], weights_only=True)
     case = next(case for case in CASES if case.name == FILES[-1].stem)
     optimizer = case.build(model_of(saved["model"]).parameters())
-    monkeypatch.setattr("lowrank_optim.checkpoint.BEFORE", {"stochastic_rounding": True})
+    monkeypatch.setattr("lowrank_optim.checkpoints.load.BEFORE", {"stochastic_rounding": True})
     del saved["optimizer"]["param_groups"][0]["stochastic_rounding"]
     optimizer.load_state_dict(saved["optimizer"])
     assert optimizer.param_groups[0]["stochastic_rounding"] is True

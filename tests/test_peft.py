@@ -10,10 +10,7 @@ from cases import FULL, GAP, PRESETS, assert_same, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_optim import (
-    GaLoreAdamW,
-    param_groups,
-)
+from lowrank_optim import GaLoreAdamW, param_groups
 
 RANK = 6
 """Above the rank of the adapters, 4, and below every axis of the base model's matrices."""

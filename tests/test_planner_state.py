@@ -10,13 +10,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_optim
-from lowrank_optim import LowRank, estimate_memory, presets, state_bytes
-from lowrank_optim.memory import shared_bytes
-from lowrank_optim.plan import site_of
+from lowrank_optim import LowRank, estimate_memory, state_bytes
+from lowrank_optim import methods as presets
+from lowrank_optim.engine.memory import shared_bytes
+from lowrank_optim.engine.refresh import move_subspaces
+from lowrank_optim.engine.step import Round
+from lowrank_optim.parts.plan import site_of
 from lowrank_optim.planner.methods import METHODS, needs_of, refresh_workspace, with_state
 from lowrank_optim.planner.models import MODELS, build
-from lowrank_optim.rounds import Round
-from lowrank_optim.subspace import move_subspaces
 
 OURS = {name: method for name, method in METHODS.items() if method.preset}
 STATES = [None, torch.bfloat16, "8bit"]

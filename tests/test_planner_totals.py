@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_optim import LowRank, estimate_memory, state_bytes
-from lowrank_optim.memory import shared_bytes
+from lowrank_optim.engine.memory import shared_bytes
 from lowrank_optim.planner.estimate import enable_checkpointing as checkpoint
 from lowrank_optim.planner.methods import METHODS
 from lowrank_optim.planner.models import build, token_loss

@@ -12,12 +12,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim import DCT, SVD, Blocks, Columns, Power, Random, Site
-from lowrank_optim.functional import (
-    down,
-    lift_,
-)
-from lowrank_optim.plan import Matrix
-from lowrank_optim.projectors import power
+from lowrank_optim.functional import down, lift_
+from lowrank_optim.parts.plan import Matrix
+from lowrank_optim.parts.projectors import power
 
 CPU = torch.device("cpu")
 BASES = [SVD(), Power(), Power(1), DCT(), DCT("l2"), Random(), Columns()]

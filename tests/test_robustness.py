@@ -13,16 +13,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lowrank_optim import (
-    ApolloAdamW,
-    FiraAdamW,
-    FrugalAdamW,
-    GaLoreAdamW,
-    LowRank,
-)
-from lowrank_optim.plan import Shared
+from lowrank_optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
+from lowrank_optim.engine.sites import sites_of
+from lowrank_optim.parts.plan import Shared
 from lowrank_optim.settings import plan_of
-from lowrank_optim.sites import sites_of
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 LEARNED = ["svd", "power", "dct"]

@@ -23,7 +23,7 @@ from lowrank_optim import (
     predicted_bytes,
     state_bytes,
 )
-from lowrank_optim.memory import shared_bytes
+from lowrank_optim.engine.memory import shared_bytes
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "scaling.py"
 RANK = 8

@@ -23,7 +23,8 @@ from sharded import (
 from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, halves, predicted_bytes, state_bytes
+from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, predicted_bytes, state_bytes
+from lowrank_optim.engine import two_phase as halves
 
 STEPS = 3 * GAP + 1
 """Each matrix moves its subspace three times."""

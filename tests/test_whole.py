@@ -7,8 +7,9 @@ import torch
 import torch.distributed as dist
 from sharded import cut, mesh_of, placements_for, size_of
 
-from lowrank_optim import RACS, MuonW, NorMuonW, TrionW, update
-from lowrank_optim.rules import muon
+from lowrank_optim import RACS, MuonW, NorMuonW, TrionW
+from lowrank_optim.engine import update
+from lowrank_optim.parts.rules import muon
 
 METHODS = [
     lambda params: MuonW(params),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import LowRank, state_bytes
 from lowrank_optim.demo.train import rate
-from lowrank_optim.memory import shared_bytes
+from lowrank_optim.engine.memory import shared_bytes
 
 from . import data
 from .methods import Spec, build_optimizer

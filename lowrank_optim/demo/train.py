@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..engine.memory import shared_bytes, state_bytes
 from ..groups import param_groups
-from ..memory import shared_bytes, state_bytes
 from ..optimizer import LowRank
 from .corpus import Corpus
 from .recipes import Recipe, build_optimizer

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..auto_rank import AutoRank
-from ..geometry import MIN_DIM
 from ..groups import sorted_groups
-from ..local import is_distributed
 from ..optimizer import LowRank
+from ..parts.auto_rank import AutoRank
+from ..parts.geometry import MIN_DIM
 from ..settings import SettingError
-from ..team import several
+from ..sharding.collectives import several
+from ..sharding.local import is_distributed
 from . import require
 
 require("transformers", "accelerate", extra="transformers")

@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import NamedTuple
 
-from ..checks import bytes_in
+from ..parts.checks import bytes_in
 from .models import PlanError
 
 GIB = 2**30

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import dispatch, feeding, fused, memory, presets, update
-from ..geometry import oriented
+from .. import methods as presets
+from ..engine import backend as dispatch
+from ..engine import feed as feeding
+from ..engine import launches as fused
+from ..engine import memory, update
+from ..engine.refresh import at_a_time, move_subspaces
+from ..engine.step import Round
+from ..engine.update import init_state, template
 from ..groups import param_groups
 from ..optimizer import LowRank, Params
-from ..plan import Group, Job, Plan, site_of
-from ..rounds import Round
-from ..subspace import at_a_time, move_subspaces
-from ..update import init_state, template
+from ..parts.geometry import oriented
+from ..parts.plan import Group, Job, Plan, site_of
 from .trace import Live
 
 
@@ -28,7 +32,7 @@ class Method:
 
     Attributes:
         label: what tables call it.
-        preset: the class in `lowrank_optim.presets`, None for the two that are not ours.
+        preset: the class in `lowrank_optim.methods`, None for the two that are not ours.
         settings: what it is made with: where decompositions are the paper's, the projector that
             real models are trained with, whose state is the same and whose workspace is smaller.
         shown: whether it is in the table without being asked for.

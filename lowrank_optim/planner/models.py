@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ..checks import is_real
 from ..integrations import require
+from ..parts.checks import is_real
 from .trace import Loss
 
 MOST = 100_000

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..geometry import subspace_of
 from ..groups import param_groups
+from ..parts.geometry import subspace_of
 from .methods import Method, Needs, needs_of
 from .models import PlanError, foreign
 from .phases import phases_of

@@ -1,0 +1,203 @@
+"""Saving and loading: plain tensors and numbers, unchanged dtypes, and no silent mismatch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..engine.sites import name_of, sites_of
+from ..keys import NOT_OFFERED, check_keys
+from ..parts.checks import is_real
+from ..parts.geometry import Shape, subspace_of
+from ..parts.plan import Group, Plan
+from ..settings import CHECKS, STRUCTURE, SettingError, check_values, described, kind_of, plan_of
+from . import states as saved_state
+from .differences import news
+from .pairing import check_form, ids_of, paired
+from .states import Saved
+
+if TYPE_CHECKING:
+    from ..optimizer import LowRank
+
+
+STATE_VERSION = 1
+"""Version of the layout of a state; a number in every group of a checkpoint."""
+
+LIVE = (*STRUCTURE, "state_dtype", "impl", "capturable", "foreach", "fused", "shard_basis")
+"""Settings that stay as they are here: what the state means, and how this machine steps it."""
+
+BEFORE = {"min_dim": 1}
+"""What a checkpoint of this package means that was written before there was such a setting."""
+
+
+def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state dict whose groups hold text where they held objects."""
+    groups = [{**group, **described(group)} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
+
+
+def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) -> None:
+    """Load through torch's own method, which runs the user's hooks.
+
+    Our hooks stand innermost: after the user's pre-hooks the checkpoint is checked, and handed on
+    without states, which torch would cast to the dtype of the parameter; before his post-hooks the
+    states are taken from it.
+
+    Args:
+        optimizer: whose state is replaced.
+        state_dict: the checkpoint, which is not changed.
+        tells: whether to warn, at the caller's caller, of settings that were others here.
+    """
+    live = [dict(group) for group in optimizer.param_groups]
+    checkpoint: list[Checked] = []
+
+    def check_and_keep(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
+        check_form(incoming)
+        checkpoint.append(checked(optimizer, incoming))
+        ids = set(ids_of(incoming["param_groups"]))
+        others = {key: value for key, value in incoming["state"].items() if key not in ids}
+        return {**incoming, "state": others, "param_groups": checkpoint[0].groups}
+
+    def restore(_: Any) -> None:
+        given = checkpoint[0].groups
+        for group, own, new in zip(optimizer.param_groups, live, given, strict=True):
+            loaded = {k: own[k] if k in LIVE or k not in new else group[k] for k in own}
+            rest = {k: v for k, v in group.items() if k not in own}
+            group.clear()
+            group.update(loaded | rest)  # in the order of before: a checkpoint is the same text
+        for saved in checkpoint[0].states:
+            saved_state.take(saved, optimizer.state[saved.param])
+
+    if not isinstance(state_dict, Mapping):
+        raise SettingError(f"a {type(state_dict).__name__} is no state dict of an optimizer")
+    before = optimizer.register_load_state_dict_pre_hook(check_and_keep)
+    after = optimizer.register_load_state_dict_post_hook(restore, prepend=True)
+    try:
+        Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        before.remove()
+        after.remove()
+    optimizer._members.forget_fits()
+    optimizer._end_round()
+    optimizer._recall_norm()
+    if tells and (differences := news(live, checkpoint[0].settings, LIVE)):
+        warnings.warn(differences, stacklevel=3)
+
+
+class Checked(NamedTuple):
+    """What is taken of a checkpoint that fits.
+
+    Attributes:
+        settings: those it has, in their normal form, a group each.
+        groups: those of them that are taken, as torch is to load them.
+        states: one for each parameter that has one.
+    """
+
+    settings: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    states: list[Saved]
+
+
+def checked(optimizer: LowRank, state_dict: Mapping[str, Any]) -> Checked:
+    """Return what is to be taken of a checkpoint.
+
+    Raises:
+        SettingError: it does not fit. Nothing is changed then.
+    """
+    found = Checked([], [], [])
+    ours = any("projector" in group for group in state_dict["param_groups"])
+    try:
+        own = paired(optimizer.param_groups, state_dict)
+        for index, (group, saved) in enumerate(
+            zip(optimizer.param_groups, own["param_groups"], strict=True)
+        ):
+            check_structure(group, saved, index)
+            merged = merged_settings(group, saved, f" in group {index} of the checkpoint")
+            taken = {k: merged.get(k, v) for k, v in saved.items() if k not in LIVE}
+            older = {k: merged[k] for k in BEFORE if k in merged and "projector" in saved}
+            found.settings.append({**saved, **taken})
+            found.groups.append({**older, **taken, "params": saved["params"]})
+            found.states.extend(states_in(optimizer, merged, saved, own["state"], index))
+    except SettingError as error:
+        if ours:
+            raise
+        raise SettingError(
+            f"the checkpoint is one of another optimizer, whose state is not that of a "
+            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads those of "
+            "galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
+            "and start without the optimizer's state"
+        ) from None
+    return found
+
+
+def check_structure(group: Group, saved: Group, index: int) -> None:
+    """Raise SettingError if a group of a checkpoint was made with other parts than ours."""
+    version = saved.get("state_version", STATE_VERSION)
+    if not isinstance(version, int) or version != STATE_VERSION:
+        raise SettingError(
+            f"the checkpoint has state_version {version}, this package reads {STATE_VERSION}: "
+            "upgrade lowrank-optim"
+        )
+    for key, value in described(group).items():
+        if key in saved and kind_of(str(saved[key])) != kind_of(value):
+            raise SettingError(
+                f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
+                f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
+                "start without its optimizer state"
+            )
+    names = {key: saved[key] is not False for key in NOT_OFFERED if key in saved}
+    check_keys({**dict.fromkeys(saved), **names}, f" in group {index} of the checkpoint")
+
+
+def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
+    """Return the settings of a group after the load, checked: the checkpoint's, but live ones."""
+    taken = {**(BEFORE if "projector" in saved else {}), **saved}
+    merged = {key: taken.get(key, own) if key not in LIVE else own for key, own in group.items()}
+    merged.update({key: group[key] for key in ("params", "param_names") if key in group})
+    norm = merged["grad_norm"]
+    if norm is not None and (not is_real(norm) or norm < 0):
+        raise SettingError(f"grad_norm={norm!r}{where}: it must be None or a number of at least 0")
+    if isinstance(merged["lr"], Tensor) and merged["lr"].is_meta:
+        raise SettingError(f'lr{where} is on "meta", without a value')
+    check_values(merged, where)
+    CHECKS["state_dtype"]("state_dtype", saved.get("state_dtype"), where)
+    if not isinstance(saved.get("rank"), str):
+        CHECKS["rank"]("rank", saved.get("rank"), where)
+    return merged
+
+
+def states_in(
+    optimizer: LowRank, merged: Group, saved: Group, states: Mapping[Any, Any], index: int
+) -> list[Saved]:
+    """Return the states that the parameters of a group have in a checkpoint, checked."""
+    plan = plan_of(merged)
+    held = {
+        param: states.get(key, {})
+        for param, key in zip(merged["params"], saved["params"], strict=True)
+    }
+    found = []
+    for place, (param, site) in enumerate(sites_of(merged, plan, optimizer._shared, states=held)):
+        name, shape = name_of(merged, index, place), tuple(param.shape)
+        if "rank" in saved and not same_rank(shape, saved["rank"], merged, plan):
+            ranks = f"rank {saved['rank']} in the checkpoint, {merged['rank']} here"
+            raise SettingError(f"the ranks of {name} differ: {ranks}")
+        if held[param]:
+            found.append(Saved(name, param, site, held[param], merged, plan))
+            saved_state.check(found[-1])
+    return found
+
+
+def same_rank(shape: Shape, there: Any, group: Group, plan: Plan) -> bool:
+    """Return whether two settings of `rank`, that of a checkpoint and ours, come to the same."""
+    here, least = group["rank"], group["min_dim"]
+    if isinstance(there, str) or isinstance(here, str):
+        return isinstance(there, str) and isinstance(here, str)
+    spaces = [
+        subspace_of(shape, rank, plan.side, plan.projector.whole, plan.full, least)
+        for rank in (there, here)
+    ]
+    return spaces[0] == spaces[1]

@@ -1,0 +1,1 @@
+"""One step of an optimizer, from its groups to the written weights."""

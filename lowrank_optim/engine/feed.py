@@ -1,0 +1,80 @@
+"""Steps on what a feed makes of gradients: some parameters at a time, because it is full-size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch import Tensor
+
+from ..functional import Noise, bits_of, lift_, load, store
+from ..parts.plan import Group, Job, Plan, site_of
+from ..parts.protocols import Carried
+from ..parts.storage import stored
+from .refresh import grad_of
+from .two_phase import batches
+
+AT_ONCE = 1 << 23
+"""Elements of gradients that are fed at once."""
+
+KIND = 5
+"""The first kind of random bits that stored slots take, see `functional.Noise`."""
+
+
+def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
+    """Yield jobs in lists, the same on all processes, whose feeds may be held at once."""
+    if not plan.feed.slots:
+        yield jobs
+        return
+
+    def size(job: Job) -> int:
+        layout = job.layout
+        return layout.matrices * layout.rows * layout.cols // layout.team.size
+
+    yield from batches(jobs, size, AT_ONCE)
+
+
+def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]]:
+    """Return jobs whose gradients are what subspaces learn from, and what is projected."""
+    lessons, others = [], []
+    for job in jobs:
+        held = {slot: load_whole(job, slot) for slot in plan.feed.slots}
+        made = plan.feed.feed(grad_of(job), held, carried_by(job, plan), group)
+        lessons.append(job._replace(grad=turned(made.lesson, job)))
+        others.append(job._replace(grad=turned(made.grad, job), kept=made.kept))
+    return lessons, others
+
+
+def turned(matrix: Tensor, job: Job) -> Tensor:
+    """Return a matrix that is seen with the projected axis last as the parameter lies."""
+    return matrix.mT if job.layout.wide else matrix
+
+
+def load_whole(job: Job, slot: str) -> Tensor:
+    """Return a full-size slot in the dtype of the arithmetic."""
+    site = site_of(job)
+    value = load(stored(job.state, slot), site.dtype, False)
+    return value if value.shape[-1] == site.cols else value[..., : site.cols]
+
+
+def carried_by(job: Job, plan: Plan) -> Carried:
+    """Return the moments as the step before left them."""
+    site = site_of(job)
+
+    def moment(slot: str) -> Tensor:
+        return load(stored(job.state, slot), site.dtype, slot in plan.rule.squares)
+
+    def lift(low: Tensor) -> Tensor:
+        out = low.new_zeros(*low.shape[:-1], site.cols)
+        lift_(out, low, plan.projector.factor(job.state, site))
+        return out
+
+    return Carried(moment, lift, site.step)
+
+
+def keep(job: Job, taken: Tensor | None, factor: Tensor, noise: Noise) -> None:
+    """Store what a feed keeps of a step, less what was used of it."""
+    for place, (slot, value) in enumerate((job.kept or {}).items()):
+        if taken is not None:
+            lift_(value, taken, factor, scale=-1.0)
+        store(stored(job.state, slot), value, False, partial(bits_of, noise, KIND + place, value))

@@ -1,0 +1,254 @@
+"""Steps by kernels: matrices of one shape in one launch, some at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional import Noise, Stored, is_index, on_device
+from ..parts.geometry import oriented
+from ..parts.plan import Group, Job, Plan, site_of
+from ..parts.storage import stored
+from .backend import kernels
+from .scalars import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
+from .two_phase import Half
+
+AT_ONCE = 48 << 20
+"""Bytes of projected gradients, directions and bases that a step makes beside the parameters."""
+
+SHARE = 64
+"""The gradients over this, where that is more: else a large model's step has many small launches,
+and takes as long as the host needs for those."""
+
+READ_OFTEN = 1 << 18
+"""Elements from which on a basis is narrowed once, not at each of its many reads."""
+
+
+class Part(NamedTuple):
+    """One matrix of one parameter: all that a launch is given of it, but for its factor.
+
+    That may have to be made, and so is asked for when its turn has come. `copy` is what `param` is
+    a view of where that is no view of the parameter (channels last).
+    """
+
+    job: Job
+    place: int | None
+    param: Tensor
+    copy: Tensor | None
+    grad: Tensor
+    exp_avg: Stored
+    exp_avg_sq: Stored
+    age: int | Tensor
+    noise: Noise
+    residual: dict[str, Tensor]
+
+
+class Whole(NamedTuple):
+    """One parameter that is not projected."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Stored
+    exp_avg_sq: Stored
+    age: int | Tensor
+    noise: Noise
+
+
+def begin(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
+    """Do the first half of a step of projected parameters whose subspaces are in place."""
+    parts: dict[Hashable, list[Part]] = {}
+    for job in jobs:
+        matrix, view = oriented(job.param, job.layout.wide)
+        copy = matrix if matrix.data_ptr() != job.param.data_ptr() else None
+        for part in parts_of(job, view, copy, group, plan):
+            parts.setdefault(kind_of(part), []).append(part)
+    room = at_once(jobs)
+    for alike in parts.values():
+        part = alike[0]
+        size = held_bytes(part, plan)
+        for together in chunks(alike, max(1, room // max(1, size))):
+            with on_device(part.param.device):
+                yield launch(together, group, plan)
+
+
+def at_once(jobs: list[Job]) -> int:
+    """Return the bytes that a launch for some of these parameters may make."""
+    total = 0
+    for job in jobs:
+        layout = job.layout
+        values = layout.matrices * layout.rows * layout.cols // layout.team.size
+        total += values * job.param.element_size()
+    return max(AT_ONCE, total // SHARE)
+
+
+def parts_of(
+    job: Job, view: Tensor, copy: Tensor | None, group: Group, plan: Plan
+) -> Iterator[Part]:
+    """Yield the matrices of a parameter, which is one matrix or a stack of them."""
+    assert job.site is not None
+    _, grad = oriented(job.grad, job.layout.wide)
+    moments = [stored(job.state, slot) for slot in plan.slots]
+    residual = {key: job.state[key] for key in (*plan.kept, *plan.kept_by_row)}
+    count, noise = age_of(job, group), noise_of(job, group)
+    if view.ndim == 2:
+        yield Part(job, None, view, copy, grad, moments[0], moments[1], count, noise, residual)
+        return
+    for place in range(view.shape[0]):
+        yield Part(
+            job,
+            place,
+            view[place],
+            None,
+            grad[place],
+            piece_of(moments[0], place),
+            piece_of(moments[1], place),
+            count,
+            noise._replace(stream=noise.stream + place * job.layout.rows),
+            {key: value[place] for key, value in residual.items()},
+        )
+
+
+def piece_of(moment: Stored, place: int) -> Stored:
+    """Return the moment of one matrix of a stack."""
+    if isinstance(moment, Tensor):
+        return moment[place]
+    return moment[0][place], moment[1][place]
+
+
+def kind_of(part: Part) -> Hashable:
+    """Return what the matrices of one launch have in common, on all processes if they are cut."""
+    tensors = (part.param, part.grad)
+    counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
+    layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
+    forms = (form_of(part.exp_avg), form_of(part.exp_avg_sq))
+    cut = None if part.job.layout.mesh is None else part.job.layout
+    return (cut, layout, forms, site_of(part.job).rank, part.param.device, counted)
+
+
+def form_of(moment: Stored) -> Hashable:
+    """Return how a moment lies in memory."""
+    return moment.dtype if isinstance(moment, Tensor) else "8bit"
+
+
+def held_bytes(part: Part, plan: Plan) -> int:
+    """Return the bytes that a launch makes for one matrix: low, direction, sums, and a basis.
+
+    A whole basis in the state is used as it lies there, or narrowed; any other is counted as one
+    that is gathered in float32 and narrowed.
+    """
+    want, (rows, cols), layout = plan.residual.want, part.param.shape, part.job.layout
+    if layout.mesh is not None:
+        rows = -(-layout.rows // layout.team.size)  # the same number on all processes
+    width = 2 if part.grad.dtype == torch.bfloat16 else 4
+    values = width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
+    made = 6
+    for key in plan.projector.bases:
+        basis = part.job.state[key]
+        if basis.shape[-2] == cols:
+            made = 0 if basis.dtype == part.grad.dtype else width
+    return site_of(part.job).rank * (rows * values + made * cols)
+
+
+def factors_of(parts: list[Part], plan: Plan) -> list[Tensor]:
+    """Return the factors of some matrices, alike in their strides."""
+    made: dict[int, Tensor] = {}
+    factors = []
+    for job, place, _, _, grad, *_ in parts:
+        factor = made.get(job.position)
+        if factor is None:
+            factor = plan.projector.factor(job.state, site_of(job))
+            if not is_index(factor) and factor.numel() >= READ_OFTEN:
+                factor = factor.to(grad.dtype)
+            made[job.position] = factor
+        of_stack = place is not None and not is_index(factor) and factor.ndim == 3
+        factors.append(factor[place] if of_stack else factor)
+    if any(factor.stride() != factors[0].stride() for factor in factors):
+        return [factor.contiguous() for factor in factors]
+    return factors
+
+
+def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
+    """Yield pieces of a list."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
+    """Do the first launch of some matrices; the second, after the residual's few numbers, waits."""
+    ops, want = kernels(), plan.residual.want
+    grads, factors = [part.grad for part in parts], factors_of(parts, plan)
+    noises, counts = [part.noise for part in parts], [part.age for part in parts]
+    low, direction, norms = ops.project_moments(
+        grads,
+        factors,
+        [part.exp_avg for part in parts],
+        [part.exp_avg_sq for part in parts],
+        counts,
+        *group["betas"],
+        group["eps"],
+        noises,
+        want,
+    )
+    count = (
+        counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
+    )
+    site = site_of(parts[0].job)
+    state = {key: torch.stack([part.residual[key] for part in parts]) for key in parts[0].residual}
+
+    def finish(sums: Tensor | None) -> None:
+        uncorrected = plan.rule.uncorrected(count, group)
+        update = plan.residual.update(norms, sums, state, site, group, uncorrected)
+        for key, value in state.items():
+            torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
+        param = parts[0].param
+        with on_device(param.device):
+            ops.lift_write(
+                [part.param for part in parts],
+                grads,
+                factors,
+                low,
+                direction,
+                update,
+                *rates_of(group),
+                noises if rounds(param, group) else None,
+            )
+        for part in parts:
+            if part.copy is not None:
+                part.job.param.copy_(part.copy.view(part.job.param.shape))
+
+    places = [(part.job, part.place or 0) for part in parts]
+    return Half(places, plan.residual.sums(norms, state, site, group), finish)
+
+
+def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
+    """Do one step of parameters that are not projected."""
+    parts: dict[Hashable, list[Whole]] = {}
+    for job in jobs:
+        count, noise = age_of(job, group), noise_of(job, group)
+        counted = None if isinstance(count, Tensor) else (count, noise.step)
+        exp_avg, exp_avg_sq = (stored(job.state, slot) for slot in plan.rule.plain.slots)
+        param, grad, forms = job.param, job.grad, (form_of(exp_avg), form_of(exp_avg_sq))
+        if rounds(param, group) or forms != (torch.float32, torch.float32):
+            param, grad = in_rows(param), in_rows(grad)
+            exp_avg, exp_avg_sq = moment_in_rows(exp_avg), moment_in_rows(exp_avg_sq)
+        kind = (param.shape, param.dtype, grad.dtype, param.device, forms, counted)
+        whole = Whole(param, grad, exp_avg, exp_avg_sq, count, noise)
+        parts.setdefault(kind, []).append(whole)
+    for alike in parts.values():
+        params, grads, firsts, seconds, counts, noises = map(list, zip(*alike, strict=True))
+        with on_device(alike[0].param.device):
+            kernels().adam_step(
+                params,
+                grads,
+                firsts,
+                seconds,
+                counts,
+                *group["betas"],
+                group["eps"],
+                *rates_of(group),
+                noises,
+                group["stochastic_rounding"],
+            )

@@ -1,0 +1,190 @@
+"""What an optimizer knows of its parameters, whoever changes its groups meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping
+from dataclasses import dataclass
+from math import prod
+from operator import is_
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..parts.geometry import matrix_shape
+from ..settings import SettingError
+from ..sharding.collectives import several
+from .guards import flat_error, flat_piece
+from .sites import name_of
+
+
+@dataclass
+class Member:
+    """A parameter of an optimizer.
+
+    Attributes:
+        shape: when it was given to the optimizer.
+        name: that of `param_names`, None without.
+        fits: what its state was last found to fit, see `Round.check`.
+    """
+
+    shape: tuple[int, ...]
+    name: str | None = None
+    fits: Any = None
+
+
+class Members:
+    """The parameters of an optimizer, by themselves and not by their places.
+
+    Trainers take parameters out of groups, put others in, and assign whole lists of groups. `note`
+    keeps up with that, also with names, and `check` looks at what is new.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, Member] = {}
+        self._left: MutableMapping[Tensor, Member] = WeakTensorKeyDictionary()
+        self._lists: list[list[Tensor]] = []
+        self._new: list[Tensor] = []
+        self._gone: list[tuple[int, ...]] = []
+
+    def __getitem__(self, param: Tensor) -> Member:
+        return self._known[param]
+
+    def __contains__(self, param: object) -> bool:
+        return param in self._known
+
+    def forget_fits(self) -> None:
+        """Forget which states were found to fit."""
+        for member in self._known.values():
+            member.fits = None
+
+    def note(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+        """Take note of what has been changed in the groups from outside.
+
+        A group that lacks a setting gets the default. `param_names` follow their parameters; a
+        group without, beside others with them, gets names by place.
+        """
+        for index, group in enumerate(groups):
+            for key, value in defaults.items():
+                group.setdefault(key, value)
+            if "params" not in group:
+                raise SettingError(f"group {index} has no 'params'")
+            if not isinstance(group["params"], list):
+                single = isinstance(group["params"], Tensor)
+                group["params"] = [group["params"]] if single else list(group["params"])
+        now = [group["params"] for group in groups]
+        if all_same(now, self._lists):
+            return
+        if any("param_names" in group for group in groups):
+            for index, group in enumerate(groups):
+                taken = {name for other in groups for name in other.get("param_names", ())}
+                if "param_names" not in group:
+                    group["param_names"] = place_names(index, len(group["params"]), taken)
+        before, self._known = self._known, {}
+        for index, group in enumerate(groups):
+            for place, param in enumerate(group["params"]):
+                member = before.get(param) or self._left.get(param)
+                if member is None:
+                    member = Member(tuple(param.shape))
+                    self._new.append(param)
+                if "param_names" in group and member.name is None:
+                    member.name = given_name(group, index, place)
+                self._known[param] = member
+        for group in groups:
+            if "param_names" in group:
+                group["param_names"] = [self._known[param].name for param in group["params"]]
+        for param, member in before.items():
+            if param not in self._known:
+                self._left[param] = member
+                self._gone.append(member.shape)
+        self._lists = [list(params) for params in now]
+
+    def check(self, groups: list[dict[str, Any]]) -> None:
+        """Raise an error for a new parameter that cannot be optimized, see `check_param`."""
+        new = set(self._new)
+        for index, group in enumerate(groups if new else ()):
+            for place, param in enumerate(group["params"]):
+                if param in new:
+                    check_param(param, name_of(group, index, place), self._gone)
+        self._new.clear()
+        self._gone.clear()
+
+
+def all_same(now: list[list[Tensor]], seen: list[list[Tensor]]) -> bool:
+    """Return whether lists of parameters hold the same objects."""
+    if [len(params) for params in now] != [len(params) for params in seen]:
+        return False
+    return all(all(map(is_, new, old)) for new, old in zip(now, seen, strict=True))
+
+
+def check_param(param: Tensor, name: str, gone: list[tuple[int, ...]]) -> None:
+    """Raise an error for a new parameter that cannot be optimized; a frozen one is only carried.
+
+    Args:
+        param: the parameter.
+        name: what to call it.
+        gone: shapes of the parameters that are in no group any more.
+
+    Raises:
+        SettingError: it is trained, and neither real nor floating.
+        RuntimeError: it is a flat piece of a matrix.
+    """
+    if param.requires_grad and not param.is_floating_point():
+        raise SettingError(
+            f"{name} is {param.dtype}: only real floating-point parameters can be optimized"
+        )
+    piece = flat_piece(param) or piece_of_all(param, gone)
+    if piece is not None:
+        raise flat_error(name, piece)
+
+
+def piece_of_all(param: Tensor, gone: list[tuple[int, ...]]) -> str | None:
+    """Return what a new vector is a flat piece of: of matrices whose place it has taken.
+
+    ZeRO puts one vector in place of all parameters of a group, as long as they are together, or
+    that shared out over the processes. The bias of a new layer is shorter than the layers that it
+    comes for.
+    """
+    matrices = [shape for shape in gone if matrix_shape(shape)]
+    if param.ndim != 1 or not matrices:
+        return None
+    shares = dist.get_world_size() if several() else 1
+    if param.numel() * shares < sum(map(prod, gone)):
+        return None
+    return f"a matrix of shape {max(matrices, key=prod)}"
+
+
+def given_name(group: Mapping[str, Any], index: int, place: int) -> str:
+    """Return the name that a group gives a new parameter; one by its place where it gives none."""
+    names, count = group["param_names"], len(group["params"])
+    return str((names if len(names) == count else place_names(index, count, names))[place])
+
+
+def place_names(index: int, count: int, taken: Collection[str]) -> list[str]:
+    """Return names for the parameters of a group that came without, none of them taken."""
+    names = [f"group{index}.{place}" for place in range(count)]
+    return names if not set(names) & set(taken) else place_names(index + 1, count, taken)
+
+
+def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict[str, Any]]:
+    """Name parameters by their places where others have names, which torch wants of all or none.
+
+    Args:
+        groups: those of the optimizer.
+        group: a new one.
+
+    Returns:
+        Those of the old groups that got names.
+    """
+    params = group["params"]
+    single = isinstance(params, Tensor)
+    taken = {name for other in groups for name in other.get("param_names", ())}
+    if "param_names" in group or (not single and any(isinstance(x, tuple) for x in params)):
+        bare = [(index, other) for index, other in enumerate(groups) if "param_names" not in other]
+        for index, other in bare:
+            other["param_names"] = place_names(index, len(other["params"]), taken)
+        return [other for _, other in bare]
+    if any("param_names" in other for other in groups):
+        group["param_names"] = place_names(len(groups), 1 if single else len(params), taken)
+    return []

@@ -1,0 +1,1 @@
+"""Updates of single parameters, from hooks of a trainer or inside the backward pass."""

@@ -1,0 +1,33 @@
+"""What every method takes."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+import torch
+
+from ..parts.protocols import Feed
+
+
+class Common(TypedDict, total=False):
+    """Settings whose default is the same in every method; see `LowRank`."""
+
+    min_dim: int
+    side: str
+    state_budget: int | str | None
+    state_dtype: torch.dtype | str | None
+    stochastic_rounding: bool
+    skip_nonfinite: bool
+    maximize: bool
+    capturable: bool
+    seed: int
+    impl: str
+    stagger: bool
+    shard_basis: bool
+    process_group: Any
+
+
+class WithFeed(Common, total=False):
+    """The same for methods that leave it open what is fed to the projector."""
+
+    feed: str | Feed

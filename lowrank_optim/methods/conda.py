@@ -1,0 +1,60 @@
+"""Conda."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..optimizer import LowRank, Params
+from ..parts.auto_rank import AutoRank
+from ..parts.feeds import WholeMomentum
+from ..parts.protocols import Projector
+from ..parts.residuals import Drop
+from ..parts.rules import Adam
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._common import Common
+
+
+class CondaW(LowRank):
+    """Adam whose second moment lives in the singular basis of the first.
+
+    M <- b1 M + (1-b1) G,  P from the right singular vectors of M, V <- b2 V + (1-b2) (G P)^2,
+    W <- (1 - lr wd) W - lr scale (M P / (sqrt(V) + eps)) P^T, moments without their bias.
+    Memory: 2 m n + n^2 values at full rank: more than AdamW. It is here for its quality; a lower
+    rank, or `state_dtype="8bit"`, saves.
+
+    Args:
+        rank: 1.0 in the paper.
+        update_proj_gap: updates between decompositions.
+        scale: the paper's alpha.
+        projector: "svd" is the paper's; "power" finds a lower rank's subspace without it.
+        For the other arguments and errors see `LowRank`.
+
+    Reference: Wang et al., "Conda: Column-Normalized Adam for Training Large Language Models
+        Faster", arXiv 2509.24218. Unlike the authors' code, eps is outside the corrected root and
+        decay comes before the update, as in `torch.optim.AdamW`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | str | AutoRank | None = 1.0,
+        update_proj_gap: int = 2000,
+        scale: float = 0.25,
+        projector: str | Projector = "svd",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
+            scale=scale, projector=projector, rule=Adam(), residual=Drop(),
+            feed=WholeMomentum(), **common,
+        )  # fmt: skip

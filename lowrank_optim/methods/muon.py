@@ -1,0 +1,91 @@
+"""Muon and NorMuon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..optimizer import LowRank, Params
+from ..parts.residuals import Drop
+from ..parts.rules import Muon, NorMuon
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._common import Common
+
+
+class MuonW(LowRank):
+    """Orthogonalised momentum for matrices, AdamW for the rest, in one object.
+
+    W <- (1 - lr wd) W - lr s NS(G + mu M),  M <- mu M + G, see `Muon`.  Memory: m n values, a byte
+    each with `state_dtype="8bit"`.
+
+    Args:
+        lr: of matrices; that of parameters that are not matrices belongs into a group of their own
+            (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`).
+        betas, eps: of AdamW, for parameters that are not matrices.
+        momentum, nesterov, length: see `Muon`; with "match_rms_adamw" an lr of AdamW's fits.
+        rank: 1.0; None in a group makes it plain AdamW.
+        For the other arguments and errors see `LowRank`.
+
+    Reference: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024,
+        https://kellerjordan.github.io/posts/muon/. The shorter axis is iterated on, in bfloat16.
+        `benchmarks/README.md`: with 8-bit momentum it ended 10 % below AdamW after 4000 steps.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 2e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | None = 1.0,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        length: str = "original",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
+            rule=Muon(length, momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+        )  # fmt: skip
+
+
+class NorMuonW(LowRank):
+    """Muon whose neurons are brought to one length, AdamW for the rest, in one object.
+
+    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, and one a neuron.
+
+    Args:
+        lr: of matrices: near AdamW's, since a step is 0.2 a weight on the average.
+        betas, eps: of AdamW, for parameters that are not matrices; the second beta is that of the
+            neurons' squares too.
+        momentum, nesterov: see `NorMuon`.
+        rank: 1.0; None in a group makes it plain AdamW.
+        For the other arguments and errors see `LowRank`.
+
+    Reference: Li, Liu, Liang, Chen, Zhao, "NorMuon: Making Muon more efficient and scalable",
+        arXiv 2510.05491; Muon: https://kellerjordan.github.io/posts/muon/.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | None = 1.0,
+        momentum: float = 0.95,
+        nesterov: bool = False,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
+            rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+        )  # fmt: skip

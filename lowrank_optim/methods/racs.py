@@ -1,0 +1,55 @@
+"""RACS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..optimizer import LowRank, Params
+from ..parts.residuals import Drop
+from ..parts.rules import RowColumnScaled
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._common import Common
+
+
+class RACS(LowRank):
+    """The gradient with rows and columns scaled, AdamW for what is no matrix.
+
+    W <- (1 - lr wd) W - lr scale G_ij / sqrt(Q_i S_j), see `RowColumnScaled`.
+    Memory: m + n + 1 values.
+
+    Args:
+        lr: of matrices; that of parameters that are not matrices belongs into a group of their own.
+        betas, eps: of AdamW, for parameters that are not matrices.
+        scale: the paper's alpha.
+        beta: decay of Q and S.
+        limiter: largest growth of the step's norm in one step; None for no limit.
+        rank: 1.0; None in a group makes it plain AdamW.
+        For the other arguments and errors see `LowRank`.
+
+    Reference: Gong, Scetbon, Ma, Meeds, "Towards Efficient Optimizer Design for LLM via Structured
+        Fisher Approximation with a Low-Rank Extension", arXiv 2502.07752.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 2e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | None = 1.0,
+        scale: float = 0.05,
+        beta: float = 0.9,
+        limiter: float | None = 1.01,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, projector="identity",
+            rule=RowColumnScaled(beta, limiter=limiter), residual=Drop(), **common,
+        )  # fmt: skip

@@ -1,0 +1,66 @@
+"""Trion."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..optimizer import LowRank, Params
+from ..parts.auto_rank import AutoRank
+from ..parts.feeds import ErrorFeedback
+from ..parts.protocols import Projector
+from ..parts.residuals import Drop
+from ..parts.rules import Orthogonal
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ._common import Common
+
+
+class TrionW(LowRank):
+    """Orthogonalised momentum in the cosine columns that carry most of it.
+
+    B = M + G,  P = Q[:, index] of the largest columns of B Q,  M <- B - (1 - mu) B P P^T,
+    W <- (1 - lr wd) W - lr scale s NS(B P) P^T.
+    Memory: m n values, a byte each with `momentum_dtype="8bit"`, r integers, and one n x n basis
+    for all layers of a width.
+
+    Args:
+        lr: of matrices; that of parameters that are not matrices belongs into a group of their own.
+        betas, eps: of AdamW, for parameters that are not matrices.
+        momentum: mu.
+        momentum_dtype: how M is stored, see `ErrorFeedback`.
+        length: see `Orthogonal`: the forms of Jordan, Kimi, Dion and none.
+        For the other arguments and errors see `LowRank`.
+
+    Reference: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
+        Optimization of Large Language Models", arXiv 2505.17967, its algorithm; the published file
+        does not run. The momentum is Dion's, arXiv 2504.05295; with full rank all is Muon,
+        https://kellerjordan.github.io/posts/muon/, in the cosine basis and without `nesterov`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 2e-2,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        rank: int | float | str | AutoRank | None = 0.25,
+        update_proj_gap: int = 1,
+        scale: float = 1.0,
+        projector: str | Projector = "dct",
+        on_refresh: str = "keep",
+        momentum: float = 0.95,
+        momentum_dtype: str | None = None,
+        length: str = "original",
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
+            scale=scale, projector=projector, on_refresh=on_refresh, rule=Orthogonal(length),
+            residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype), **common,
+        )  # fmt: skip

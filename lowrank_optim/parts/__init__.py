@@ -1,0 +1,1 @@
+"""What a method is made of: feed, projector, rule, residual, storage."""

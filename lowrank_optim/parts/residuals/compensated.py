@@ -1,0 +1,107 @@
+"""Alice's residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...functional import Norms, Want, inverse
+from ..checks import check_share
+from ..kinds import NOT_NEGATIVE, Kind
+from ..limiter import check_limiter, first_norm, limit
+from ..plan import Group, Site, State, Update
+from ._base import Limited
+
+NOISE = 2.0**-8
+"""Share of a row's energy that a bfloat16 product may get wrong."""
+
+
+@dataclass(frozen=True)
+class Compensated(Limited):
+    """Alice: keep the rest, each row divided by the average length that it has there.
+
+    p_i <- beta p_i + (1-beta) e_i,  e_i = |G_i|^2 - |R_i|^2
+    C_i = sqrt(cols - rank) (G - R P^T)_i / sqrt(p_i),  update = k (N P^T + factor C)
+
+    with |C|_F limited to `limiter` times its value of the step before. p starts at the first e. A
+    difference counts as 1/256 of |G_i|^2 at least: below that it is what bfloat16 products leave,
+    and no length to divide by. C_i is 0 where |G_i|^2 overflows, or p_i is below the least normal
+    number.
+
+    Args:
+        factor: the paper's alpha_c.
+        beta: decay of p, in [0, 1).
+        limiter: largest growth of the norm in one step; None for no limit.
+
+    Raises:
+        ValueError: a value out of its range.
+
+    Reference: Gong, Scetbon, Ma, Meeds, "Towards Efficient Optimizer Design for LLM via Structured
+        Fisher Approximation with a Low-Rank Extension", arXiv 2502.07752. There p starts at 0, and
+        no difference is too small.
+    """
+
+    factor: float = 0.4
+    beta: float = 0.9
+    limiter: float | None = 1.01
+    kinds: ClassVar[Mapping[str, Kind]] = {**Limited.kinds, "residual_sq": NOT_NEGATIVE}
+
+    def __post_init__(self) -> None:
+        check_limiter(self.limiter)
+        check_share("factor", self.factor, math.inf)
+        check_share("beta", self.beta)
+
+    @property
+    def want(self) -> Want:
+        """Everything."""
+        return Want()
+
+    @property
+    def row_keys(self) -> tuple[str, ...]:
+        """p."""
+        return ("residual_sq",)
+
+    def init(self, batch: tuple[int, ...], rows: int, site: Site) -> State:
+        """Return p of each row, and the norm of each matrix."""
+        p = torch.zeros((*batch, rows, 1), dtype=site.dtype, device=site.device)
+        return {"residual_sq": p, **super().init(batch, rows, site)}
+
+    def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
+        """Return |C|^2 of each matrix; p in place."""
+        assert norms is not None
+        most = torch.finfo(site.dtype).max
+        whole_row = norms.grad.square().clamp_(max=most)
+        energy = (whole_row - norms.low.square()).clamp_min_(0)
+        counted = torch.maximum(energy, whole_row * NOISE)
+        p: Tensor = state["residual_sq"]
+        p.copy_(torch.where(p == 0, counted, p.lerp(counted, 1 - self.beta)))
+        if self.limiter is None:
+            return None
+        return (energy * self._inverse(p, norms)).sum(-2) * (site.cols - site.rank)
+
+    def update(
+        self,
+        norms: Norms | None,
+        sums: Tensor | None,
+        state: State,
+        site: Site,
+        group: Group,
+        uncorrected: float | Tensor,
+    ) -> Update:
+        """Return k as the factor of N, c_i as that of G and -c_i as that of R."""
+        assert norms is not None
+        scale = group["scale"] * self.factor
+        rest = self._inverse(state["residual_sq"], norms).sqrt_()
+        rest.mul_(scale * math.sqrt(site.cols - site.rank))
+        if sums is not None:
+            rest = rest * limit(sums[..., 0].sqrt(), state, self.limiter, first_norm(site))
+        return Update(direction=group["scale"], low=-rest, grad=rest)
+
+    def _inverse(self, p: Tensor, norms: Norms) -> Tensor:
+        """Return 1 / p, and 0 in rows whose C is 0."""
+        return inverse(p).masked_fill_(norms.grad.square().isinf(), 0)

@@ -1,0 +1,37 @@
+"""GaLore's residual: none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...functional import Norms, Want
+from ..plan import Group, Site, State, Update
+from ._base import Stateless
+
+
+@dataclass(frozen=True)
+class Drop(Stateless):
+    """Nothing: the update stays in the subspace. A = k N.
+
+    Reference: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank
+        Projection", arXiv 2403.03507.
+    """
+
+    @property
+    def want(self) -> Want:
+        """The direction alone."""
+        return Want(low=False, norms=False)
+
+    def update(
+        self,
+        norms: Norms | None,
+        sums: Tensor | None,
+        state: State,
+        site: Site,
+        group: Group,
+        uncorrected: float | Tensor,
+    ) -> Update:
+        """Return k as the factor of N."""
+        return Update(direction=group["scale"])

@@ -1,0 +1,61 @@
+"""FRUGAL's residual."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...functional import Norms, Want
+from ..checks import check_share
+from ..plan import Group, Site, State, Update
+from ._base import Stateless
+
+
+@dataclass(frozen=True)
+class StateFree(Stateless):
+    """FRUGAL: update the rest without state.
+
+    A = k N inside; outside, with D = G - R P^T: c sgn(D) (`form="sign"`), c D ("sgd") or nothing
+    ("none").
+
+    Args:
+        form: "sign", "sgd" or "none".
+        scale: c, the factor of the state-free part, relative to the learning rate.
+
+    Raises:
+        ValueError: an unknown form, or a negative scale.
+
+    Reference: Zmushko et al., "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead
+        for Scalable Training", arXiv 2411.07837.
+    """
+
+    form: str = "sign"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.form not in ("sign", "sgd", "none"):
+            raise ValueError(f'state_free must be "sign", "sgd" or "none", got {self.form!r}')
+        check_share("state_free_scale", self.scale, math.inf)
+
+    @property
+    def want(self) -> Want:
+        """The direction, and the projected gradient if the rest is used."""
+        return Want(low=self.form != "none", norms=False)
+
+    def update(
+        self,
+        norms: Norms | None,
+        sums: Tensor | None,
+        state: State,
+        site: Site,
+        group: Group,
+        uncorrected: float | Tensor,
+    ) -> Update:
+        """Return k as the factor of N and c as that of the sign, or c of G and -c of R."""
+        if self.form == "sign":
+            return Update(direction=group["scale"], sign=self.scale)
+        if self.form == "sgd":
+            return Update(direction=group["scale"], low=-self.scale, grad=self.scale)
+        return Update(direction=group["scale"])

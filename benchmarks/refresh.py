@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from lowrank_optim.demo.corpus import Corpus, load_corpus
 from lowrank_optim.demo.train import Settings, batches, build_model, token_loss
-from lowrank_optim.parts.plan import Matrix, Site
 from lowrank_optim.parts.projectors import Power
+from lowrank_optim.parts.types import Matrix, Site
 
 RESULTS = Path(__file__).parent / "results" / "refresh.csv"
 SMALL = Settings(steps=221, batch=16, length=128, hidden=256, intermediate=688, layers=2, heads=4)

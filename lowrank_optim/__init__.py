@@ -24,14 +24,15 @@ from .methods import (
     TrionW,
 )
 from .optimizer import LowRank
-from .parts.auto_rank import AutoRank
+from .parts.checks import SettingError
 from .parts.feeds import ErrorFeedback, GeneralErrorFeedback, Gradient, WholeMomentum
-from .parts.plan import Plan, Site, Update
+from .parts.plan import Plan
 from .parts.projectors import DCT, SVD, Blocks, Columns, Identity, Power, Random
+from .parts.rank import AutoRank
 from .parts.residuals import Compensated, Drop, GradScaled, NormScaled, StateFree
 from .parts.rules import SGDM, Adam, Lion, Muon, NorMuon, Orthogonal, RowColumnScaled
+from .parts.types import Site, Update
 from .planner import estimate_memory
-from .settings import SettingError
 
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():

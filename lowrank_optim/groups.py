@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .parts.auto_rank import AutoRank, rank_of
-from .parts.geometry import MIN_DIM, subspace_of
+from .parts.checks import SettingError
+from .parts.rank import MIN_DIM, AutoRank, rank_of, subspace_of
 from .roles import roles_of
-from .settings import SettingError, part_of, plan_of
+from .settings import part_of, plan_of
 
 Named = Sequence[tuple[str, Tensor]]
 

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import groups, keys, settings
+from . import groups, settings
 from .checkpoints import load as checkpoint
 from .engine import memory
-from .engine.guards import is_rehearsal, named
-from .engine.members import Members, check_param, name_alike
+from .engine.members import Members, check_param, name_alike, named
 from .engine.refresh import Watch
-from .engine.step import open_step
+from .engine.step import is_rehearsal, open_step
 from .layerwise.api import LayerWise
 from .layerwise.hooks import check_accumulable
-from .parts.auto_rank import AutoRank
-from .parts.geometry import MIN_DIM
-from .parts.plan import Shared
+from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
-from .settings import SettingError
+from .parts.rank import MIN_DIM, AutoRank
+from .parts.types import Shared
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -143,8 +141,8 @@ class LowRank(LayerWise):
         differentiable: bool = False,
         **unknown: Any,
     ) -> None:
-        keys.check_unknown(unknown, type(self).__name__)
-        keys.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        settings.check_unknown(unknown, type(self).__name__)
+        settings.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": betas,
@@ -231,8 +229,8 @@ class LowRank(LayerWise):
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
-        keys.translate(group, where)
-        keys.check_keys(group, where)
+        settings.translate(group, where)
+        settings.check_keys(group, where)
         group = {**self.defaults, **group}
         settings.check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):

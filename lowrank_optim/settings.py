@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import numbers
 from collections.abc import Callable
@@ -11,15 +12,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .parts.auto_rank import AutoRank, rank_of
-from .parts.checks import as_text, bytes_in, is_real, made_from, text_of
+from .parts.checks import (
+    SettingError,
+    as_text,
+    betas,
+    bytes_in,
+    fail,
+    flag,
+    integer,
+    is_real,
+    learning_rate,
+    made_from,
+    number,
+    one_of,
+    text_of,
+)
 from .parts.feeds import FEEDS, Feed
-from .parts.plan import Group, Plan
+from .parts.plan import Plan
 from .parts.projectors import PROJECTORS
 from .parts.protocols import Projector, Residual, Rule
+from .parts.rank import AutoRank, rank_of
 from .parts.residuals import RESIDUALS
 from .parts.rules import RULES
 from .parts.storage import DTYPES, FEED_STORAGES, STORAGES
+from .parts.types import Group
 
 PARTS: dict[str, dict[str, Any]] = {
     "feed": FEEDS,
@@ -31,49 +47,6 @@ SIDES = ("auto", "left", "right", "reverse")
 ON_REFRESH = ("keep", "reset", "rotate", "align")
 STRUCTURE = ("rank", "feed", "rule", "projector", "residual", "side", "on_refresh")
 """Settings that decide what the state means: a checkpoint must agree with them."""
-
-
-class SettingError(ValueError):
-    """A setting that cannot be used."""
-
-
-def fail(where: str, key: str, value: Any, wanted: str) -> SettingError:
-    """Return the error for a bad value, naming the place."""
-    return SettingError(f"{key}={value!r}{where}: {key} must be {wanted}")
-
-
-def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, str], Any]:
-    """Return a check for a real number."""
-
-    def check(key: str, value: Any, where: str) -> Any:
-        if not is_real(value) or not good(value):
-            raise fail(where, key, value, wanted)
-        return float(value)
-
-    return check
-
-
-def learning_rate(key: str, value: Any, where: str) -> Any:
-    """Check lr: a number or a tensor of one element, whose value is looked at on the CPU only."""
-    check = number("a finite number, or a tensor of one", math.isfinite)
-    if not isinstance(value, Tensor):
-        return check(key, value, where)
-    if value.numel() != 1:
-        raise fail(where, key, value, "a finite number, or a tensor of one")
-    if value.device.type == "cpu":
-        check(key, value.item(), where)
-    return value
-
-
-def betas(key: str, value: Any, where: str) -> tuple[float, float]:
-    """Check betas: two numbers in [0, 1)."""
-    try:
-        first, second = (float(beta) for beta in value)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError):
-        raise fail(where, key, value, "two numbers in [0, 1)") from None
-    if not (0 <= first < 1 and 0 <= second < 1):
-        raise fail(where, key, value, "two numbers in [0, 1)")
-    return first, second
 
 
 def rank(key: str, value: Any, where: str) -> int | float | str | None:
@@ -106,35 +79,6 @@ def state_budget(key: str, value: Any, where: str) -> int | None:
     if not found or found < 0:
         raise fail(where, key, value, 'None, a number of bytes above 0, or a text such as "2GiB"')
     return found
-
-
-def integer(least: int) -> Callable[[str, Any, str], Any]:
-    """Return a check for an integer of at least `least`."""
-
-    def check(key: str, value: Any, where: str) -> Any:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-            raise fail(where, key, value, f"an int of at least {least}")
-        return int(value)
-
-    return check
-
-
-def flag(key: str, value: Any, where: str) -> Any:
-    """Check a boolean."""
-    if not isinstance(value, bool):
-        raise fail(where, key, value, "True or False")
-    return value
-
-
-def one_of(*choices: str) -> Callable[[str, Any, str], Any]:
-    """Return a check for one of some words."""
-
-    def check(key: str, value: Any, where: str) -> Any:
-        if value not in choices:
-            raise fail(where, key, value, "one of " + ", ".join(map(repr, choices)))
-        return value
-
-    return check
 
 
 def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any]:
@@ -361,3 +305,84 @@ def described(group: Group) -> dict[str, str]:
 def kind_of(text: str) -> str:
     """Return the name in a text of `text_of`: what decides the meaning of the state."""
     return text.partition("(")[0]
+
+
+KNOWN_KEYS = frozenset({"params", "param_names", "foreach", "fused", "stage"})
+"""Group keys that torch and trainers put beside the settings."""
+
+
+FOREIGN = {
+    "beta1": "use 'betas', a pair",
+    "beta2": "use 'betas', a pair",
+    "proj": 'use \'projector\' ("svd", "power", "random", ...)',
+    "scale_type": "use ApolloAdamW, with rank 1 for one factor a tensor",
+    "density": "use 'rank' with a float: the share of the projected axis",
+    "limiter": "pass it to the constructor, or put residual=NormScaled(limiter=...) in the group",
+    "state_free": "pass it to the constructor, or put residual=StateFree(...) in the group",
+    "state_free_scale": "pass it to the constructor, or put residual=StateFree(...) in the group",
+}
+"""Keys that other packages, or our presets, read elsewhere: silence would be a trap."""
+
+
+NOT_OFFERED = ("amsgrad", "differentiable")
+"""Settings of torch's AdamW that may be False here."""
+
+
+PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
+
+
+def translate(group: dict[str, Any], where: str) -> None:
+    """Rewrite the keys of galore_torch and fira to ours, in place: `alpha`, `proj_type`."""
+    if "alpha" in group:
+        if "scale" in group:
+            raise SettingError(f"both 'scale' and 'alpha'{where}: they are the same, keep one")
+        group["scale"] = group.pop("alpha")
+    if "proj_type" in group:
+        if "side" in group:
+            raise SettingError(f"both 'side' and 'proj_type'{where}: they are the same, keep one")
+        kind = group.pop("proj_type")
+        if kind not in PROJ_TYPES:
+            raise fail(
+                where, "proj_type", kind, "one of 'std', 'reverse_std', 'left', 'right'; "
+                "projecting both axes ('full') is not offered"
+            )  # fmt: skip
+        group["side"] = PROJ_TYPES[kind]
+
+
+def check_keys(group: Group, where: str) -> None:
+    """Raise SettingError for a group key that looks like a misspelt or misplaced setting.
+
+    Any other unknown key is left alone, as torch does: trainers keep their own things there, also
+    under names that have that of a setting in them, such as `lr_scale` and `init_weight_decay`.
+    """
+    for key in group:
+        if key in CHECKS or key in KNOWN_KEYS:
+            continue
+        if key in FOREIGN:
+            raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
+        if key in NOT_OFFERED:
+            if group[key]:
+                raise SettingError(f"{key}=True{where}: {key} is not offered")
+            continue
+        near = nearest(key)
+        if near is not None and not set(near.split("_")) < set(key.lower().split("_")):
+            raise SettingError(f"unknown group key {key!r}{where}: did you mean {near!r}?")
+
+
+def check_unknown(keywords: dict[str, Any], name: str) -> None:
+    """Raise TypeError, as Python does, for keywords of a constructor that are no settings.
+
+    Args:
+        keywords: what is left over.
+        name: of the class that was called.
+    """
+    for key in keywords:
+        near = nearest(key)
+        hint = FOREIGN.get(key) or (f"did you mean {near!r}?" if near else "it has no such setting")
+        raise TypeError(f"{name}() got an unexpected keyword argument {key!r}: {hint}")
+
+
+def nearest(key: str) -> str | None:
+    """Return the setting whose name is nearly that of a key, if there is one."""
+    near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
+    return near[0] if near else None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_optim.settings import SettingError
+from lowrank_optim.parts.checks import SettingError
 
 Tree = dict[Any, Any] | list[Any]
 JUNK = (

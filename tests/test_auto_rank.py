@@ -24,7 +24,7 @@ from lowrank_optim import (
     predicted_bytes,
     state_bytes,
 )
-from lowrank_optim.parts.auto_rank import largest, smallest, within
+from lowrank_optim.engine.adaptive_rank import largest, smallest, within
 from lowrank_optim.parts.checks import bytes_in
 
 AUTO = AutoRank(share=0.6, least=0.1, most=0.9)

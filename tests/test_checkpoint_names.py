@@ -10,7 +10,7 @@ import torch
 from cases import CASES, GAP, RANK, Model, assert_same, gradient, train, weights
 
 from lowrank_optim import GaLoreAdamW
-from lowrank_optim.settings import SettingError
+from lowrank_optim.parts.checks import SettingError
 
 PLACES = {name: place for place, (name, _) in enumerate(Model().named_parameters())}
 

@@ -18,7 +18,7 @@ from lowrank_optim.functional import (
     quantize_blockwise,
     quantize_squares,
 )
-from lowrank_optim.settings import SettingError
+from lowrank_optim.parts.checks import SettingError
 
 DTYPES = {None: torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 STORAGES = (*DTYPES, "8bit")

@@ -11,8 +11,8 @@ from cases import CASES, GAP, RANK, Model, gradient, train
 from damages import damaged, outcome, same
 
 from lowrank_optim import GaLoreAdamW, LowRank, StateFree
+from lowrank_optim.parts.checks import SettingError
 from lowrank_optim.parts.kinds import COLUMNS, COUNT, FLAG, NORM, NOT_NEGATIVE, NUMBER, UNIT
-from lowrank_optim.settings import SettingError
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 NAN, INF = float("nan"), float("inf")

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lowrank_optim import FiraAdamW, GaLoreAdamW, flatten_state, unflatten_state
-from lowrank_optim.settings import SettingError
+from lowrank_optim.parts.checks import SettingError
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 

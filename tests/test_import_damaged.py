@@ -13,7 +13,7 @@ from damages import JUNK, TENSORS, damaged, outcome
 from foreign import KEEP, THEIRS, begun, copies, our_optimizer, step
 
 from lowrank_optim import import_state
-from lowrank_optim.settings import SettingError
+from lowrank_optim.parts.checks import SettingError
 
 
 def damaged_projector(saved, rng):

@@ -28,7 +28,7 @@ from lowrank_optim import (
 )
 from lowrank_optim.engine.sites import sites_of
 from lowrank_optim.parts.limiter import limit
-from lowrank_optim.parts.plan import Shared
+from lowrank_optim.parts.types import Shared
 from lowrank_optim.settings import plan_of
 
 SHAPES = [(13, 7), (5, 11), (9, 9)]

@@ -15,7 +15,7 @@ from lowrank_optim import methods as presets
 from lowrank_optim.engine.memory import shared_bytes
 from lowrank_optim.engine.refresh import move_subspaces
 from lowrank_optim.engine.step import Round
-from lowrank_optim.parts.plan import site_of
+from lowrank_optim.parts.types import site_of
 from lowrank_optim.planner.methods import METHODS, needs_of, refresh_workspace, with_state
 from lowrank_optim.planner.models import MODELS, build
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_optim import DCT, SVD, Blocks, Columns, Power, Random, Site
 from lowrank_optim.functional import down, lift_
-from lowrank_optim.parts.plan import Matrix
 from lowrank_optim.parts.projectors import power
+from lowrank_optim.parts.types import Matrix
 
 CPU = torch.device("cpu")
 BASES = [SVD(), Power(), Power(1), DCT(), DCT("l2"), Random(), Columns()]

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lowrank_optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.engine.sites import sites_of
-from lowrank_optim.parts.plan import Shared
+from lowrank_optim.parts.types import Shared
 from lowrank_optim.settings import plan_of
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

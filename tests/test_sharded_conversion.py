@@ -10,7 +10,7 @@ import torch
 from cases import CASES, Model
 from sharded import run_case, size_of, whole
 
-from lowrank_optim.settings import SettingError
+from lowrank_optim.parts.checks import SettingError
 from lowrank_optim.sharding.local import here
 
 ROUTES = [(None, "8bit"), ("8bit", None), ("bfloat16", "8bit"), ("8bit", "bfloat16")]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..parts.plan import Group
+from ..parts.types import Group
 from ..settings import CHECKS, described
 
 COUNTS = ("skipped_steps",)

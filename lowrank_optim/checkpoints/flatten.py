@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..settings import SettingError
+from ..parts.checks import SettingError
 
 
 def flatten_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..keys import PROJ_TYPES
-from ..parts.checks import text_of
-from ..parts.geometry import is_wide
+from ..functional.views import is_wide
+from ..parts.checks import SettingError, text_of
 from ..parts.kinds import COUNT, NORM, NOT_NEGATIVE, NUMBER, UNIT
-from ..parts.plan import Group, Plan, Site, State
+from ..parts.plan import Plan
 from ..parts.projectors import Random
 from ..parts.residuals import Drop, GradScaled, NormScaled
 from ..parts.rules import Adam
-from ..settings import SettingError
+from ..parts.types import Group, Site, State
+from ..settings import PROJ_TYPES
 from .states import unkind, values_of
 
 

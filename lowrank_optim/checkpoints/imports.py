@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ..engine.sites import name_of, sites_of
-from ..engine.update import init_state
+from ..engine.state import init_state
 from ..functional import Noise, compute_dtype, stream_of
 from ..optimizer import LowRank
-from ..parts.plan import Site, State
+from ..parts.checks import SettingError
 from ..parts.storage import moments_of, shape_of, store_moments
-from ..settings import SettingError, check_values, plan_of
+from ..parts.types import Site, State
+from ..settings import check_values, plan_of
 from .foreign import (
     APOLLO,
     ONLY_THERE,

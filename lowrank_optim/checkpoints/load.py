@@ -10,11 +10,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..engine.sites import name_of, sites_of
-from ..keys import NOT_OFFERED, check_keys
-from ..parts.checks import is_real
-from ..parts.geometry import Shape, subspace_of
-from ..parts.plan import Group, Plan
-from ..settings import CHECKS, STRUCTURE, SettingError, check_values, described, kind_of, plan_of
+from ..functional.views import Shape
+from ..parts.checks import SettingError, is_real
+from ..parts.plan import Plan
+from ..parts.rank import subspace_of
+from ..parts.types import Group
+from ..settings import (
+    CHECKS,
+    NOT_OFFERED,
+    STRUCTURE,
+    check_keys,
+    check_values,
+    described,
+    kind_of,
+    plan_of,
+)
 from . import states as saved_state
 from .differences import news
 from .pairing import check_form, ids_of, paired

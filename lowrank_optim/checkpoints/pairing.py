@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..parts.plan import Group
+from ..parts.checks import SettingError
+from ..parts.types import Group
 from ..roles import WRAPPER
-from ..settings import SettingError
 
 SHOWN = 3
 """Names that a message lists."""

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.fit import owned
 from ..engine.sites import plain_layout
-from ..engine.update import Moment, moments_to_be, step_device, template
+from ..engine.state import Moment, moments_to_be, owned, step_device, template
 from ..functional import load, store
+from ..parts.checks import SettingError
 from ..parts.kinds import COUNT, NOT_NEGATIVE, NUMBER, Kind
-from ..parts.plan import Group, Plan, Site, State
+from ..parts.plan import Plan
 from ..parts.storage import form_of, forms, stored
-from ..settings import SettingError
+from ..parts.types import Group, Site, State
 from ..sharding.collectives import any_of
 from ..sharding.layout import Layout, cut_alike
 from ..sharding.local import here, is_distributed

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..parts.plan import Group, Plan, Site, State
+from ..parts.plan import Plan
 from ..parts.rules import Adam
+from ..parts.types import Group, Site, State
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..functional import BLOCK, Noise, on_device, row_chunks
-from ..parts.auto_rank import padded
-from ..parts.plan import Group, Job, Plan, Site, State, site_of
+from ..parts.plan import Plan
 from ..parts.storage import (
     kind_of,
     load_moments,
@@ -20,6 +19,8 @@ from ..parts.storage import (
     store_moments,
     stored,
 )
+from ..parts.types import Group, Job, Site, State, site_of
+from .adaptive_rank import padded
 from .backend import formats
 from .scalars import stream_and_height
 

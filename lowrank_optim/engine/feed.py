@@ -8,9 +8,10 @@ from functools import partial
 from torch import Tensor
 
 from ..functional import Noise, bits_of, lift_, load, store
-from ..parts.plan import Group, Job, Plan, site_of
+from ..parts.plan import Plan
 from ..parts.protocols import Carried
 from ..parts.storage import stored
+from ..parts.types import Group, Job, site_of
 from .refresh import grad_of
 from .two_phase import batches
 

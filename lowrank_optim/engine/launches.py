@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..functional import Noise, Stored, is_index, on_device
-from ..parts.geometry import oriented
-from ..parts.plan import Group, Job, Plan, site_of
+from ..functional.views import oriented
+from ..parts.plan import Plan
 from ..parts.storage import stored
+from ..parts.types import Group, Job, site_of
 from .backend import kernels
 from .scalars import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .two_phase import Half

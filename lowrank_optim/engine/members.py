@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..parts.geometry import matrix_shape
-from ..settings import SettingError
+from ..functional.views import matrix_shape
+from ..parts.checks import SettingError
 from ..sharding.collectives import several
-from .guards import flat_error, flat_piece
 from .sites import name_of
 
 
@@ -188,3 +187,41 @@ def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict
     if any("param_names" in other for other in groups):
         group["param_names"] = place_names(len(groups), 1 if single else len(params), taken)
     return []
+
+
+def named(params: Any, where: str) -> list[tuple[str, Tensor]]:
+    """Return the tensors among what a group calls `params`, with what to call each in a message."""
+    listed = [params] if isinstance(params, Tensor) else list(params)
+    found = []
+    for place, item in enumerate(listed):
+        name = f"parameter {place}{where}"
+        if isinstance(item, tuple):
+            name, item = f"parameter {item[0]!r}{where}", item[1]
+        if isinstance(item, Tensor):
+            found.append((f"{name}, of shape {tuple(item.shape)},", item))
+    return found
+
+
+def flat_piece(param: Tensor, known: tuple[int, ...] | None = None) -> str | None:
+    """Return what the parameter is a flat piece of, as ZeRO and FSDP1 hand out; None if it is none.
+
+    Args:
+        param: the parameter as it is now.
+        known: its shape when it was given to the optimizer.
+    """
+    if getattr(param, "_is_flat_param", False):
+        return "matrices"
+    if param.ndim != 1:
+        return None
+    for shape in (known, getattr(param, "ds_shape", None)):
+        if shape is not None and matrix_shape(tuple(shape)):
+            return f"a matrix of shape {tuple(shape)}"
+    return "matrices" if getattr(param, "_fsdp_flattened", False) else None
+
+
+def flat_error(name: str, piece: str) -> RuntimeError:
+    """Return the error for a flat piece: plain AdamW in its place would be silent."""
+    return RuntimeError(
+        f"{name} is a flat piece of {piece}: rows and columns are gone, so it cannot be projected. "
+        "Shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps them, or use DDP"
+    )

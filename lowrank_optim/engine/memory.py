@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..parts.auto_rank import rank_of
-from ..parts.geometry import matrix_shape, subspace_of
-from ..parts.plan import Group, State
+from ..functional.views import matrix_shape
+from ..parts.rank import rank_of, subspace_of
+from ..parts.types import Group, State
 from ..settings import check_values, plan_of
 from ..sharding.local import here, is_distributed
 from .backend import reason_of
 from .sites import plain_layout, sites_of
-from .update import template
+from .state import template
 
 if TYPE_CHECKING:
     from ..optimizer import LowRank

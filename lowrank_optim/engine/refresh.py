@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from ..functional import usable
-from ..parts.geometry import oriented
-from ..parts.plan import Group, Job, Matrix, Plan, Site, State, site_of
+from ..functional.views import oriented
+from ..parts.plan import Plan
 from ..parts.projectors import peaks_of
 from ..parts.storage import moments_of, shape_of
+from ..parts.types import Group, Job, Matrix, Site, State, site_of
 from ..sharding.collectives import agreed
 from ..sharding.layout import Layout
-from .adapt import narrow, widened
+from .adaptive_rank import narrow, widened
 from .carry import Moved, carry, reset
 
 TOGETHER = 1 << 22

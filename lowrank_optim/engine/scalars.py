@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Noise, Stored, stream_of
-from ..parts.plan import Group, Job
+from ..parts.types import Group, Job
 
 
 def rates_of(group: Group) -> tuple[float | Tensor, float | Tensor]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ..functional import compute_dtype
-from ..parts.auto_rank import AutoRank, rank_of
-from ..parts.geometry import subspace_of, width_of
-from ..parts.plan import Group, Plan, Shared, Site, State
-from ..settings import SettingError
+from ..parts.checks import SettingError
+from ..parts.plan import Plan
+from ..parts.rank import AutoRank, rank_of, subspace_of, width_of
+from ..parts.types import Group, Shared, Site, State
 from ..sharding.layout import Layout, layout_of
-from .ranks import set_ranks
+from .adaptive_rank import set_ranks
 
 
 class Entry(NamedTuple):

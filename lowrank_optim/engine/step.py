@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import keys, settings
-from ..parts.plan import Job, Plan
-from ..settings import SettingError, plan_of
+from .. import settings
+from ..parts.checks import SettingError
+from ..parts.plan import Plan
+from ..parts.types import Job
+from ..settings import plan_of
 from ..sharding.collectives import any_of
 from ..sharding.local import here, is_distributed
 from .backend import refusal
-from .fit import fitting, misfit, wants
-from .guards import Work, flat_error, flat_piece, without_autocast
+from .members import flat_error, flat_piece
 from .refresh import Waiting, Watch, set_steps
 from .sites import Entry, name_of, plain_layout, sites_of
-from .update import init_state, step_plain, step_projected
+from .state import fitting, init_state, misfit, wants
+from .update import step_plain, step_projected
 
 if TYPE_CHECKING:
     from ..optimizer import LowRank
@@ -50,8 +54,8 @@ class Round:
         for index, group in enumerate(optimizer.param_groups):
             if checked.get(index) != settings.signature(group):
                 where = f" in group {index}"
-                keys.translate(group, where)
-                keys.check_keys(group, where)
+                settings.translate(group, where)
+                settings.check_keys(group, where)
                 settings.check_values(group, where, least_lr=-math.inf)
                 checked[index] = settings.signature(group)
             self.signatures.append(checked[index])
@@ -290,3 +294,31 @@ def stagger(groups: list[tuple[dict[str, Any], Plan, list[Entry]]]) -> None:
     ]
     for place, site in enumerate(sites):
         site.phase = place * site.gap // len(sites)
+
+
+Work = list[tuple[dict[str, Any], Plan, list[Job]]]
+
+
+@contextmanager
+def without_autocast(work: Work) -> Iterator[None]:
+    """Compute in the dtypes that are written, as torch's optimizers do, also under autocast."""
+    devices = {job.param.device.type for _, _, jobs in work for job in jobs}
+    with ExitStack() as stack:
+        for device in devices:
+            if device != "meta" and torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+def is_rehearsal(work: Work) -> bool:
+    """Return whether there are gradients, all zero, and every lr is 0. Looks at lr first."""
+    rates = [group["lr"] for group, _, jobs in work if jobs]
+    if not rates:
+        return False
+    if any(isinstance(rate, Tensor) and rate.device.type != "cpu" for rate in rates):
+        return False
+    if any(float(rate) != 0 for rate in rates):
+        return False
+    all_jobs = [job for _, _, jobs in work for job in jobs]
+    moves = any(bool(job.grad.count_nonzero()) for job in all_jobs)
+    return not any_of(moves, [job.layout.everyone for job in all_jobs], all_jobs[0].grad.device)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..parts.plan import Group, Job, Plan
+from ..parts.plan import Plan
+from ..parts.types import Group, Job
 from ..sharding.collectives import Team
 
 HELD = 256 << 20

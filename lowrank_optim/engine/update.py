@@ -23,11 +23,10 @@ from ..functional import (
     row_chunks,
     row_norms,
 )
-from ..parts.geometry import oriented
-from ..parts.plan import Group, Job, Plan, Site, State, site_of
-from ..parts.protocols import Storage
+from ..functional.views import oriented
+from ..parts.plan import Plan
 from ..parts.storage import load_moments, moments_of, store_moments, stored
-from ..sharding.layout import Layout
+from ..parts.types import Group, Job, site_of
 from . import backend as dispatch
 from . import launches as fused
 from .feed import fed, keep, servings
@@ -37,102 +36,6 @@ from .two_phase import Half, portions, run
 
 WHOLE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""
-
-
-def init_state(
-    param: Tensor, site: Site | None, group: Group, plan: Plan, size: int | None = None
-) -> State:
-    """Return a new state, on the device of `param`.
-
-    Args:
-        param: the parameter, or what a process holds of it.
-        site, group, plan: its own.
-        size: elements of the whole parameter, if that is more.
-    """
-    size = param.numel() if size is None else size
-    moments: State = {}
-    for slot, storage, shape, whole in moments_to_be(param, site, plan, size):
-        moments.update(storage.zeros(slot, shape, param, whole))
-    if site is None:
-        return {"step": zero_count(step_device(param, moments, group, plan)), **moments}
-    state: dict[str, Any] = {"step": zero_count(step_device(param, None, group, plan)), **moments}
-    _, view = oriented(param, site.layout.wide)
-    batch, rows = tuple(view.shape[:-2]), view.shape[-2]
-    if plan.on_refresh == "reset":
-        state["age"] = torch.zeros_like(state["step"])
-    if plan.projector.learns:
-        state["pending"] = 1
-        state["unset"] = torch.ones(batch, dtype=torch.bool, device=param.device)
-    state.update(plan.projector.init(batch, plan.storage.dtype(param), site))
-    for part in (plan.rule, plan.residual):
-        state.update(part.init(batch, rows, site))
-    return state
-
-
-class Moment(NamedTuple):
-    """A moment that a parameter has, see `Storage.zeros`."""
-
-    slot: str
-    storage: Storage
-    shape: tuple[int, ...]
-    size: int
-
-
-def moments_to_be(param: Tensor, site: Site | None, plan: Plan, size: int) -> Iterator[Moment]:
-    """Yield the moments that `init_state` makes; its arguments."""
-    if site is None:
-        for slot in plan.rule.plain.slots:
-            yield Moment(slot, plan.storage, tuple(param.shape), size or 1)
-        return
-    *batch, rows, _ = oriented(param, site.layout.wide)[1].shape
-    for slot in plan.slots:
-        yield Moment(slot, plan.storage, (*batch, rows, plan.projector.width(site)), 0)
-    for slot in plan.feed.slots:
-        yield Moment(slot, plan.feed_storage, (*batch, rows, site.cols), 0)
-
-
-def zero_count(device: torch.device) -> Tensor:
-    """Return a step count of none."""
-    return torch.zeros((), dtype=torch.float32, device=device)
-
-
-def step_device(param: Tensor, moments: State | None, group: Group, plan: Plan) -> torch.device:
-    """Return where the counts live: with the host, except where a kernel or a graph reads them.
-
-    Those of a parameter on "meta" are real numbers with the host, so that it can be stepped.
-
-    Args:
-        param, group, plan: its own.
-        moments: of a parameter that is not projected, as they are stored; None for others.
-    """
-    host = torch.device("cpu")
-    if param.is_meta:
-        return host
-    if group["capturable"]:
-        return param.device
-    if moments is not None and plan.rule.plain.counts_on_device(param, moments, group):
-        return param.device
-    return host
-
-
-def template(
-    param: Tensor, site: Site | None, group: Group, plan: Plan, held: Layout | None = None
-) -> State:
-    """Return what `init_state` would, on the "meta" device: keys, shapes and dtypes for nothing.
-
-    That is the state of the whole parameter, or of what a process holds of it, by its layout.
-    """
-    meta = torch.device("meta")
-    site = None if site is None else replace(site, device=meta)
-    if held is None or held.mesh is None:
-        like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=meta)
-    else:
-        like = torch.empty(held.held, dtype=param.dtype, device=meta)
-    state = init_state(like, site, group, plan, param.numel())
-    if site is not None and held is not None and held.mesh is not None:
-        for key in plan.each(group).cut:
-            state[key] = held.columns_of(state[key])
-    return state
 
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:

@@ -14,9 +14,8 @@ from torch import nn
 
 from ..groups import sorted_groups
 from ..optimizer import LowRank
-from ..parts.auto_rank import AutoRank
-from ..parts.geometry import MIN_DIM
-from ..settings import SettingError
+from ..parts.checks import SettingError
+from ..parts.rank import MIN_DIM, AutoRank
 from ..sharding.collectives import several
 from ..sharding.local import is_distributed
 from . import require

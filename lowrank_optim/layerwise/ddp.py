@@ -13,9 +13,10 @@ from torch import Tensor
 from ..engine.refresh import is_due, is_tried_again, set_steps
 from ..engine.step import Round
 from ..functional import down, lift_
-from ..parts.geometry import oriented
-from ..parts.plan import Group, Job, Plan
-from ..settings import SettingError
+from ..functional.views import oriented
+from ..parts.checks import SettingError
+from ..parts.plan import Plan
+from ..parts.types import Group, Job
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel

@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..engine.guards import without_autocast
 from ..engine.sites import Entry
-from ..engine.step import Round, open_for
+from ..engine.step import Round, open_for, without_autocast
 from ..engine.update import project
-from ..parts.checks import is_real
-from ..parts.plan import Group, Job
-from ..settings import SettingError, fail, plan_of
+from ..parts.checks import SettingError, fail, is_real
+from ..parts.types import Group, Job
+from ..settings import plan_of
 from ..sharding.collectives import several
 from ..sharding.local import is_distributed, reuse_later
 from .clipping import asked_by_trainer, clipper_called

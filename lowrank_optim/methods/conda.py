@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..optimizer import LowRank, Params
-from ..parts.auto_rank import AutoRank
 from ..parts.feeds import WholeMomentum
 from ..parts.protocols import Projector
+from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..optimizer import LowRank, Params
-from ..parts.auto_rank import AutoRank
 from ..parts.feeds import GeneralErrorFeedback
 from ..parts.projectors import Power
 from ..parts.protocols import Projector
+from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
 

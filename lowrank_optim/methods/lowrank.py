@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..optimizer import LowRank, Params
-from ..parts.auto_rank import AutoRank
 from ..parts.protocols import Projector
+from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
 

@@ -6,9 +6,11 @@ import ast
 import math
 import numbers
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import is_dataclass
 from typing import Any
+
+from torch import Tensor
 
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B?|B)\s*", re.I)
 UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "K": 2**10, "M": 2**20, "G": 2**30}
@@ -83,3 +85,75 @@ def as_text(part: Any, kinds: Iterable[type]) -> Any:
     """Return the text of an object where it says all of it, else the object itself."""
     text = text_of(part)
     return text if made_from(text, kinds) == part else part
+
+
+class SettingError(ValueError):
+    """A setting that cannot be used."""
+
+
+def fail(where: str, key: str, value: Any, wanted: str) -> SettingError:
+    """Return the error for a bad value, naming the place."""
+    return SettingError(f"{key}={value!r}{where}: {key} must be {wanted}")
+
+
+def number(wanted: str, good: Callable[[float], bool]) -> Callable[[str, Any, str], Any]:
+    """Return a check for a real number."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if not is_real(value) or not good(value):
+            raise fail(where, key, value, wanted)
+        return float(value)
+
+    return check
+
+
+def learning_rate(key: str, value: Any, where: str) -> Any:
+    """Check lr: a number or a tensor of one element, whose value is looked at on the CPU only."""
+    check = number("a finite number, or a tensor of one", math.isfinite)
+    if not isinstance(value, Tensor):
+        return check(key, value, where)
+    if value.numel() != 1:
+        raise fail(where, key, value, "a finite number, or a tensor of one")
+    if value.device.type == "cpu":
+        check(key, value.item(), where)
+    return value
+
+
+def betas(key: str, value: Any, where: str) -> tuple[float, float]:
+    """Check betas: two numbers in [0, 1)."""
+    try:
+        first, second = (float(beta) for beta in value)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError):
+        raise fail(where, key, value, "two numbers in [0, 1)") from None
+    if not (0 <= first < 1 and 0 <= second < 1):
+        raise fail(where, key, value, "two numbers in [0, 1)")
+    return first, second
+
+
+def integer(least: int) -> Callable[[str, Any, str], Any]:
+    """Return a check for an integer of at least `least`."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+            raise fail(where, key, value, f"an int of at least {least}")
+        return int(value)
+
+    return check
+
+
+def flag(key: str, value: Any, where: str) -> Any:
+    """Check a boolean."""
+    if not isinstance(value, bool):
+        raise fail(where, key, value, "True or False")
+    return value
+
+
+def one_of(*choices: str) -> Callable[[str, Any, str], Any]:
+    """Return a check for one of some words."""
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if value not in choices:
+            raise fail(where, key, value, "one of " + ", ".join(map(repr, choices)))
+        return value
+
+    return check

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import is_real
-from .plan import Site, State
+from .types import Site, State
 
 FIRST = 3.0
 """The first norm is at most so many times that of an AdamW step, of one a weight.

@@ -1,24 +1,20 @@
 """The five parts of a plan, as protocols: feed, projector, rule, residual, storage.
 
-Shapes are those of `plan.py`: `grad` is `(..., rows, cols)` with the projected axis last, `low` is
+Shapes are those of `types.py`: `grad` is `(..., rows, cols)` with the projected axis last, `low` is
 `(..., rows, rank)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..functional import Norms, Want
 from .kinds import Kind
-
-if TYPE_CHECKING:
-    from .plan import Group, Job, Matrix, Site, State, Update
-
-Moments = dict[str, Tensor]
+from .types import Group, Job, Matrix, Moments, Site, State, Update
 
 
 class Carried(NamedTuple):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import functional
 from ..functional import BLOCK, BLOCK_4BIT, Noise, Stored, bits_of, compute_dtype, load, store
-from .plan import State
-from .protocols import Moments, Rule, Storage
+from .protocols import Rule, Storage
+from .types import Moments, State
 
 Held = dict[str, Stored]
 """Moments as they lie in memory, by name."""

@@ -17,12 +17,13 @@ from ..engine import feed as feeding
 from ..engine import launches as fused
 from ..engine import memory, update
 from ..engine.refresh import at_a_time, move_subspaces
+from ..engine.state import init_state, template
 from ..engine.step import Round
-from ..engine.update import init_state, template
+from ..functional.views import oriented
 from ..groups import param_groups
 from ..optimizer import LowRank, Params
-from ..parts.geometry import oriented
-from ..parts.plan import Group, Job, Plan, site_of
+from ..parts.plan import Plan
+from ..parts.types import Group, Job, site_of
 from .trace import Live
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..groups import param_groups
-from ..parts.geometry import subspace_of
+from ..parts.rank import subspace_of
 from .methods import Method, Needs, needs_of
 from .models import PlanError, foreign
 from .phases import phases_of

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..parts.geometry import Shape, is_wide, matrix_shape
+from ..functional.views import Shape, is_wide, matrix_shape
 from .collectives import ALONE, Team, chunk, exchange, gathered
 from .local import here, is_distributed, local_of
 from .placements import (

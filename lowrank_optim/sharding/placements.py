@@ -9,7 +9,7 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..parts.geometry import Shape
+from ..functional.views import Shape
 from .collectives import ALONE, Team, chunk
 
 if TYPE_CHECKING:

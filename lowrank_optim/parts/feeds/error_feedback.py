@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ...functional import reach
 from ..checks import check_share
-from ..plan import Group
-from ..protocols import Carried, Fed, Moments
+from ..protocols import Carried, Fed
+from ..types import Group, Moments
 
 
 @dataclass(frozen=True)

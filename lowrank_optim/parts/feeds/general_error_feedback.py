@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..checks import is_real
-from ..plan import Group
-from ..protocols import Carried, Fed, Moments
+from ..protocols import Carried, Fed
+from ..types import Group, Moments
 from .error_feedback import ErrorFeedback
 
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..plan import Group
-from ..protocols import Carried, Fed, Moments
+from ..protocols import Carried, Fed
+from ..types import Group, Moments
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...functional import raise_square_
-from ..plan import Group
-from ..protocols import Carried, Fed, Moments
+from ..protocols import Carried, Fed
+from ..types import Group, Moments
 
 
 @dataclass(frozen=True)

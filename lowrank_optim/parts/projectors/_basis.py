@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ...functional import peaks, places_of, select_moment
 from ..kinds import UNIT, Kind
-from ..plan import Group, Matrix, Site, State
-from ..protocols import Moments, Rule
+from ..protocols import Rule
+from ..types import Group, Matrix, Moments, Site, State
 
 
 def peaks_of(matrices: Sequence[Matrix]) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ...functional import generator
 from ..kinds import Kind
-from ..plan import Group, Matrix, Site, State
-from ..protocols import Moments, Rule
+from ..protocols import Rule
+from ..types import Group, Matrix, Moments, Site, State
 
 ORDERS = ("random", "ascending", "descending", "mirror")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...functional import generator, upload
 from ..kinds import COLUMNS, Kind
-from ..plan import Matrix, Site, State
+from ..types import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...engine.backend import dct_scores
 from ...functional import dct_basis
 from ..kinds import COLUMNS, Kind
-from ..plan import Matrix, Site, State
+from ..types import Matrix, Site, State
 from ._basis import Basis, IndexTransport
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kinds import Kind
-from ..plan import Matrix, Site, State
+from ..types import Matrix, Site, State
 from ._basis import Basis
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...functional import generator, orthonormal_, peaks, product, product_t, upload, usable
-from ..plan import Matrix, Site
+from ..types import Matrix, Site
 from ._basis import Basis, peaks_of
 
 BUDGET = 1 << 26

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...functional import canonical_signs, gram, peaks, usable
-from ..plan import Matrix, Site
+from ..types import Matrix, Site
 from ._basis import Basis, peaks_of
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...functional import Norms
 from ..kinds import NORM, Kind
 from ..limiter import limiter_state
-from ..plan import Group, Site, State
+from ..types import Group, Site, State
 
 
 class Stateless:

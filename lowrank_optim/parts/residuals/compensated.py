@@ -14,7 +14,7 @@ from ...functional import Norms, Want, inverse
 from ..checks import check_share
 from ..kinds import NOT_NEGATIVE, Kind
 from ..limiter import check_limiter, first_norm, limit
-from ..plan import Group, Site, State, Update
+from ..types import Group, Site, State, Update
 from ._base import Limited
 
 NOISE = 2.0**-8

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ...functional import Norms, Want
-from ..plan import Group, Site, State, Update
+from ..types import Group, Site, State, Update
 from ._base import Stateless
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...functional import Norms, Want
 from ..limiter import check_limiter, first_norm, limit
-from ..plan import Group, Site, State, Update
+from ..types import Group, Site, State, Update
 from ._base import Limited
 from ._norms import measured, phi_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...functional import Norms, Want
 from ..checks import check_share
-from ..plan import Group, Site, State, Update
+from ..types import Group, Site, State, Update
 from ._base import Stateless
 
 

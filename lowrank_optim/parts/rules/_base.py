@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kinds import Kind
-from ..plan import Group, Job, Site, State
-from ..protocols import Moments, Rule
+from ..protocols import Rule
+from ..types import Group, Job, Moments, Site, State
 
 
 class Elementwise:

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..plan import Group, Site
-from ..protocols import Moments, Rule
+from ..protocols import Rule
+from ..types import Group, Moments, Site
 from ._base import Linear
 from .adam import Adam
 

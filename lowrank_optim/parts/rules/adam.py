@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ... import functional
-from ..plan import Group, Job, State
-from ..protocols import Moments
+from ..types import Group, Job, Moments, State
 from ._base import Elementwise
 
 PIECE = 1 << 16

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..plan import Group
-from ..protocols import Moments
+from ..types import Group, Moments
 from ._base import Linear
 
 

@@ -15,8 +15,7 @@ from ...functional import newton_schulz
 from ...sharding.whole_matrices import of_whole_matrices
 from ..checks import check_count, check_share
 from ..kinds import NOT_NEGATIVE, Kind
-from ..plan import Group, Job, Site, State
-from ..protocols import Moments
+from ..types import Group, Job, Moments, Site, State
 from ._matrix import OfMatrices, zeros
 
 LENGTHS = ("original", "match_rms_adamw", "dion", "none")

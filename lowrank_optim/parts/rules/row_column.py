@@ -15,7 +15,7 @@ from ...sharding.collectives import Team
 from ..checks import check_count, check_share
 from ..kinds import NORM, NOT_NEGATIVE, Kind
 from ..limiter import check_limiter, first_norm, limit, limiter_state
-from ..plan import Group, Job, Site, State, site_of
+from ..types import Group, Job, Site, State, site_of
 from ._matrix import OfMatrices, zeros
 
 OUTLYING = 10.0

@@ -1,0 +1,171 @@
+"""The state of a parameter: how it is made, and whether it goes with its group as that is now."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..functional.views import oriented
+from ..parts.plan import Plan
+from ..parts.protocols import Storage
+from ..parts.storage import forms
+from ..parts.types import COUNTED, Group, Site, State
+from ..settings import PARTS
+from ..sharding.layout import Layout
+
+
+def init_state(
+    param: Tensor, site: Site | None, group: Group, plan: Plan, size: int | None = None
+) -> State:
+    """Return a new state, on the device of `param`.
+
+    Args:
+        param: the parameter, or what a process holds of it.
+        site, group, plan: its own.
+        size: elements of the whole parameter, if that is more.
+    """
+    size = param.numel() if size is None else size
+    moments: State = {}
+    for slot, storage, shape, whole in moments_to_be(param, site, plan, size):
+        moments.update(storage.zeros(slot, shape, param, whole))
+    if site is None:
+        return {"step": zero_count(step_device(param, moments, group, plan)), **moments}
+    state: dict[str, Any] = {"step": zero_count(step_device(param, None, group, plan)), **moments}
+    _, view = oriented(param, site.layout.wide)
+    batch, rows = tuple(view.shape[:-2]), view.shape[-2]
+    if plan.on_refresh == "reset":
+        state["age"] = torch.zeros_like(state["step"])
+    if plan.projector.learns:
+        state["pending"] = 1
+        state["unset"] = torch.ones(batch, dtype=torch.bool, device=param.device)
+    state.update(plan.projector.init(batch, plan.storage.dtype(param), site))
+    for part in (plan.rule, plan.residual):
+        state.update(part.init(batch, rows, site))
+    return state
+
+
+class Moment(NamedTuple):
+    """A moment that a parameter has, see `Storage.zeros`."""
+
+    slot: str
+    storage: Storage
+    shape: tuple[int, ...]
+    size: int
+
+
+def moments_to_be(param: Tensor, site: Site | None, plan: Plan, size: int) -> Iterator[Moment]:
+    """Yield the moments that `init_state` makes; its arguments."""
+    if site is None:
+        for slot in plan.rule.plain.slots:
+            yield Moment(slot, plan.storage, tuple(param.shape), size or 1)
+        return
+    *batch, rows, _ = oriented(param, site.layout.wide)[1].shape
+    for slot in plan.slots:
+        yield Moment(slot, plan.storage, (*batch, rows, plan.projector.width(site)), 0)
+    for slot in plan.feed.slots:
+        yield Moment(slot, plan.feed_storage, (*batch, rows, site.cols), 0)
+
+
+def zero_count(device: torch.device) -> Tensor:
+    """Return a step count of none."""
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def step_device(param: Tensor, moments: State | None, group: Group, plan: Plan) -> torch.device:
+    """Return where the counts live: with the host, except where a kernel or a graph reads them.
+
+    Those of a parameter on "meta" are real numbers with the host, so that it can be stepped.
+
+    Args:
+        param, group, plan: its own.
+        moments: of a parameter that is not projected, as they are stored; None for others.
+    """
+    host = torch.device("cpu")
+    if param.is_meta:
+        return host
+    if group["capturable"]:
+        return param.device
+    if moments is not None and plan.rule.plain.counts_on_device(param, moments, group):
+        return param.device
+    return host
+
+
+def template(
+    param: Tensor, site: Site | None, group: Group, plan: Plan, held: Layout | None = None
+) -> State:
+    """Return what `init_state` would, on the "meta" device: keys, shapes and dtypes for nothing.
+
+    That is the state of the whole parameter, or of what a process holds of it, by its layout.
+    """
+    meta = torch.device("meta")
+    site = None if site is None else replace(site, device=meta)
+    if held is None or held.mesh is None:
+        like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=meta)
+    else:
+        like = torch.empty(held.held, dtype=param.dtype, device=meta)
+    state = init_state(like, site, group, plan, param.numel())
+    if site is not None and held is not None and held.mesh is not None:
+        for key in plan.each(group).cut:
+            state[key] = held.columns_of(state[key])
+    return state
+
+
+FIXED = ("rank", "min_dim", "shard_basis", "capturable")
+"""Settings beside those of a plan on which a state depends."""
+
+
+def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
+    """Return what the states of a group depend on."""
+    return (plan, *(group[key] for key in FIXED))
+
+
+def fitting(param: Tensor, state: State, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
+    held = [id(value) for value in state.values() if isinstance(value, Tensor)]
+    return (held, param.dtype, param.shape, param.device, wanted)
+
+
+def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:
+    """Return what does not fit in the state of a parameter, as the start of a sentence, or None.
+
+    Keys that belong to no part of any method are a wrapper's own, and left alone.
+    """
+    turns: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
+    if site is not None:
+        site = replace(site, step=max(0, int(state.get("step", 0)) - 1))
+        turns = plan.slots if plan.projector.whole and not plan.projector.everything else ()
+    wanted = template(param, site, group, plan)
+    if strange := [key for key in state if key not in wanted and key in owned()]:
+        return f"{strange[0]!r} belongs to another method in"
+    counter = step_device(param, state if site is None else None, group, plan)
+    for key, like in wanted.items():
+        held = state.get(key)
+        if held is None:
+            return f"there is no {key!r} in"
+        if not isinstance(like, Tensor):
+            continue
+        home = counter if key in ("step", "age") else param.device
+        axes = -1 if key.partition(".")[0] in turns else None
+        for what, there, here in (
+            ("shape", tuple(held.shape[:axes]), tuple(like.shape[:axes])),
+            ("dtype", held.dtype, like.dtype),
+            ("device", held.device, home),
+        ):
+            if there != here:
+                return f"{key!r} has the {what} {there}, and should have {here}, in"
+    return None
+
+
+@cache
+def owned() -> frozenset[str]:
+    """Return every key that the state of some method has."""
+    parts = [part for registry in PARTS.values() for part in registry.values()]
+    slots = {slot for part in parts for slot in getattr(part, "slots", ())}
+    keys = {key for part in parts for key in getattr(part, "kinds", {})}
+    found = {key for slot in slots for form in forms(slot) for key in form}
+    return frozenset({*COUNTED, *keys, *found})

@@ -1,0 +1,165 @@
+"""The types that everything else is written against: Site, Update, Job, Matrix.
+
+Shapes throughout: a matrix is seen through a view in which the projected axis is last, so `grad`
+is `(..., rows, cols)` and the projected gradient `low` is `(..., rows, rank)`; the leading `...`
+is empty for a matrix and `(E,)` for a stack of E matrices, which are projected one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..sharding.collectives import Team
+from ..sharding.layout import Layout
+from .kinds import COUNT, FLAG, Kind
+
+Moments = dict[str, Tensor]
+
+
+State = MutableMapping[str, Any]
+
+
+Group = Mapping[str, Any]
+
+
+class Shared:
+    """Tensors that parameters of one optimizer share: derived from numbers, never saved.
+
+    What one step did not ask for is dropped by `sweep` and made again when asked for.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Any, Tensor] = {}
+        self._asked: set[Any] = set()
+
+    def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """Return the tensor for `key`, made once."""
+        self._asked.add(key)
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    def sweep(self) -> None:
+        """Drop what was not asked for since the last sweep."""
+        self._kept = {key: kept for key, kept in self._kept.items() if key in self._asked}
+        self._asked.clear()
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor held now."""
+        return list(self._kept.values())
+
+
+@dataclass(slots=True)
+class Site:
+    """What a projector knows of the matrix it works on, apart from its gradient and state.
+
+    Attributes:
+        rank: width of the subspace.
+        cols: length of the projected axis.
+        dtype: dtype of the arithmetic: float32, or float64 for float64 parameters.
+        device: device of the parameter.
+        seed: the optimizer's seed; with `step` it fixes every random draw.
+        step: updates of this parameter before this one.
+        gap: updates between refreshes.
+        turn, turns: place of this matrix among the projected ones of its group, and their number.
+        share: the rank as a share of `cols` where it was given so (FRUGAL's density).
+        most: the largest rank, where it is chosen anew at each refresh.
+        phase: updates by which its refreshes come later than those of others.
+        shared: tensors common to several parameters.
+        kernels: whether kernels may be used, where there are any for the dtype.
+        wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
+        layout: which rows of the parameter this process holds, and how they are seen.
+    """
+
+    rank: int
+    cols: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+    step: int = 0
+    gap: int = 1
+    turn: int = 0
+    turns: int = 1
+    share: float | None = None
+    most: int | None = None
+    phase: int = 0
+    shared: Shared = field(default_factory=Shared)
+    kernels: bool = False
+    wanted: Tensor | None = None
+    layout: Layout = field(default_factory=lambda: Layout(()))
+
+    @property
+    def team(self) -> Team:
+        """The processes that hold other rows of the same matrices."""
+        return self.layout.team
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a step adds to a weight, as four small factors; no matrix is formed.
+
+    update = (direction * N + low * R) P^T + grad * G + sign * sgn(G - R P^T)
+    with G the gradient, R = G P its projection and N the rule's direction on R. The weight moves by
+    `-lr * update`.
+
+    Attributes:
+        direction: a number.
+        low: a number, or one a row, `(..., rows, 1)`.
+        grad: likewise.
+        sign: a number.
+    """
+
+    direction: float = 0.0
+    low: Tensor | float = 0.0
+    grad: Tensor | float = 0.0
+    sign: float = 0.0
+
+
+class Job(NamedTuple):
+    """One parameter that has a gradient, as far as this process holds it.
+
+    Attributes:
+        param: what is written.
+        grad: its gradient.
+        state: its state.
+        site: None where it is not projected.
+        position: place of the parameter in the optimizer, from 1.
+        layout: which part of the parameter this is.
+        leaf: the parameter itself, as the optimizer knows it.
+        low: given where the gradient was projected before, in a subspace that has moved already:
+            then `grad` is no more than the last part of it.
+        kept: given where `grad` is what a feed made of it: what is stored at the end, see `Fed`.
+    """
+
+    param: Tensor
+    grad: Tensor
+    state: State
+    site: Site | None
+    position: int
+    layout: Layout
+    leaf: Tensor
+    low: Tensor | None = None
+    kept: Moments | None = None
+
+
+def site_of(job: Job) -> Site:
+    """Return the site of a projected parameter."""
+    assert job.site is not None
+    return job.site
+
+
+class Matrix(NamedTuple):
+    """What a projector works on: a gradient with the projected axis last, state and place."""
+
+    grad: Tensor
+    state: State
+    site: Site
+
+
+COUNTED: dict[str, Kind] = {"step": COUNT, "age": COUNT, "pending": FLAG, "unset": FLAG}
+"""What is kept beside moments and what the parts of a plan own: updates, and what still waits."""

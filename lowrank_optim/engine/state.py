@@ -132,7 +132,7 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
     turns: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
     if site is not None:
         site = replace(site, step=max(0, int(state.get("step", 0)) - 1))
-        turns = plan.slots if plan.projector.whole and not plan.projector.everything else ()
+        turns = plan.slots if plan.takes_turns else ()
     wanted = template(param, site, group, plan)
     if strange := [key for key in state if key not in wanted and key in owned()]:
         return f"{strange[0]!r} belongs to another method in"

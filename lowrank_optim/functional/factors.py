@@ -71,7 +71,7 @@ def within_reach(low: Tensor, grad: Tensor, factor: Factor) -> Tensor:
     dtype = low.dtype
     least, most = low.aminmax()
     limit = reach(dtype)
-    if -limit <= least and most <= limit:
+    if -limit <= least.item() and most.item() <= limit:
         return low
     if isinstance(factor, Tensor) and factor.is_floating_point() and grad.dtype != torch.float16:
         share = 0.5 ** math.ceil(math.log2(grad.shape[-1]) / 2 + 1)

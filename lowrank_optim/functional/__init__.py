@@ -16,7 +16,7 @@ from .blockwise import (
     square_map,
 )
 from .cosine import dct, dct_scores
-from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_
+from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_, reach
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
 from .moments import (
     adam,
@@ -36,7 +36,6 @@ from .products import (
     peaks,
     product,
     product_t,
-    reach,
     row_chunks,
     row_norms,
     usable,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional.views import oriented
+from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.protocols import Storage
 from ..parts.storage import forms
@@ -124,12 +124,6 @@ def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
     return (plan, *(group[key] for key in FIXED))
 
 
-def fitting(param: Tensor, state: State, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
-    held = [id(value) for value in state.values() if isinstance(value, Tensor)]
-    return (held, param.dtype, param.shape, param.device, wanted)
-
-
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:
     """Return what does not fit in the state of a parameter, as the start of a sentence, or None.
 
@@ -138,7 +132,7 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
     turns: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
     if site is not None:
         site = replace(site, step=max(0, int(state.get("step", 0)) - 1))
-        turns = plan.slots if plan.projector.whole and not plan.projector.everything else ()
+        turns = plan.slots if plan.takes_turns else ()
     wanted = template(param, site, group, plan)
     if strange := [key for key in state if key not in wanted and key in owned()]:
         return f"{strange[0]!r} belongs to another method in"

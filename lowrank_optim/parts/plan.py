@@ -30,6 +30,16 @@ class Plan:
         return tuple(slot for slot in self.rule.slots if slot not in self.feed.slots)
 
     @cached_property
+    def plain(self) -> Rule:
+        """The rule of parameters that are not projected."""
+        return self.rule.plain
+
+    @cached_property
+    def takes_turns(self) -> bool:
+        """Whether matrices sit out at times, and have no moments then."""
+        return self.projector.whole and not self.projector.everything
+
+    @cached_property
     def kept(self) -> tuple[str, ...]:
         """What rule and residual keep besides: one number a matrix, or a row of its columns."""
         return (*self.rule.keys, *self.residual.keys)
@@ -89,7 +99,7 @@ class Plan:
                 f"{name}: a matrix that sits out has no projected gradient to compare norms "
                 "with; choose Drop or StateFree"
             )
-        if self.feed.slots and self.projector.whole and not self.projector.everything:
+        if self.feed.slots and self.takes_turns:
             raise ValueError(
                 f"the feed {feed} does not go with the projector {name}: what a matrix that sits "
                 "out would carry has no end; choose another projector"

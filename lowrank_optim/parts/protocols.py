@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..functional import Norms, Want
+from ..functional import Factor, Norms, Want
 from .kinds import Kind
 from .types import Group, Job, Matrix, Moments, Site, State, Update
 
@@ -73,8 +73,8 @@ class Projector(Protocol):
         device.
         """
 
-    def factor(self, state: State, site: Site) -> Tensor:
-        """Return P, `(..., cols, rank)`, or `(rank,)` integers: P is a choice of columns."""
+    def factor(self, state: State, site: Site) -> Factor:
+        """Return P, `(..., cols, rank)`; `(rank,)` integers for a choice of columns; or `UNIT`."""
 
     def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor | None:
         """Return where the columns of K subspaces were before, or -1; None if they are no subsets.
@@ -176,7 +176,7 @@ class Residual(Protocol):
     def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
         """Return what the update needs summed over all rows of each matrix, `(..., k)`, or None.
 
-        What is kept for rows changes here, in place.
+        Called where it wants norms. What is kept for rows changes here, in place.
         """
 
     def update(

@@ -8,10 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..functional import BLOCK, Noise, on_device, row_chunks
+from ..functional import BLOCK, CARRIED, Noise, on_device, row_chunks
 from ..parts.plan import Plan
 from ..parts.storage import (
-    kind_of,
     load_moments,
     moments_of,
     rows_of,
@@ -65,11 +64,11 @@ def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
     if places is None:
         return False
     noises = [noise_before(each.job, group) for each in moved]
-    ops, count = site_of(moved[0].job).ops, len(plan.slots)
+    ops = site_of(moved[0].job).ops
     with on_device(places.device):
         for place, slot in enumerate(plan.slots):
             moments, square = [some[place] for some in eight], slot in plan.rule.squares
-            ops.move_columns(moments, places, square, noises, kind_of(place, count, True))
+            ops.move_columns(moments, places, square, noises, CARRIED[place])
     return True
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..functional import Factor, Noise, bits_of, lift_, load, store
+from ..functional import FED, Factor, Noise, bits_of, lift_, load, store
 from ..parts.plan import Plan
 from ..parts.protocols import Carried
 from ..parts.storage import stored
@@ -17,9 +17,6 @@ from .two_phase import batches
 
 AT_ONCE = 1 << 23
 """Elements of gradients that are fed at once."""
-
-KIND = 5
-"""The first kind of random bits that stored slots take, see `functional.Noise`."""
 
 
 def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
@@ -78,4 +75,4 @@ def keep(job: Job, taken: Tensor | None, factor: Factor, noise: Noise) -> None:
     for place, (slot, value) in enumerate((job.kept or {}).items()):
         if taken is not None:
             lift_(value, taken, factor, scale=-1.0)
-        store(stored(job.state, slot), value, False, partial(bits_of, noise, KIND + place, value))
+        store(stored(job.state, slot), value, False, partial(bits_of, noise, FED[place], value))

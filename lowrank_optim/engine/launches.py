@@ -74,7 +74,7 @@ def begin(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
         matrix, view = oriented(job.param, job.layout.wide)
         copy = matrix if matrix.data_ptr() != job.param.data_ptr() else None
         for part in parts_of(job, view, copy, group, plan):
-            parts.setdefault(kind_of(part), []).append(part)
+            parts.setdefault(launch_of(part), []).append(part)
     room = at_once(jobs)
     for alike in parts.values():
         part = alike[0]
@@ -128,7 +128,7 @@ def piece_of(moment: Stored, place: int) -> Stored:
     return moment[0][place], moment[1][place]
 
 
-def kind_of(part: Part) -> Hashable:
+def launch_of(part: Part) -> Hashable:
     """Return what the matrices of one launch have in common, on all processes if they are cut."""
     tensors = (part.param, part.grad)
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from .blockwise import BLOCK
+from .draws import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from .factors import Factor, down
 from .moments import adam, select_moment
 from .products import compute_dtype, row_chunks, row_norms
 from .rounding import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    WEIGHT,
     Draw,
     Noise,
     on_device,

@@ -25,14 +25,14 @@ from .adaptive_rank import padded
 class Moved(NamedTuple):
     """A parameter whose subspace has moved: what its projector kept before, and keeps now.
 
-    `turns` says whether its moments turn with the subspace; else the first columns stay as they
+    `rotates` says whether its moments rotate with the subspace; else the first columns stay as they
     are.
     """
 
     job: Job
     old: State
     new: State
-    turns: bool
+    rotates: bool
 
 
 def carry(moved: list[Moved], group: Group, plan: Plan) -> None:
@@ -54,7 +54,7 @@ def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
     held = [moments_of(each.job.state, plan.slots) for each in moved]
     eight = [[x for x in some.values() if not isinstance(x, Tensor)] for some in held]
     if not all(
-        each.turns
+        each.rotates
         and len(some) == len(plan.slots)
         and some[0][0].shape[-1] == site_of(each.job).rank
         for each, some in zip(moved, eight, strict=True)
@@ -78,7 +78,7 @@ def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
     The rank may be another than before: then what is missing of either subspace counts as zero, and
     the moments are others in the state.
     """
-    job, old, new, turns = moved
+    job, old, new, rotates = moved
     site, rule, noise = site_of(job), plan.rule, noise_before(job, group)
     held = kept = moments_of(job.state, plan.slots)
     *batch, count, rank = shape_of(job.state, plan.slots[0])
@@ -99,7 +99,7 @@ def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
         moments = load_moments(some, rule, site.dtype, ops)
         if rank != site.rank:
             moments = {slot: pad(moment, (0, most - rank)) for slot, moment in moments.items()}
-        if turns:
+        if rotates:
             plan.projector.transport(rule, moments, old, new, site, group)
         here = noise._replace(stream=noise.stream + rows.start)
         moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}

@@ -38,12 +38,12 @@ def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]
     for job in jobs:
         held = {slot: load_whole(job, slot) for slot in plan.feed.slots}
         made = plan.feed.feed(grad_of(job), held, carried_by(job, plan), group)
-        lessons.append(job._replace(grad=turned(made.lesson, job)))
-        others.append(job._replace(grad=turned(made.grad, job), kept=made.kept))
+        lessons.append(job._replace(grad=as_it_lies(made.lesson, job)))
+        others.append(job._replace(grad=as_it_lies(made.grad, job), kept=made.kept))
     return lessons, others
 
 
-def turned(matrix: Tensor, job: Job) -> Tensor:
+def as_it_lies(matrix: Tensor, job: Job) -> Tensor:
     """Return a matrix that is seen with the projected axis last as the parameter lies."""
     return matrix.mT if job.layout.wide else matrix
 

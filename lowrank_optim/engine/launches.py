@@ -56,7 +56,7 @@ class Part(NamedTuple):
     residual: dict[str, Tensor]
 
 
-class Whole(NamedTuple):
+class PlainPart(NamedTuple):
     """One parameter that is not projected."""
 
     param: Tensor
@@ -237,7 +237,7 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """Do one step of parameters that are not projected."""
-    parts: dict[Hashable, list[Whole]] = {}
+    parts: dict[Hashable, list[PlainPart]] = {}
     for job in jobs:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
@@ -247,8 +247,8 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             param, grad = in_rows(param), in_rows(grad)
             exp_avg, exp_avg_sq = moment_in_rows(exp_avg), moment_in_rows(exp_avg_sq)
         kind = (param.shape, param.dtype, grad.dtype, param.device, forms, counted)
-        whole = Whole(param, grad, exp_avg, exp_avg_sq, count, noise)
-        parts.setdefault(kind, []).append(whole)
+        part = PlainPart(param, grad, exp_avg, exp_avg_sq, count, noise)
+        parts.setdefault(kind, []).append(part)
     for alike in parts.values():
         params, grads, firsts, seconds, counts, noises = map(list, zip(*alike, strict=True))
         with on_device(alike[0].param.device):

@@ -48,7 +48,7 @@ from .feed import fed, keep, servings
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, portions, run
 
-WHOLE = 1 << 24
+MATRICES_AT_ONCE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""
 
 ONE = torch.ones((), device="cpu")
@@ -195,7 +195,7 @@ def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
         for same in alike(some):
             layout = same[0].layout
             size = layout.rows * width * layout.matrices
-            count = max(1, WHOLE // max(1, size)) * min(layout.team.size, ABREAST)
+            count = max(1, MATRICES_AT_ONCE // max(1, size)) * min(layout.team.size, ABREAST)
             for start in range(0, len(same), count):
                 yield same[start : start + count]
 
@@ -373,15 +373,15 @@ def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
     noise, count = noise_of(job, group), age_of(job, group)
     step_size, decay = rates_of(group)
     grad = in_rows(job.grad)
-    whole = moments_of(job.state, rule.slots)
-    stored = {slot: moment_in_rows(moment) for slot, moment in whole.items()}
+    held_here = moments_of(job.state, rule.slots)
+    stored = {slot: moment_in_rows(moment) for slot, moment in held_here.items()}
     length, ops = param.shape[0], codecs(plan, group, job.param, job.grad)
     for rows in row_chunks(length, NEAR * (param.numel() // max(1, length))):
         here = noise._replace(stream=noise.stream + rows.start)
         held = {slot: part_of(moment, rows) for slot, moment in stored.items()}
         moments = load_moments(held, rule, dtype, ops)
         direction = rule.direction(grad[rows].to(dtype), moments, count, group)
-        store_moments(held, moments, rule, here, whole=True, ops=ops)
+        store_moments(held, moments, rule, here, plain=True, ops=ops)
         target = param[rows]
         out = target.to(dtype).mul_(decay).add_(direction * step_size)
         round_into_(

@@ -174,7 +174,7 @@ def store_moments(
     rule: Rule,
     noise: Noise,
     *,
-    whole: bool = False,
+    plain: bool = False,
     carried: bool = False,
     ops: ModuleType = functional,
 ) -> None:
@@ -185,7 +185,7 @@ def store_moments(
         moments: their values.
         rule: whose moments they are.
         noise: source of random bits.
-        whole: whether they are those of a whole parameter.
+        plain: whether they are those of a parameter that is not projected.
         carried: whether they were carried into a new subspace, which draws bits of its own.
         ops: who writes the 8-bit format and draws bits, see `Site.ops`.
     """
@@ -194,7 +194,7 @@ def store_moments(
             continue
         kind = (CARRIED if carried else MOMENTS)[place]
         square = slot in rule.squares
-        bits = partial(bits_of, noise, kind, value, whole, ops.random_bits)
+        bits = partial(bits_of, noise, kind, value, plain, ops.random_bits)
         store(held[slot], value, square, bits, ops)
 
 

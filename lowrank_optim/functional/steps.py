@@ -64,7 +64,8 @@ def bits_of(
     """Return random bits for a moment or a weight, int32 of its shape.
 
     Rows are numbered over all axes except the last; those of a `plain` parameter, which is not
-    projected, over the first alone. A vector is one row. `draw` is `random_bits`, or a kernel that does the same.
+    projected, over the first alone. A vector is one row. `draw` is `random_bits`, or a kernel that
+    does the same.
     """
     count, rows = 1, 1
     if like.ndim > 1:

@@ -10,14 +10,7 @@ from torch.nn.functional import pad
 
 from ..functional import BLOCK, CARRIED, Noise, on_device, row_chunks
 from ..parts.plan import Plan
-from ..parts.storage import (
-    load_moments,
-    moments_of,
-    rows_of,
-    shape_of,
-    store_moments,
-    stored,
-)
+from ..parts.storage import load_moments, moments_of, rows_of, shape_of, store_moments, stored
 from ..parts.types import Group, Job, Site, State, site_of, stream_and_height
 from .adaptive_rank import padded
 

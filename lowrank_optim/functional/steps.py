@@ -17,14 +17,7 @@ from .draws import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from .factors import Factor, down
 from .moments import adam, select_moment
 from .products import compute_dtype, row_chunks, row_norms
-from .rounding import (
-    Draw,
-    Noise,
-    on_device,
-    random_bits,
-    round_into_,
-    stack_bits,
-)
+from .rounding import Draw, Noise, on_device, random_bits, round_into_, stack_bits
 from .stored import Stored, load, store
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers.cases import Model, assert_same, train, weights
 from torch import nn
 
+from helpers.cases import Model, assert_same, train, weights
 from lowrank_optim import DCTAdamW, LowRank, MuonW, kernels
 from lowrank_optim.engine import backend
 from lowrank_optim.engine.backend import LAUNCHES, missing

@@ -281,7 +281,7 @@ def described(group: Group) -> dict[str, str]:
     }
 
 
-def kind_of(text: str) -> str:
+def class_in(text: str) -> str:
     """Return the name in a text of `text_of`: what decides the meaning of the state."""
     return text.partition("(")[0]
 

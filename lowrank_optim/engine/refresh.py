@@ -149,11 +149,11 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     for (job, matrix), old, new, rank in zip(part, before, moved, ranks, strict=True):
         same = rank == matrix.site.rank
         matrix.site.rank = rank
-        turns = plan.on_refresh == "rotate" and matrix.site.step > 0
+        rotates = plan.on_refresh == "rotate" and matrix.site.step > 0
         if plan.on_refresh == "reset":
             reset(job, plan, matrix.site)
-        elif plan.slots and (turns or not same):
-            carried.append(Moved(job, old, new, turns))
+        elif plan.slots and (rotates or not same):
+            carried.append(Moved(job, old, new, rotates))
     carry(carried, group, plan)
 
 

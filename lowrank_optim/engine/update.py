@@ -6,22 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..functional import (
-    NEAR,
-    WEIGHT,
     Factor,
     Norms,
-    bits_of,
-    compute_dtype,
     down,
     down_some,
     lift_write,
     load,
-    round_into_,
-    row_chunks,
     row_norms,
 )
 from ..functional.factors import oriented
@@ -34,8 +27,7 @@ from ..parts.types import (
     Moments,
     Rates,
     age_of,
-    in_rows,
-    moment_in_rows,
+    count,
     noise_of,
     rates_of,
     rounds,
@@ -43,16 +35,14 @@ from ..parts.types import (
 )
 from ..sharding.collectives import ALONE
 from . import launches
-from .backend import codecs, refusal
+from .backend import refusal
 from .feed import fed, keep, servings
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, portions, run
 
-WHOLE = 1 << 24
+MATRICES_AT_ONCE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""
 
-ONE = torch.ones((), device="cpu")
-"""A list of CPU tensors is stepped one by one, and would make a tensor of a number for each."""
 
 FEW = 1 << 18
 """Elements of gradients from which on parameters are stepped one by one.
@@ -109,16 +99,6 @@ def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Waiting]]:
 def shares(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors lie in the same memory, as a projection by the identity does."""
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
-
-
-def count(jobs: list[Job]) -> None:
-    """Count the update of some parameters."""
-    counts = [job.state[key] for job in jobs for key in ("step", "age") if key in job.state]
-    here = [step for step in counts if step.is_cpu]
-    if here:
-        torch._foreach_add_(here, ONE, alpha=1)
-    if len(here) < len(counts):
-        torch._foreach_add_([step for step in counts if not step.is_cpu], 1)
 
 
 def divided(jobs: list[Job]) -> tuple[list[Job], list[Job]]:
@@ -195,7 +175,7 @@ def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
         for same in alike(some):
             layout = same[0].layout
             size = layout.rows * width * layout.matrices
-            count = max(1, WHOLE // max(1, size)) * min(layout.team.size, ABREAST)
+            count = max(1, MATRICES_AT_ONCE // max(1, size)) * min(layout.team.size, ABREAST)
             for start in range(0, len(same), count):
                 yield same[start : start + count]
 
@@ -365,32 +345,3 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             step_plain_eagerly(job, group, plan)
     if with_kernels:
         launches.step_plain(with_kernels, group, plan)
-
-
-def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
-    """Do one step of a parameter that is not projected, in plain torch."""
-    param, rule, dtype = in_rows(job.param), plan.rule.plain, compute_dtype(job.param.dtype)
-    noise, count = noise_of(job, group), age_of(job, group)
-    step_size, decay = rates_of(group)
-    grad = in_rows(job.grad)
-    whole = moments_of(job.state, rule.slots)
-    stored = {slot: moment_in_rows(moment) for slot, moment in whole.items()}
-    length, ops = param.shape[0], codecs(plan, group, job.param, job.grad)
-    for rows in row_chunks(length, NEAR * (param.numel() // max(1, length))):
-        here = noise._replace(stream=noise.stream + rows.start)
-        held = {slot: part_of(moment, rows) for slot, moment in stored.items()}
-        moments = load_moments(held, rule, dtype, ops)
-        direction = rule.direction(grad[rows].to(dtype), moments, count, group)
-        store_moments(held, moments, rule, here, whole=True, ops=ops)
-        target = param[rows]
-        out = target.to(dtype).mul_(decay).add_(direction * step_size)
-        round_into_(
-            target, out, bits_of(here, WEIGHT, target, True) if rounds(param, group) else None
-        )
-
-
-def part_of(moment: Any, rows: slice) -> Any:
-    """Return some rows of a stored moment."""
-    if isinstance(moment, Tensor):
-        return moment[rows]
-    return tuple(piece[rows] for piece in moment)

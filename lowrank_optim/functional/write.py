@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .draws import WEIGHT
 from .factors import Factor, drop_, lift_
 from .products import compute_dtype, row_chunks
-from .rounding import WEIGHT, Noise, round_into_, stack_bits
+from .rounding import Noise, round_into_, stack_bits
 
 
 class Coefficients(Protocol):

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..functional import MOMENTS
 from ..sharding.layout import Each
 from .kinds import NOT_NEGATIVE, Kind
 from .protocols import Feed, Projector, Residual, Rule, Storage
+from .storage import STORAGES
 from .types import COUNTED, Group
 
 
@@ -98,6 +100,12 @@ class Plan:
                 f"the residual {type(self.residual).__name__} does not go with the projector "
                 f"{name}: a matrix that sits out has no projected gradient to compare norms "
                 "with; choose Drop or StateFree"
+            )
+        exact = self.storage in (STORAGES[None], STORAGES["float32"], STORAGES["float64"])
+        if max(len(self.slots), len(self.rule.plain.slots)) > len(MOMENTS) and not exact:
+            raise ValueError(
+                f"state_dtype does not go with the rule {rule}: there are random bits to round "
+                f"{len(MOMENTS)} moments with, and it has {len(self.slots)}; leave state_dtype away"
             )
         if self.feed.slots and self.takes_turns:
             raise ValueError(

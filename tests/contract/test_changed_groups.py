@@ -28,7 +28,6 @@ from lowrank_optim import (
     Power,
     StateFree,
 )
-from lowrank_optim.engine.step import Round
 from lowrank_optim.settings import PARTS, part_of
 
 CHANGED = [case for case in CASES if str(case) in ("galore", "dct", "fira", "muon", "trion")]
@@ -215,8 +214,8 @@ def test_refreshes_are_spread_over_the_optimizer():
     groups[3]["stagger"] = False
     groups[5]["update_proj_gap"] = 16
     groups[7]["rank"] = None
-    turn = Round(GaLoreAdamW(groups, rank=2, update_proj_gap=7, lr=0.1))
-    sites = [entries[0].site for _, _, entries in turn.groups]
+    optimizer = GaLoreAdamW(groups, rank=2, update_proj_gap=7, lr=0.1)
+    sites = [entries[0].site for _, _, entries in optimizer._session.prepared().groups]
     assert [site and site.phase for site in sites] == [0, 1, 2, 0, 3, 9, 5, None, 6]
 
 

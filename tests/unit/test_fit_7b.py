@@ -80,7 +80,7 @@ def test_memory_that_runs_out_is_a_row_with_its_phase(fit, tiny, monkeypatch, me
     if method == "adamw":
         monkeypatch.setattr(torch.optim.AdamW, "step", out)
     else:
-        monkeypatch.setattr("lowrank_optim.engine.step.Round.do", out)
+        monkeypatch.setattr("lowrank_optim.engine.step.Step.do", out)
     row = fit[1].run(tiny[method])
     assert (row["outcome"], row["phase"]) == ("out of memory", phase)
     assert row["message"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 86 MiB"

@@ -14,7 +14,7 @@ from lowrank_optim import LowRank, estimate_memory, state_bytes
 from lowrank_optim import methods as presets
 from lowrank_optim.engine.memory import shared_bytes
 from lowrank_optim.engine.refresh import move_subspaces
-from lowrank_optim.engine.step import Round
+from lowrank_optim.engine.step import Step
 from lowrank_optim.parts.types import site_of
 from lowrank_optim.planner.methods import METHODS, needs_of, refresh_workspace, with_state
 from lowrank_optim.planner.models import MODELS, build
@@ -178,10 +178,10 @@ def test_workspace_of_a_refresh_is_what_a_refresh_makes(name, state):
     def jobs(device):
         params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
         optimizer = OURS[name].build(params, rank=16, state_dtype=state, update_proj_gap=1)
-        turn = Round(optimizer)
-        ((group, plan, entries),) = turn.groups
+        step = Step(optimizer._session)
+        ((group, plan, entries),) = step.prepared.groups
         return optimizer, [
-            turn.job(entry, torch.randn(entry.param.shape, device=device)) for entry in entries
+            step.job(entry, torch.randn(entry.param.shape, device=device)) for entry in entries
         ], group, plan  # fmt: skip
 
     optimizer, real, group, plan = jobs("cpu")

@@ -81,9 +81,9 @@ class Adam(Elementwise):
         pieces: list[Piece] = []
         for job in native:
             if not goes_in_a_loop(job, group):
-                pieces.append(whole(job))
+                pieces.append(one_piece(job))
             elif job.param.numel() <= SMALL and not isinstance(group["lr"], Tensor):
-                few.append(whole(job))
+                few.append(one_piece(job))
             else:
                 pieces += in_pieces(job)
         if few:
@@ -142,7 +142,7 @@ def goes_in_a_loop(job: Job, group: Group) -> bool:
     return job.param.device.type == "cpu" and not group.get("foreach") and not group.get("fused")
 
 
-def whole(job: Job) -> Piece:
+def one_piece(job: Job) -> Piece:
     """Return a parameter as one piece."""
     state = job.state
     return job.param, job.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
@@ -154,9 +154,9 @@ def in_pieces(job: Job) -> Iterator[Piece]:
     Torch's loop goes over a parameter some ten times; of 16 million elements, 200 pieces take a
     third of the time, and give the same bits. Only the last piece counts the step.
     """
-    *tensors, step = whole(job)
+    *tensors, step = one_piece(job)
     if job.param.numel() < 2 * PIECE or not all(x.is_contiguous() for x in tensors):
-        yield whole(job)
+        yield one_piece(job)
         return
     flat = [x.detach().view(-1) for x in tensors]
     pieces = list(zip(*(torch.split(x, PIECE) for x in flat), strict=True))

@@ -41,11 +41,11 @@ FAULTS = {
         "exp_avg_sq.div(correction2**2).add_(eps).sqrt_().mul_(correction1)",
         (METHODS + "test_galore[auto-keep-(13, 7)]",),
     ),
-    "eps inside the root of a list": Fault(
+    "another beta in a list": Fault(
         "small parameters that go together have their own lines",
         "lowrank_optim/functional/moments.py",
-        "torch._foreach_div_(denominators, correction2)\n    torch._foreach_add_(denominators, eps)",
-        "torch._foreach_add_(denominators, eps)\n    torch._foreach_div_(denominators, correction2)",
+        "torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)",
+        "torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta1)",
         (
             "tests/contract/test_backward.py::test_results_and_state_are_those_of_step[dtype0-galore]",
         ),
@@ -113,8 +113,8 @@ FAULTS = {
     "moments stay when the subspace moves": Fault(
         'on_refresh="rotate" does nothing',
         "lowrank_optim/engine/refresh.py",
-        'turns = plan.on_refresh == "rotate" and matrix.site.step > 0',
-        "turns = False",
+        'plan.on_refresh == "rotate" and matrix.site.step > 0',
+        "False",
         (METHODS + "test_galore[auto-rotate-(13, 7)]",),
     ),
     "no reset": Fault(
@@ -136,7 +136,7 @@ FAULTS = {
         "lowrank_optim/engine/refresh.py",
         "(site.step - site.phase) % site.gap == 0",
         "(site.step + site.phase) % site.gap == 0",
-        ("tests/contract/test_backward.py::test_refreshes_fall_in_their_phases",),
+        ("tests/contract/test_changed_groups.py::test_each_matrix_is_refreshed_in_its_phase",),
     ),
     "a zero gradient pins the subspace": Fault(
         "a layer that starts at zero keeps the unit vectors until the next refresh",
@@ -323,28 +323,28 @@ FAULTS = {
         "kernels/moments.py",
         "peaks(tl.where(inside, tl.abs(m), 0.0)),",
         "peaks(tl.abs(m)),",
-        (KERNELS + "test_adam_moments[cpu-shape3-8bit]",),
+        (KERNELS + "test_moments_that_fade_have_the_scale_of_what_is_there[cpu]",),
     ),
     "norms see what is beyond the row": Fault(
         "codes beyond a row decode to something",
         "kernels/project.py",
         "            direction = tl.where(inside, direction, 0.0)\n",
         "",
-        (KERNELS + "test_project_moments[cpu-narrow rank-dtype0-basis-straight-8bit]",),
+        (KERNELS + "test_project_moments[cpu-two blocks-8bit-bfloat16-transposed-basis]",),
     ),
     "the kernel decays the update": Fault(
         "decay after the update",
         "kernels/lift.py",
         "w = decay * w + step_size * update",
         "w = decay * (w + step_size * update)",
-        (KERNELS + "test_lift_write[cpu-narrow rank-basis-straight-dtype0-False-drop]",),
+        (KERNELS + "test_lift_write[cpu-drop-rounded-strided-basis-narrow rank]",),
     ),
     "the kernel's sign of chosen columns": Fault(
         "columns that are projected move by their sign too",
         "kernels/lift.py",
         "dropped = tl.where(place[None, :] >= 0, 0.0, g)",
         "dropped = g",
-        (KERNELS + "test_lift_write[cpu-narrow rank-columns-straight-dtype0-False-sign]",),
+        (KERNELS + "test_lift_write[cpu-sign-bfloat16-strided-columns-tall]",),
     ),
     "the kernel's halves exchanged": Fault(
         "random bits come in another order than in plain torch",
@@ -374,7 +374,8 @@ FAULTS = {
         "            handle.remove()\n        self._handles.clear()",
         "            pass\n        self._handles.clear()",
         (
-            "tests/contract/test_backward.py::test_a_run_changes_between_the_modes_at_any_step[galore]",
+            "tests/contract/test_backward_edges.py::"
+            "test_without_its_optimizer_or_handle_a_hook_does_nothing[True]",
         ),
     ),
     "the last pass is lost": Fault(

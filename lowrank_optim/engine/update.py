@@ -37,6 +37,7 @@ from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
 from .feed import fed, keep, servings
+from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, portions, run
 

@@ -37,6 +37,7 @@ from lowrank_optim import (
     StateFree,
     TrionW,
 )
+from lowrank_optim.methods.registry import METHODS
 
 GAP = 4
 RANK = 3
@@ -52,23 +53,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
     "empty": (0, 4),
 }
-PRESETS = [
-    ApolloAdamW,
-    CompensatedAdamW,
-    CondaW,
-    DCTAdamW,
-    FiraAdamW,
-    FrugalAdamW,
-    GaLoreAdamW,
-    LDAdamW,
-    LowRankAdamW,
-    MuonW,
-    NorMuonW,
-    RACS,
-    TrionW,
-]
+PRESETS = [method.optimizer for method in METHODS.values()]
 """The methods that have a class of their own."""
-FULL = [CondaW, MuonW, NorMuonW, RACS, TrionW]
+FULL = [method.optimizer for method in METHODS.values() if method.whole or method.name == "trion"]
 """Those that are not AdamW where the rank drops nothing."""
 PROJECTED = ("tall", "wide", "square", "stack", "conv")
 

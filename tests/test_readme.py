@@ -20,6 +20,7 @@ from torch import nn
 
 import lowrank_optim
 from lowrank_optim import cli
+from lowrank_optim.methods.registry import METHODS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -210,6 +211,19 @@ def test_shares_of_the_table_are_measured():
                 optimizer.step()
                 state = lowrank_optim.state_bytes(optimizer) / (2 * param.numel() * 4)
                 assert state == pytest.approx(float(said) / 100, abs=0.0012), name
+
+
+def test_the_tables_of_methods_say_what_is_on_record():
+    """State and paper of each class."""
+    rows = {
+        name: cells.split("|") for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", TEXT, re.M)
+    }
+    assert set(rows) == {method.title for method in METHODS.values()}
+    for method in METHODS.values():
+        cells = [cell.strip() for cell in rows[method.title]]
+        assert cells[1] == method.state
+        ours = method.name == "lowrank"
+        assert ours or any(f"({paper.url})" in cells[-1] for paper in method.papers)
 
 
 def test_default_weight_decay_and_eps_are_what_the_readme_says():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import (
     RACS,
+    RMNPW,
     SGDM,
     ApolloAdamW,
     AutoRank,
@@ -132,6 +133,7 @@ CASES = [
     Case("muon-8bit", MuonW, {"state_dtype": "8bit"}, whole=True),
     Case("muon-power", LowRank, {"rule": "muon", "projector": "power", "on_refresh": "rotate"}),
     Case("normuon", NorMuonW, whole=True),
+    Case("rmnp", RMNPW, whole=True),
     Case("conda", CondaW, {"rank": 1.0}),
     Case("conda-low", CondaW),
     Case("ldadam", LDAdamW, {"update_proj_gap": 1, "error_dtype": None}),

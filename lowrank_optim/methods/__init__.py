@@ -17,6 +17,7 @@ from .lowrank import LowRankAdamW
 from .muon import MuonW
 from .normuon import NorMuonW
 from .racs import RACS
+from .rmnp import RMNPW
 from .trion import TrionW
 
 __all__ = [  # noqa: RUF022 - in the order that `cite` lists them in
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022 - in the order that `cite` lists them in
     "TrionW",
     "MuonW",
     "NorMuonW",
+    "RMNPW",
     "CondaW",
     "CompensatedAdamW",
     "RACS",

@@ -67,7 +67,7 @@ class Method:
         Its own, if that belongs to the method; 1 where there is none; else an eighth of a run, and
         200 at most.
         """
-        if self.record.own_gap or self.record.optimizer is None:
+        if self.record.own_gap or self.record.default_gap is None:
             return self.record.default_gap or 1
         return max(1, min(200, steps // 8))
 

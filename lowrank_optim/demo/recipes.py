@@ -99,7 +99,7 @@ def build_optimizer(
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=recipe.lr, betas=BETAS)
     settings: dict[str, Any] = dict(recipe.settings)
-    if not method.own_gap:
+    if method.default_gap is not None and not method.own_gap:
         settings["update_proj_gap"] = max(1, min(PAPERS_GAP, steps // 3))
     return method.optimizer(
         groups, lr=recipe.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, seed=seed, **settings

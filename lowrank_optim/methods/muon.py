@@ -80,7 +80,6 @@ METHOD = Method(
     "mn",
     (PAPER,),
     whole=True,
-    own_gap=True,
     rates=Rates(5.5e-2, 1e-1),
     in_planner=True,
 )

@@ -69,6 +69,5 @@ METHOD = Method(
     "mn + m or n",
     (MUON, PAPER),
     whole=True,
-    own_gap=True,
     rates=Rates(1e-2, 3e-1, (0.9, 0.95)),
 )

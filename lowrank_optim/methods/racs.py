@@ -64,6 +64,5 @@ METHOD = Method(
     "m + n + 1",
     (ALICE,),
     whole=True,
-    own_gap=True,
     rates=Rates(3e-2, 5.5e-3),
 )

@@ -189,7 +189,7 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
         check_auto(plan, where)
     elif group["state_budget"] is not None and share is not None:
         raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={share}')
-    if plan.projector.whole and not plan.projector.everything and isinstance(share, int):
+    if plan.takes_turns and isinstance(share, int):
         raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
     if group.get("foreach") and group.get("fused"):
         raise SettingError(f"foreach=True and fused=True{where}: take one of them, or neither")
@@ -281,7 +281,7 @@ def described(group: Group) -> dict[str, str]:
     }
 
 
-def kind_of(text: str) -> str:
+def class_in(text: str) -> str:
     """Return the name in a text of `text_of`: what decides the meaning of the state."""
     return text.partition("(")[0]
 

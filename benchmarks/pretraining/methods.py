@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim.methods import registry as methods
+from lowrank_optim.methods import record, registry
 
 
 class Spec(NamedTuple):
@@ -52,7 +52,7 @@ class Method:
         label: what tables call it, if not as elsewhere.
     """
 
-    record: methods.Method
+    record: record.Method
     start: tuple[float, float]
     label: str
 
@@ -84,9 +84,9 @@ STARTS = {
 }
 OWN_LABELS = {"lowrank": "LowRankAdamW"}
 METHODS = {
-    name: Method(record, start, OWN_LABELS.get(name, record.label))
+    name: Method(known, start, OWN_LABELS.get(name, known.label))
     for name, start in STARTS.items()
-    for record in [methods.COMPARED[name]]
+    for known in [registry.COMPARED[name]]
 }
 
 

@@ -23,8 +23,8 @@ from ..settings import (
     STRUCTURE,
     check_keys,
     check_values,
+    class_in,
     described,
-    kind_of,
     plan_of,
 )
 from . import states as saved_state
@@ -149,7 +149,7 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
             "upgrade lowrank-optim"
         )
     for key, value in described(group).items():
-        if key in saved and kind_of(str(saved[key])) != kind_of(value):
+        if key in saved and class_in(str(saved[key])) != class_in(value):
             raise SettingError(
                 f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods.registry import Method, shown_first
+from ..methods.record import Method
+from ..methods.registry import shown_first
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.1

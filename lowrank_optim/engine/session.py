@@ -6,6 +6,7 @@ import math
 import weakref
 from collections.abc import Mapping
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,6 +29,7 @@ Seen = tuple[Any, ...]
 
 
 STRUCTURE = [key for key in CHECKS if key not in RATES]
+numbers_of, structure_of = itemgetter(*RATES), itemgetter(*STRUCTURE)
 
 
 class Signature(NamedTuple):
@@ -36,19 +38,17 @@ class Signature(NamedTuple):
     `rates` are numbers that nothing is derived from, `structure` is the rest and the keys there.
     """
 
-    rates: list[Any]
-    structure: list[Any]
+    rates: Any
+    structure: Any
+    keys: list[str]
 
 
-def signature(group: Group) -> Signature:
-    """Return the signature of a group."""
-    structure = [known_by(group.get(key)) for key in STRUCTURE]
-    return Signature([known_by(group.get(key)) for key in RATES], [*group, *structure])
-
-
-def known_by(value: Any) -> Any:
-    """Return a value by which it is known again: itself if it is plain, else its address."""
-    return value if isinstance(value, (int, float, str, tuple, type(None))) else id(value)
+def signature(group: Group) -> Signature | None:
+    """Return the signature of a group; None where a setting has been taken out."""
+    try:
+        return Signature(numbers_of(group), structure_of(group), list(group))
+    except KeyError:
+        return None
 
 
 class Prepared:
@@ -97,18 +97,19 @@ class Prepared:
                 entries.append(Entry(param, site, layout, index, place, position, member))
             self.groups.append((group, plan, entries))
             self.each.append(plan.each(group))
-            self._seen.append([seen(entry.param) for entry in entries])
+            self._seen.append(list(map(seen, group["params"])))
         stagger(self.groups)
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
         """Check a group whose settings are not those of before."""
-        known = self._signatures[index : index + 1]
-        if known != [signature(group)]:
+        if self._signatures[index : index + 1] != [signature(group)]:
             where = f" in group {index}"
             translate(group, where)
             check_keys(group, where)
             check_values(group, where, least_lr=-math.inf)
-            self._signatures[index:] = [signature(group), *self._signatures[index + 1 :]]
+            checked = signature(group)
+            assert checked is not None
+            self._signatures[index:] = [checked, *self._signatures[index + 1 :]]
 
     @cached_property
     def entries(self) -> dict[Tensor, Entry]:
@@ -134,15 +135,14 @@ class Prepared:
 
         Ranks that are chosen follow from states, and so never do.
         """
-        return (
-            self._lasts
-            and len(groups) == len(self.groups)
-            and all(self.group_keeps_up(index, groups) for index in range(len(groups)))
-            and all(
-                [seen(param) for param in group["params"]] == known
-                for group, known in zip(groups, self._seen, strict=True)
-            )
-        )
+        if not self._lasts or len(groups) != len(self.groups):
+            return False
+        for index, group in enumerate(groups):
+            if not self.group_keeps_up(index, groups):
+                return False
+            if list(map(seen, group["params"])) != self._seen[index]:
+                return False
+        return True
 
     def group_keeps_up(self, index: int, groups: Groups) -> bool:
         """Return whether what is derived from a group still holds; check numbers that changed.
@@ -153,17 +153,16 @@ class Prepared:
         if len(groups) != len(self.groups) or groups[index] is not group:
             return False
         now, before = signature(group), self._signatures[index]
-        if len(group["params"]) != len(entries) or now.structure != before.structure:
+        if now is None or now[1:] != before[1:] or len(group["params"]) != len(entries):
             return False
         if now.rates != before.rates:
-            check_values(group, f" in group {index}", least_lr=-math.inf)
-            self._signatures[index] = signature(group)
+            self._check(index, group)
         return True
 
 
 def seen(param: Tensor) -> Seen:
     """Return what of a parameter decides how it is worked on."""
-    return (id(param), param.requires_grad, param.dtype, param.device, param.shape)
+    return id(param), param.requires_grad, param.dtype, param.device, param.shape
 
 
 def stagger(groups: list[tuple[dict[str, Any], Plan, list[Entry]]]) -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .products import product, reach, transposed
+from .products import product, transposed
 
 
 class Unit:
@@ -58,8 +59,9 @@ def down_some(
     lows = list(map(_down, grads, factors, dtypes))
     seen = [low for low in lows if low.device.type == "cpu" and low.numel()]
     if seen and len(set(dtypes)) == 1:
-        largest = torch.stack(torch._foreach_norm(seen, math.inf)).max()
-        if largest <= reach(dtypes[0]):
+        least, most = torch.cat([low.reshape(-1) for low in seen]).aminmax()
+        limit = reach(dtypes[0])
+        if -limit <= least.item() and most.item() <= limit:
             return lows
     return list(map(within_reach, lows, grads, factors))
 
@@ -71,7 +73,7 @@ def within_reach(low: Tensor, grad: Tensor, factor: Factor) -> Tensor:
     dtype = low.dtype
     least, most = low.aminmax()
     limit = reach(dtype)
-    if -limit <= least and most <= limit:
+    if -limit <= least.item() and most.item() <= limit:
         return low
     if isinstance(factor, Tensor) and factor.is_floating_point() and grad.dtype != torch.float16:
         share = 0.5 ** math.ceil(math.log2(grad.shape[-1]) / 2 + 1)
@@ -105,7 +107,8 @@ def lift_(
         scale: factor of what is added.
     """
     if isinstance(keep, Tensor) or isinstance(factor, Unit) or not factor.is_floating_point():
-        out.mul_(keep)
+        if isinstance(keep, Tensor) or keep != 1:
+            out.mul_(keep)
         keep = 1.0
     if isinstance(factor, Unit):
         out.add_(low.to(out.dtype), alpha=scale)
@@ -130,3 +133,12 @@ def drop_(grad: Tensor, low: Tensor, factor: Factor) -> Tensor:
         return grad.mT.index_fill_(-2, factor, 0).mT
     lift_(grad, low, factor, scale=-1.0)
     return grad
+
+
+@cache
+def reach(dtype: torch.dtype) -> float:
+    """Return what gradients are cut off at: sums of some hundred of them stay finite.
+
+    Squares overflow far below, which makes a step of AdamW's 0.
+    """
+    return torch.finfo(dtype).max / 1024

@@ -11,8 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
-from ._record import Method, Rates
 from .bibliography import ICML, Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

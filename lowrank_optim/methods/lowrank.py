@@ -11,10 +11,10 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
-from ._record import Method, Rates
 from .bibliography import HALKO
 from .frugal import PAPER as FRUGAL
 from .galore import PAPER as GALORE
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

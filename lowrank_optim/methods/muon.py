@@ -9,8 +9,8 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import Muon
-from ._record import Method, Rates
 from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -9,9 +9,9 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import NorMuon
-from ._record import Method, Rates
 from .bibliography import Paper
 from .muon import PAPER as MUON
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

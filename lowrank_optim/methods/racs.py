@@ -9,8 +9,8 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowColumnScaled
-from ._record import Method, Rates
 from .alice import PAPER as ALICE
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

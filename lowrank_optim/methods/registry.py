@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from .. import methods
-from ._record import Method, Rates
+from .record import Method, Rates
 
 BASELINES = {
     "adamw": Method("adamw", "AdamW", rates=Rates(1e-3, 1e-2), in_planner=True, in_demo=True),

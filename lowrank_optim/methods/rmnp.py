@@ -9,8 +9,8 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowNormalized
-from ._record import Method
 from .bibliography import ICML, Paper
+from .record import Method
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

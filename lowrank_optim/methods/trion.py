@@ -12,10 +12,10 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Orthogonal
-from ._record import Method, Rates
 from .bibliography import Paper
 from .dct import PAPER as DCT
 from .muon import PAPER as MUON
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..groups import param_groups
-from ..methods.registry import Method
+from ..methods.record import Method
 from ..parts.rank import subspace_of
 from .models import PlanError, foreign
 from .needs import Needs, needs_of

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import lowrank_optim
-from lowrank_optim.methods import record, registry
+from lowrank_optim.methods.record import Method as Record
+from lowrank_optim.methods.registry import COMPARED
 
 
 class Spec(NamedTuple):
@@ -52,7 +53,7 @@ class Method:
         label: what tables call it, if not as elsewhere.
     """
 
-    record: record.Method
+    record: Record
     start: tuple[float, float]
     label: str
 
@@ -86,7 +87,7 @@ OWN_LABELS = {"lowrank": "LowRankAdamW"}
 METHODS = {
     name: Method(known, start, OWN_LABELS.get(name, known.label))
     for name, start in STARTS.items()
-    for known in [registry.COMPARED[name]]
+    for known in [COMPARED[name]]
 }
 
 

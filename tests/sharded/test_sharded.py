@@ -37,8 +37,8 @@ EIGHT = [
 MAIN = ("fsdp-2", "fsdp-4")
 FEW = (
     "galore-align", "galore-power-rotate", "dct", "fira", "frugal-blocks", "apollo-mini",
-    "error-feedback", "trion", "normuon", "muon-power", "conda", "ldadam", "compensated", "racs",
-    "auto-rank",
+    "error-feedback", "trion", "muon-power", "conda", "ldadam", "compensated", "auto-rank",
+    *(case.name for case in CASES if case.whole and not case.coarse),
 )  # fmt: skip
 """Cases for layouts that differ from the main ones in where parts are, not in what is summed."""
 

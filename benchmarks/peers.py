@@ -162,6 +162,7 @@ BASELINE = Method("adamw", adamw, 0, projects=False)
 LOOP = Method("adamw-loop", adamw_loop, 0, projects=False)
 OURS = [
     Method("galore", ours(GaLoreAdamW, projector="power"), ours=True, draws=True),
+    Method("galore-fused", ours(GaLoreAdamW, projector="power", fused=True), ours=True, draws=True),
     Method("dct-200", ours(DCTAdamW), ours=True),
     Method("dct-1", ours(DCTAdamW), 1, ours=True, spectrum=True),
     Method("fira", ours(FiraAdamW, projector="power"), ours=True, reads=2, draws=True),

@@ -12,7 +12,17 @@ import torch
 from lowrank_optim import CondaW, FiraAdamW, GaLoreAdamW
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-OURS = ["galore", "dct-200", "dct-1", "fira", "frugal", "apollo", "plain", "adamw-loop"]
+OURS = [
+    "galore",
+    "galore-fused",
+    "dct-200",
+    "dct-1",
+    "fira",
+    "frugal",
+    "apollo",
+    "plain",
+    "adamw-loop",
+]
 STEADY = ["first", "between", "refresh", "with-refreshes"]
 
 
@@ -50,7 +60,7 @@ def test_ours_pass_the_gate_and_are_timed(bench, tmp_path, dtype):
     assert kinds(rows, "plain") == ["first", "between", "alone"]
     assert kinds(rows, "dct-1") == ["first", "refresh", "with-refreshes", "alone"]
     assert kinds(rows, "adamw-loop") == ["first", "between", "alone"]
-    for name in ("galore", "dct-200", "fira", "frugal", "apollo"):
+    for name in ("galore", "galore-fused", "dct-200", "fira", "frugal", "apollo"):
         assert kinds(rows, name) == [*STEADY, "alone"]
     for row in rows:
         assert float(row["ms"]) > 0

@@ -182,7 +182,7 @@ OURS = [
     Method("racs", ours(RACS), 0, ours=True, reads=2, moments=0, products=0, full=True),
     Method("plain", plain, 0, ours=True, projects=False),
 ]  # fmt: skip
-METHODS = {method.name: method for method in [*OURS, *PEERS, LOOP]}
+METHODS = {method.name: method for method in [LOOP, *OURS, *PEERS]}
 
 
 @dataclass

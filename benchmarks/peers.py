@@ -129,10 +129,10 @@ def ours(cls: Callable[..., LowRank], **fixed: Any) -> Callable[..., LowRank]:
     return build
 
 
-def recorded(name: str) -> Callable[..., LowRank]:
+def recorded(name: str, **more: Any) -> Callable[..., LowRank]:
     """Return a builder of one of our methods as real models are trained with it."""
     method = registry.METHODS[name]
-    return ours(method.optimizer, **method.settings)
+    return ours(method.optimizer, **method.settings, **more)
 
 
 def plain(matrices: list[Tensor], rest: list[Tensor], *, rank: int, gap: int, **more: Any):
@@ -141,13 +141,20 @@ def plain(matrices: list[Tensor], rest: list[Tensor], *, rank: int, gap: int, **
 
 
 def adamw(matrices: list[Tensor], rest: list[Tensor], **_: Any) -> torch.optim.Optimizer:
-    """torch's AdamW, the fused one on a CUDA device."""
-    return torch.optim.AdamW([*matrices, *rest], fused=True if matrices[0].is_cuda else None)
+    """torch's AdamW, the fused one: the fastest that it has, on a CPU by far."""
+    return torch.optim.AdamW([*matrices, *rest], fused=True)
+
+
+def adamw_loop(matrices: list[Tensor], rest: list[Tensor], **_: Any) -> torch.optim.Optimizer:
+    """torch's AdamW as a loop over parameters, which is what it takes on a CPU unless asked."""
+    return torch.optim.AdamW([*matrices, *rest], foreach=False)
 
 
 BASELINE = Method("adamw", adamw, 0, projects=False)
+LOOP = Method("adamw-loop", adamw_loop, 0, projects=False)
 OURS = [
     Method("galore", recorded("galore"), ours=True, draws=True),
+    Method("galore-fused", recorded("galore", fused=True), ours=True, draws=True),
     Method("dct-200", recorded("dct"), ours=True),
     Method("dct-1", recorded("dct"), 1, ours=True, spectrum=True),
     Method("fira", recorded("fira"), ours=True, reads=2, draws=True),
@@ -167,10 +174,23 @@ OURS = [
     Method("racs", recorded("racs"), 0, ours=True, reads=2, moments=0, products=0, full=True),
     Method("plain", plain, 0, ours=True, projects=False),
 ]  # fmt: skip
-METHODS = {method.name: method for method in [*OURS, *PEERS]}
+METHODS = {method.name: method for method in [LOOP, *OURS, *PEERS]}
 
 
-class Problem:
+@dataclass
+class Sides:
+    """Parameters with gradients: matrices that may be projected, and the rest."""
+
+    matrices: list[Tensor]
+    rest: list[Tensor]
+
+    @property
+    def params(self) -> int:
+        """Return how many numbers they hold."""
+        return sum(p.numel() for p in (*self.matrices, *self.rest))
+
+
+class Problem(Sides):
     """Parameters and gradients of one size, the same numbers after every `reset`."""
 
     def __init__(self, size: str, layers: int | None, dtype: torch.dtype, device: str) -> None:
@@ -185,9 +205,8 @@ class Problem:
             param.grad = torch.empty_like(param)
             return param
 
-        self.matrices, self.rest = [empty(s) for s in matrices], [empty(s) for s in rest]
+        super().__init__([empty(s) for s in matrices], [empty(s) for s in rest])
         self.kinds = {s: 4 if s == square else 3 for s in (square, up)}
-        self.params = sum(p.numel() for p in (*self.matrices, *self.rest))
         self.reset()
 
     @torch.no_grad()
@@ -198,12 +217,17 @@ class Problem:
             param.normal_(0, 0.02, generator=rng)
             param.grad.normal_(0, 0.01, generator=rng)
 
+    @property
+    def alone(self) -> Sides:
+        """Return the matrices without the rest."""
+        return Sides(self.matrices, [])
+
     def one(self, shape: tuple[int, ...]) -> Tensor:
         """Return a matrix of a shape."""
         return next(p for p in self.matrices if tuple(p.shape) == shape)
 
 
-def floor(method: Method, problem: Problem, rank: int, state: str) -> tuple[float, float]:
+def floor(method: Method, problem: Sides, rank: int, state: str) -> tuple[float, float]:
     """Return the bytes and the flops that a step between refreshes cannot do without.
 
     Weights are read and written, gradients read `reads` times, moments and what is carried read and

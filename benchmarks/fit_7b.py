@@ -25,9 +25,9 @@ from fit_case import GIB, METHODS, OURS, Case, build_model, cap_bytes
 from provenance import output, provenance
 
 import lowrank_optim
-from lowrank_optim.planner.methods import METHODS as PLANNED
-from lowrank_optim.planner.methods import Needs, needs_of
+from lowrank_optim.methods.registry import COMPARED as PLANNED
 from lowrank_optim.planner.models import token_loss
+from lowrank_optim.planner.needs import Needs, needs_of
 from lowrank_optim.planner.phases import Parts, phases_of, weight_bytes
 from lowrank_optim.planner.search import Traces
 

@@ -19,23 +19,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lowrank_optim import (
-    RACS,
-    ApolloAdamW,
-    CompensatedAdamW,
-    CondaW,
-    DCTAdamW,
-    FiraAdamW,
-    FrugalAdamW,
-    GaLoreAdamW,
-    LDAdamW,
-    LowRank,
-    LowRankAdamW,
-    MuonW,
-    NorMuonW,
-    TrionW,
-)
+from lowrank_optim import FiraAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.functional import dct_basis
+from lowrank_optim.methods import registry
 
 NEVER = 10**9
 """A gap between refreshes that no run comes to the end of."""
@@ -143,42 +129,68 @@ def ours(cls: Callable[..., LowRank], **fixed: Any) -> Callable[..., LowRank]:
     return build
 
 
+def recorded(name: str, **more: Any) -> Callable[..., LowRank]:
+    """Return a builder of one of our methods as real models are trained with it."""
+    method = registry.METHODS[name]
+    return ours(method.optimizer, **method.settings, **more)
+
+
 def plain(matrices: list[Tensor], rest: list[Tensor], *, rank: int, gap: int, **more: Any):
     """Our optimizer with a rank at which nothing is projected: AdamW."""
     return LowRank([*matrices, *rest], rank=NEVER, **more)
 
 
 def adamw(matrices: list[Tensor], rest: list[Tensor], **_: Any) -> torch.optim.Optimizer:
-    """torch's AdamW, the fused one on a CUDA device."""
-    return torch.optim.AdamW([*matrices, *rest], fused=True if matrices[0].is_cuda else None)
+    """torch's AdamW, the fused one: the fastest that it has, on a CPU by far."""
+    return torch.optim.AdamW([*matrices, *rest], fused=True)
+
+
+def adamw_loop(matrices: list[Tensor], rest: list[Tensor], **_: Any) -> torch.optim.Optimizer:
+    """torch's AdamW as a loop over parameters, which is what it takes on a CPU unless asked."""
+    return torch.optim.AdamW([*matrices, *rest], foreach=False)
 
 
 BASELINE = Method("adamw", adamw, 0, projects=False)
+LOOP = Method("adamw-loop", adamw_loop, 0, projects=False)
 OURS = [
-    Method("galore", ours(GaLoreAdamW, projector="power"), ours=True, draws=True),
-    Method("dct-200", ours(DCTAdamW), ours=True),
-    Method("dct-1", ours(DCTAdamW), 1, ours=True, spectrum=True),
-    Method("fira", ours(FiraAdamW, projector="power"), ours=True, reads=2, draws=True),
-    Method("frugal", ours(FrugalAdamW), ours=True, products=0),
-    Method("apollo", ours(ApolloAdamW), ours=True, reads=2, products=1),
-    Method("lowrank", ours(LowRankAdamW), 50, ours=True, products=3, draws=True, allowed=0.35),
-    Method("compensated", ours(CompensatedAdamW), ours=True, reads=2, draws=True, allowed=0.12),
-    Method("ldadam", ours(LDAdamW), 1, ours=True, carried=1, products=6, draws=True),
-    Method("trion", ours(TrionW), 1, ours=True, moments=0, carried=1, products=3, orthogonal=True,
-           allowed=0.15, spectrum=True),
-    Method("muon", ours(MuonW), 0, ours=True, moments=1, products=0, full=True,
+    Method("galore", recorded("galore"), ours=True, draws=True),
+    Method("galore-fused", recorded("galore", fused=True), ours=True, draws=True),
+    Method("dct-200", recorded("dct"), ours=True),
+    Method("dct-1", recorded("dct"), 1, ours=True, spectrum=True),
+    Method("fira", recorded("fira"), ours=True, reads=2, draws=True),
+    Method("frugal", recorded("frugal"), ours=True, products=0),
+    Method("apollo", recorded("apollo"), ours=True, reads=2, products=1),
+    Method("lowrank", recorded("lowrank"), 50, ours=True, products=3, draws=True, allowed=0.35),
+    Method("compensated", recorded("compensated"), ours=True, reads=2, draws=True, allowed=0.12),
+    Method("ldadam", recorded("ldadam"), 1, ours=True, carried=1, products=6, draws=True),
+    Method("trion", recorded("trion"), 1, ours=True, moments=0, carried=1, products=3,
+           orthogonal=True, allowed=0.15, spectrum=True),
+    Method("muon", recorded("muon"), 0, ours=True, moments=1, products=0, full=True,
            orthogonal=True, allowed=0.15),
-    Method("normuon", ours(NorMuonW), 0, ours=True, moments=1, products=0, full=True,
+    Method("normuon", recorded("normuon"), 0, ours=True, moments=1, products=0, full=True,
            orthogonal=True, allowed=0.15),
-    Method("conda", ours(CondaW), 2000, ours=True, moments=1, carried=1, products=3, full=True,
+    Method("conda", recorded("conda"), 2000, ours=True, moments=1, carried=1, products=3, full=True,
            svd=True),
-    Method("racs", ours(RACS), 0, ours=True, reads=2, moments=0, products=0, full=True),
+    Method("racs", recorded("racs"), 0, ours=True, reads=2, moments=0, products=0, full=True),
     Method("plain", plain, 0, ours=True, projects=False),
 ]  # fmt: skip
-METHODS = {method.name: method for method in [*OURS, *PEERS]}
+METHODS = {method.name: method for method in [LOOP, *OURS, *PEERS]}
 
 
-class Problem:
+@dataclass
+class Sides:
+    """Parameters with gradients: matrices that may be projected, and the rest."""
+
+    matrices: list[Tensor]
+    rest: list[Tensor]
+
+    @property
+    def params(self) -> int:
+        """Return how many numbers they hold."""
+        return sum(p.numel() for p in (*self.matrices, *self.rest))
+
+
+class Problem(Sides):
     """Parameters and gradients of one size, the same numbers after every `reset`."""
 
     def __init__(self, size: str, layers: int | None, dtype: torch.dtype, device: str) -> None:
@@ -193,9 +205,8 @@ class Problem:
             param.grad = torch.empty_like(param)
             return param
 
-        self.matrices, self.rest = [empty(s) for s in matrices], [empty(s) for s in rest]
+        super().__init__([empty(s) for s in matrices], [empty(s) for s in rest])
         self.kinds = {s: 4 if s == square else 3 for s in (square, up)}
-        self.params = sum(p.numel() for p in (*self.matrices, *self.rest))
         self.reset()
 
     @torch.no_grad()
@@ -206,12 +217,17 @@ class Problem:
             param.normal_(0, 0.02, generator=rng)
             param.grad.normal_(0, 0.01, generator=rng)
 
+    @property
+    def alone(self) -> Sides:
+        """Return the matrices without the rest."""
+        return Sides(self.matrices, [])
+
     def one(self, shape: tuple[int, ...]) -> Tensor:
         """Return a matrix of a shape."""
         return next(p for p in self.matrices if tuple(p.shape) == shape)
 
 
-def floor(method: Method, problem: Problem, rank: int, state: str) -> tuple[float, float]:
+def floor(method: Method, problem: Sides, rank: int, state: str) -> tuple[float, float]:
     """Return the bytes and the flops that a step between refreshes cannot do without.
 
     Weights are read and written, gradients read `reads` times, moments and what is carried read and

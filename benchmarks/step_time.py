@@ -1,7 +1,8 @@
 """Time and memory of `optimizer.step()` on the parameter lists of LLaMA models, beside the peers'.
 
 Weights and gradients are random. Every optimizer starts from fresh state and the same numbers, and
-the baseline, torch's AdamW, is measured before and after each. What does not pass the gate (see
+the baseline, torch's fused AdamW, is measured before and after each, on the whole list and on its
+matrices alone. What does not pass the gate (see
 `peers.gate`) is not timed, and the exit status is 1. README.md says how to read the columns.
 """
 
@@ -9,28 +10,34 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from peers import BASELINE, BYTES, METHODS, NEVER, SIZES, Method, Problem, cheap_svd, floor, gate
-from provenance import output, provenance
+from peers import (
+    BASELINE,
+    BYTES,
+    METHODS,
+    NEVER,
+    SIZES,
+    Method,
+    Problem,
+    Sides,
+    cheap_svd,
+    floor,
+    gate,
+)
 from rich import box
 from rich.console import Console
 from rich.table import Table
-
-import lowrank_optim
+from timing import Row, Sample, facts, timed
 
 USUAL = {"60m": [128], "1b": [512], "7b": [1024, 256, 512, 128]}
 DEFAULTS = {"cuda": (["7b", "1b", "60m"], "bfloat16", 20), "cpu": (["60m"], "float32", 7)}
@@ -39,53 +46,16 @@ FIELDS = """method size layers rank dtype state impl kind repeats ms ms_min ms_m
 ps_per_param host_ms peak_bytes state_bytes floor_bytes_per_param floor_ms floor_gflop
 floor_flop_ms baseline_ms gap params note copy_gb_s matmul_tflops device driver torch triton
 package commit date threads""".split()  # noqa: SIM905
-HEADS = "method state between x bytes flops first refresh overall x MiB".split()  # noqa: SIM905
-CAPTION = "ms a step; x: against AdamW; refresh of an SVD: ms a matrix; MiB: peak beyond the state"
-Row = dict[str, Any]
+HEADS = "method state between x alone x bytes flops first refresh overall x MiB".split()  # noqa: SIM905
+CAPTION = """ms a step; alone: the matrices without the rest; x: against fused AdamW on the same;
+refresh of an SVD: ms a matrix; MiB: peak beyond the state"""
 
 
-@dataclass
-class Sample:
-    """Times of some steps in ms, of the host alone too, and the most memory one of them took."""
+class Baseline(NamedTuple):
+    """Times of torch's AdamW: on all parameters, and on the matrices alone."""
 
-    ms: list[float] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)
-    peak: int | str = ""
-
-    def row(self, kind: str) -> Row:
-        """Return its columns."""
-        host = f"{median(self.host):.4g}" if self.host else ""
-        low, high = f"{min(self.ms):.4g}", f"{max(self.ms):.4g}"
-        row = {"kind": kind, "repeats": len(self.ms), "ms": median(self.ms), "host_ms": host}
-        return row | {"ms_min": low, "ms_max": high, "peak_bytes": self.peak}
-
-
-def timed(
-    step: Callable[[], Any], device: str, repeats: int = 1, warm: int = 0, limit: float = math.inf
-) -> Sample:
-    """Time a step `repeats` times, fewer if that takes longer than `limit` seconds."""
-    for _ in range(warm):
-        step()
-    sample, cuda, end = Sample(), device == "cuda", time.perf_counter() + limit
-    while len(sample.ms) < repeats and (not sample.ms or time.perf_counter() < end):
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            events[0].record()
-        start = time.perf_counter()
-        step()
-        host = 1e3 * (time.perf_counter() - start)
-        if cuda:
-            events[1].record()
-            torch.cuda.synchronize()
-            sample.ms.append(events[0].elapsed_time(events[1]))
-            sample.host.append(host)
-            sample.peak = max(torch.cuda.max_memory_allocated() - before, sample.peak or 0)
-        else:
-            sample.ms.append(host)
-    return sample
+    whole: Sample
+    alone: Sample
 
 
 class Bench:
@@ -111,18 +81,26 @@ class Bench:
                     self.left_out.append(f"{method.name} at {size}, rank {rank}, state {state}")
                 elif (found := self.case(problem, method, rank, state)) is not None:
                     baselines.append(self.baseline(problem))
-                    around = (median(baselines[-2].ms) + median(baselines[-1].ms)) / 2
-                    done = [self.complete(r, problem, method, rank, state, around) for r in found]
+                    done = [
+                        self.complete(r, problem, method, rank, state, baselines[-2:])
+                        for r in found
+                    ]
                     save(done, self.args.out)
                     rows += done
                     self.longest = max(self.longest, time.perf_counter() - begun)
-            pooled = Sample([ms for b in baselines for ms in b.ms], [], baselines[0].peak)
-            low, high = (f(median(b.ms) for b in baselines) for f in (min, max))
-            note = f"{len(baselines)} runs, medians from {low:.4g} to {high:.4g} ms"
-            row = pooled.row("between") | {"note": note}
-            row = self.complete(row, problem, BASELINE, rank, self.args.dtype, row["ms"])
-            save([row], self.args.out)
-            show(self.console, [row, *rows], problem)
+            for kind, samples in zip(
+                ("between", "alone"), zip(*baselines, strict=True), strict=True
+            ):
+                pooled = Sample([ms for b in samples for ms in b.ms], [], samples[0].peak)
+                low, high = (f(median(b.ms) for b in samples) for f in (min, max))
+                note = f"{len(samples)} runs, medians from {low:.4g} to {high:.4g} ms"
+                row = pooled.row(kind) | {"note": note}
+                both = [Baseline(pooled, pooled)]
+                row = self.complete(row, problem, BASELINE, rank, self.args.dtype, both)
+                save([row], self.args.out)
+                rows.append(row)
+            rows.sort(key=lambda row: row["method"] != BASELINE.name)
+            show(self.console, rows, problem)
         for name in self.left_out:
             self.console.print(f"left out, the budget of {self.args.budget:g} s is spent: {name}")
         for (name, state), why in self.red.items():
@@ -130,18 +108,23 @@ class Bench:
         self.console.print(f"{time.perf_counter() - self.start:.0f} s")
         return 1 if self.red else 0
 
-    def baseline(self, problem: Problem) -> Sample:
+    def baseline(self, problem: Problem) -> Baseline:
         """Measure torch's AdamW."""
-        problem.reset()
-        optimizer = BASELINE.build(problem.matrices, problem.rest)
-        return timed(optimizer.step, self.device, self.args.repeats, warm=2, limit=20)
+
+        def measured(sides: Sides) -> Sample:
+            problem.reset()
+            optimizer = BASELINE.build(sides.matrices, sides.rest)
+            return timed(optimizer.step, self.device, self.args.repeats, warm=2, limit=20)
+
+        return Baseline(measured(problem), measured(problem.alone))
 
     def case(self, problem: Problem, method: Method, rank: int, state: str) -> list[Row] | None:
         """Measure one method, or return a row that says what it raised; None for a red gate."""
         try:
             why = gate(method, DTYPES[self.args.dtype], self.device, state, self.args.impl)
             if not why:
-                return list(self.measure(problem, method, rank, state))
+                rows = list(self.measure(problem, method, rank, state))
+                return [*rows, self.measure_alone(problem, method, rank, state)]
             self.red[method.name, state] = why
             return None
         except Exception as error:
@@ -154,11 +137,10 @@ class Bench:
     def measure(self, problem: Problem, method: Method, rank: int, state: str) -> Iterator[Row]:
         """Yield the rows of one method."""
         problem.reset()
-        repeats = self.args.repeats if method.ours else min(5, self.args.repeats)
+        repeats = self.repeats(method)
         before = torch.cuda.memory_allocated() if self.device == "cuda" else 0
-        settings = {"state_dtype": state, "impl": self.args.impl} if method.ours else {}
         sides = (problem.matrices, problem.rest)
-        build = partial(method.build, rank=1.0 if method.full else rank, **settings)
+        build = self.builder(method, rank, state)
         optimizer = build(*sides, gap=1 if method.ours else NEVER)
         note = "first basis from a QR stand-in for the SVD" if method.svd else ""
         with cheap_svd(rank) if method.svd else nullcontext():
@@ -167,8 +149,7 @@ class Bench:
         yield first.row("first") | {"state_bytes": held, "note": note}
         step_ms = 0.0
         if method.gap != 1:
-            for group in optimizer.param_groups if method.ours else []:
-                group["update_proj_gap"] = NEVER
+            set_gap(optimizer, method, NEVER)
             between = timed(optimizer.step, self.device, repeats, warm=1, limit=20)
             yield between.row("between") | {"state_bytes": held, "note": note}
             step_ms = median(between.ms)
@@ -177,8 +158,7 @@ class Bench:
             added, note = self.svd_refresh(problem, build)
             yield {"kind": "refresh-per-matrix", "ms": added / len(problem.matrices), "note": note}
         elif method.gap:
-            for group in optimizer.param_groups if method.ours else []:
-                group["update_proj_gap"] = 1
+            set_gap(optimizer, method, 1)
             if not method.ours:
                 optimizer = build(*sides, gap=1)
                 optimizer.step()
@@ -187,6 +167,28 @@ class Bench:
             added = median(refresh.ms) - step_ms
         if method.gap:
             yield {"kind": "with-refreshes", "ms": step_ms + added / method.gap, "note": note}
+
+    def measure_alone(self, problem: Problem, method: Method, rank: int, state: str) -> Row:
+        """Return the row of the steps between refreshes, if there are any, of matrices alone."""
+        problem.reset()
+        build = self.builder(method, rank, state)
+        optimizer = build(problem.matrices, [], gap=1 if method.ours else NEVER)
+        with cheap_svd(rank) if method.svd else nullcontext():
+            optimizer.step()
+        if method.gap != 1:
+            set_gap(optimizer, method, NEVER)
+        sample = timed(optimizer.step, self.device, self.repeats(method), warm=1, limit=20)
+        return sample.row("alone")
+
+    def builder(self, method: Method, rank: int, state: str) -> Callable[..., Any]:
+        """Return what makes the optimizer of a method from matrices, the rest and a gap."""
+        settings = {"state_dtype": state, "impl": self.args.impl} if method.ours else {}
+        return partial(method.build, rank=1.0 if method.full else rank, **settings)
+
+    def repeats(self, method: Method) -> int:
+        """Return how many steps are timed."""
+        most: int = self.args.repeats
+        return most if method.ours else min(5, most)
 
     def svd_refresh(self, problem: Problem, build: Callable[..., Any]) -> tuple[float, str]:
         """Return what a refresh takes, inferred from one matrix of each kind, and a note."""
@@ -198,46 +200,41 @@ class Bench:
         return total, f"svd timed on {len(problem.kinds)} matrices, the rest inferred"
 
     def complete(
-        self, row: Row, problem: Problem, method: Method, rank: int, state: str, baseline: float
+        self,
+        row: Row,
+        problem: Problem,
+        method: Method,
+        rank: int,
+        state: str,
+        baselines: list[Baseline],
     ) -> Row:
         """Return a row with all that follows from its time and its place."""
+        alone = row["kind"] == "alone"
+        sides: Sides = problem.alone if alone else problem
+        samples = [each.alone if alone else each.whole for each in baselines]
+        baseline = sum(median(sample.ms) for sample in samples) / len(samples)
         full = {"method": method.name, "size": problem.size, "layers": problem.layers, "rank": rank}
         full |= {"dtype": self.args.dtype, "state": state, "baseline_ms": f"{baseline:.4g}"}
         full |= {"impl": self.args.impl if method.ours else "", "gap": method.gap, **self.facts}
-        full |= {"params": problem.params, **row}
+        full |= {"params": sides.params, **row}
         if ms := row.get("ms"):
             full |= {"ms": f"{ms:.4g}", "ratio": f"{ms / baseline:.3f}"}
-            full["ps_per_param"] = f"{1e9 * ms / problem.params:.4g}"
-            if row["kind"] == "between" or (method.gap == 1 and row["kind"] == "refresh"):
-                total, flops = floor(method, problem, rank, state)
-                full["floor_bytes_per_param"] = f"{total / problem.params:.3f}"
+            full["ps_per_param"] = f"{1e9 * ms / sides.params:.4g}"
+            if row["kind"] in ("between", "alone") or (
+                method.gap == 1 and row["kind"] == "refresh"
+            ):
+                total, flops = floor(method, sides, rank, state)
+                full["floor_bytes_per_param"] = f"{total / sides.params:.3f}"
                 full["floor_ms"] = f"{total / self.facts['copy_gb_s'] / 1e6:.4g}"
                 full["floor_gflop"] = f"{flops / 1e9:.1f}"
                 full["floor_flop_ms"] = f"{flops / self.facts['matmul_tflops'] / 1e9:.4g}"
         return full
 
 
-def facts(device: str, dtype: torch.dtype) -> Row:
-    """Return the columns that are the same in every row, the machine's two rates among them."""
-    cuda = device == "cuda"
-    source = torch.randn((1 << 30 if cuda else 1 << 28) // 4, device=device)
-    target = torch.zeros_like(source)
-    copy = timed(lambda: target.copy_(source), device, 10, warm=2)
-    n = 8192 if cuda else 1024
-    left, right = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    product = timed(lambda: left @ right, device, 10, warm=2)
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    cpuinfo = output("grep", "-m1", "model name", "/proc/cpuinfo").partition(": ")[2]
-    return {
-        "copy_gb_s": round(2 * source.nbytes / median(copy.ms) / 1e6, 1),
-        "matmul_tflops": round(2 * n**3 / median(product.ms) / 1e9, 4),
-        "device": torch.cuda.get_device_name() if cuda else cpuinfo or platform.processor(),
-        "driver": output(*query) if cuda else "",
-        "triton": next((found.version for found in distributions(name="triton")), "none"),
-        "package": lowrank_optim.__version__,
-        **provenance(),
-        "threads": torch.get_num_threads(),
-    }
+def set_gap(optimizer: Any, method: Method, gap: int) -> None:
+    """Set the gap between refreshes of one of ours; a peer's was set when it was built."""
+    for group in optimizer.param_groups if method.ours else []:
+        group["update_proj_gap"] = gap
 
 
 def plan(args: argparse.Namespace) -> Iterator[tuple[str, int, list[tuple[Method, str]]]]:
@@ -291,9 +288,9 @@ def show(console: Console, rows: list[Row], problem: Problem) -> None:
 
         peak = at.get(steady, {}).get("peak_bytes", "")
         table.add_row(
-            method, state, cell("between"), cell("between", "ratio"), cell(steady, "floor_ms"),
-            cell(steady, "floor_flop_ms"), cell("first"),
-            cell("refresh") or cell("refresh-per-matrix"),
+            method, state, cell("between"), cell("between", "ratio"), cell("alone"),
+            cell("alone", "ratio"), cell(steady, "floor_ms"), cell(steady, "floor_flop_ms"),
+            cell("first"), cell("refresh") or cell("refresh-per-matrix"),
             cell("with-refreshes"), cell("with-refreshes", "ratio"),
             f"{peak / 2**20:.0f}" if peak != "" else "",
         )  # fmt: skip
@@ -330,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print and save; returns the exit status."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Bench(parse(argv), Console(highlight=False, width=100)).run()
+        return Bench(parse(argv), Console(highlight=False, width=120)).run()
 
 
 if __name__ == "__main__":

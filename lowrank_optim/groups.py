@@ -50,7 +50,7 @@ def param_groups(
     Args:
         model: any module.
         rank: as in the optimizer: an int, or a share of the projected axis. 1.0 takes every matrix,
-            for methods that work on whole ones (MuonW, NorMuonW, CondaW, RACS); "auto" or an
+            for methods that work on whole ones (MuonW, CondaW, RACS, ...); "auto" or an
             `AutoRank` chooses as training goes.
         lr: learning rate of the projected matrices; None leaves it to the optimizer.
         rest_lr: learning rate of all others; None for the same as `lr`. Methods whose `scale` is

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 import lowrank_optim
+from lowrank_optim.methods.record import Method as Record
+from lowrank_optim.methods.registry import COMPARED
 
 
 class Spec(NamedTuple):
@@ -47,44 +48,46 @@ class Method:
     """A method as it is run.
 
     Args:
-        optimizer: a class of lowrank_optim, or "AdamW" for torch.optim.AdamW.
+        record: what it is.
         start: rates (lr, rest_lr) that the search starts from.
-        settings: what the optimizer is built with besides.
-        gap: steps between refreshes; None for an eighth of a run, and 200 at most.
-        whole: whether it takes whole matrices, and has no subspace to move.
+        label: what tables call it, if not as elsewhere.
     """
 
-    name: str
-    label: str
-    optimizer: str
+    record: Record
     start: tuple[float, float]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    gap: int | None = None
-    whole: bool = False
+    label: str
 
     @property
     def rank(self) -> float:
         """The share of the projected axis."""
-        return 1.0 if self.whole else 0.25
+        return 1.0 if self.record.whole else 0.25
 
     def gap_of(self, steps: int) -> int:
-        """Return the steps between refreshes in a run of some length."""
-        return self.gap or max(1, min(200, steps // 8))
+        """Return the steps between refreshes in a run of some length.
+
+        Its own, if that belongs to the method; 1 where there is none; else an eighth of a run, and
+        200 at most.
+        """
+        if self.record.own_gap or self.record.default_gap is None:
+            return self.record.default_gap or 1
+        return max(1, min(200, steps // 8))
 
 
-POWER = {"projector": "power"}
+STARTS = {
+    "adamw": (1e-3, 1e-2),
+    "galore": (1e-2, 1e-2),
+    "dct": (3e-3, 1e-2),
+    "fira": (5.5e-3, 1e-2),
+    "frugal": (1e-3, 1e-2),
+    "apollo": (3e-3, 1e-2),
+    "lowrank": (1.7e-3, 1e-2),
+    "muon": (3e-2, 3e-2),
+}
+OWN_LABELS = {"lowrank": "LowRankAdamW"}
 METHODS = {
-    method.name: method
-    for method in (
-        Method("adamw", "AdamW", "AdamW", (1e-3, 1e-2), gap=1),
-        Method("galore", "GaLore", "GaLoreAdamW", (1e-2, 1e-2), POWER),
-        Method("dct", "DCT", "DCTAdamW", (3e-3, 1e-2), gap=1),
-        Method("fira", "Fira", "FiraAdamW", (5.5e-3, 1e-2), POWER),
-        Method("frugal", "FRUGAL", "FrugalAdamW", (1e-3, 1e-2)),
-        Method("apollo", "APOLLO", "ApolloAdamW", (3e-3, 1e-2)),
-        Method("lowrank", "LowRankAdamW", "LowRankAdamW", (1.7e-3, 1e-2), gap=50),
-        Method("muon", "Muon", "MuonW", (3e-2, 3e-2), gap=1, whole=True),
-    )
+    name: Method(known, start, OWN_LABELS.get(name, known.label))
+    for name, start in STARTS.items()
+    for known in [COMPARED[name]]
 }
 
 
@@ -100,18 +103,16 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         min_dim=1,
     )
     betas = (spec.beta1, spec.beta2)
-    if method.optimizer == "AdamW":
+    if method.record.optimizer is None:
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=spec.lr, betas=betas, fused=True)
     settings: dict[str, Any] = {
-        **({} if method.whole else {"update_proj_gap": spec.gap}),
+        **({} if method.record.whole else {"update_proj_gap": spec.gap}),
         "stochastic_rounding": spec.weights == "bfloat16",
         "state_dtype": {"float32": None, "bfloat16": torch.bfloat16}.get(spec.state, spec.state),
-        **method.settings,
         **changes(spec.change),
     }
-    make = getattr(lowrank_optim, method.optimizer)
-    optimizer: torch.optim.Optimizer = make(
+    return method.record.build(
         groups,
         lr=spec.lr,
         betas=betas,
@@ -119,7 +120,6 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         seed=spec.seed,
         **settings,
     )
-    return optimizer
 
 
 def changes(text: str) -> dict[str, Any]:

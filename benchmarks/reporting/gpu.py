@@ -8,7 +8,7 @@ from pathlib import Path
 from pretraining.ledger import Ledger
 from rows import read
 
-from lowrank_optim.planner.methods import METHODS
+from lowrank_optim.methods.registry import COMPARED, shown_first
 
 from .layout import NOTHING, table
 
@@ -42,7 +42,7 @@ def planned(rows: list[Row]) -> str:
     """Show what was planned and what was measured, a line a method."""
     at = {(row["method"], row["size"], row["layerwise"]): row for row in rows}
     lines = []
-    for name, method in METHODS.items():
+    for name, method in shown_first("in_planner").items():
         cells = []
         for size in ("1b", "7b"):
             for layerwise in ("no", "yes"):
@@ -97,7 +97,7 @@ def fits(rows: list[Row]) -> str:
         sizes = (row["predicted_peak"], row["peak_allocated"], row["peak_reserved"])
         trained = row["outcome"] == "trained"
         lines.append([
-            METHODS[row["method"]].label, card, row["rank"] if trained else "-", row["batch"],
+            COMPARED[row["method"]].label, card, row["rank"] if trained else "-", row["batch"],
             *(f"{int(size) / GIB:.2f}" for size in sizes),
             f"{float(row['tokens_per_s']):.0f}" if trained else row["outcome"],
             f"{row['loss_first']} - {row['loss_last']}" if trained else "-",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..integrations import require
+from ..methods.registry import COMPARED
 from ..terminal import CommandError, path, printable, rank, whole
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .train import Run, Settings
 
 NEEDS = ("transformers", "rich", "matplotlib")
-METHODS = "adamw,galore,dct,fira,frugal,apollo"
+METHODS = ",".join(name for name, method in COMPARED.items() if method.in_demo)
 ROOM = 2**19
 """Bytes that a folder must take before training: more than the results of all methods."""
 

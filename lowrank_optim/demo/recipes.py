@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from .. import methods
-from ..groups import param_groups
+from ..methods.record import Method
+from ..methods.registry import shown_first
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.1
@@ -22,59 +23,34 @@ class Recipe:
     """One method as the demo runs it.
 
     Args:
-        name: what `--methods` calls it.
-        label: what tables and figures call it.
-        optimizer: a class of lowrank_optim, or "AdamW" for torch.optim.AdamW.
+        method: its record.
         lr: peak learning rate of the projected matrices (AdamW's too: the same matrices).
         rest_lr: peak learning rate of embeddings, head and norms.
-        settings: what the optimizer is built with besides.
         betas: of the projected matrices; all other parameters have `BETAS`.
-        own_gap: refresh as often as the method does by itself, not three times a run.
-        whole: works on whole matrices, whatever the rank.
+        settings: what the optimizer is built with besides: nothing, its defaults are the paper's.
     """
 
-    name: str
-    label: str
-    optimizer: str
+    method: Method
     lr: float
     rest_lr: float
-    settings: Mapping[str, object] = field(default_factory=dict)
     betas: tuple[float, float] = BETAS
-    own_gap: bool = False
-    whole: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return what `--methods` calls it."""
+        return self.method.name
+
+    @property
+    def label(self) -> str:
+        """Return what tables and figures call it."""
+        return self.method.label
 
 
-# Rates: the best of twelve runs a method in benchmarks/results/tune_demo.csv, by
-# benchmarks/tune_demo.py, with another seed and without the texts that the demo validates on.
 RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("adamw", "AdamW", "AdamW", 1e-3, 1e-2),
-        Recipe(
-            "galore", "GaLore", "GaLoreAdamW", 1.7e-2, 3e-2, {"scale": 0.25, "projector": "svd"}
-        ),
-        Recipe("dct", "DCT", "DCTAdamW", 3e-3, 1.7e-2, {"scale": 1.0}, own_gap=True),
-        Recipe("fira", "Fira", "FiraAdamW", 5.5e-3, 1e-1, {"scale": 0.25, "projector": "svd"}),
-        Recipe("frugal", "FRUGAL", "FrugalAdamW", 1e-3, 1e-2, {"state_free": "sign"}),
-        Recipe("apollo", "APOLLO", "ApolloAdamW", 3e-3, 1e-1, {"scale": 1.0}),
-        Recipe("lowrank", "LowRank", "LowRankAdamW", 3e-3, 5.5e-2, own_gap=True),
-        Recipe("ldadam", "LDAdam", "LDAdamW", 1e-2, 1e-1, betas=(0.908, 0.99), own_gap=True),
-        Recipe("trion", "Trion", "TrionW", 5.5e-2, 1e-1, own_gap=True),
-        Recipe("compensated", "Compens.", "CompensatedAdamW", 1.7e-2, 3e-2, betas=(0.9, 0.9)),
-        Recipe("conda", "Conda", "CondaW", 1e-2, 1e-1, betas=(0.9, 0.99), whole=True),
-        Recipe("muon", "Muon", "MuonW", 5.5e-2, 1e-1, own_gap=True, whole=True),
-        Recipe(
-            "normuon",
-            "NorMuon",
-            "NorMuonW",
-            1e-2,
-            3e-1,
-            betas=(0.9, 0.95),
-            own_gap=True,
-            whole=True,
-        ),
-        Recipe("racs", "RACS", "RACS", 3e-2, 5.5e-3, own_gap=True, whole=True),
-    )
+    name: Recipe(method, method.rates.lr, method.rates.rest_lr, method.rates.betas)
+    for name, method in shown_first("in_demo").items()
+    if method.rates is not None
 }
 
 
@@ -110,23 +86,22 @@ def build_optimizer(
             steps if that is less.
         seed: of the random projectors.
     """
-    groups = param_groups(
+    method = recipe.method
+    groups = method.groups(
         model,
-        rank=1.0 if recipe.whole else rank,
+        rank,
         lr=recipe.lr,
         rest_lr=recipe.rest_lr,
         weight_decay=WEIGHT_DECAY,
         betas=recipe.betas,
         min_dim=1,
     )
-    if recipe.optimizer == "AdamW":
+    if method.optimizer is None:
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=recipe.lr, betas=BETAS)
-    settings = dict(recipe.settings)
-    if not recipe.own_gap:
+    settings: dict[str, Any] = dict(recipe.settings)
+    if method.default_gap is not None and not method.own_gap:
         settings["update_proj_gap"] = max(1, min(PAPERS_GAP, steps // 3))
-    make = getattr(methods, recipe.optimizer)
-    optimizer: torch.optim.Optimizer = make(
+    return method.optimizer(
         groups, lr=recipe.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, seed=seed, **settings
     )
-    return optimizer

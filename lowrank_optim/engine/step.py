@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
@@ -73,8 +72,10 @@ class Step:
         if member.piece is not None:
             raise flat_error(self.name(entry), member.piece)
         state = (self.session.state if states is None else states).get(param)
-        if site is not None and (group["impl"] == "triton" or param.device.type != "cpu"):
+        kind = (grad.dtype, type(grad))
+        if site is not None and site.prepared_for != kind:
             prepare(site, plan, group, here(param), here(grad))
+            site.prepared_for = kind
         if not state:
             return
         held = tensors_of(state)
@@ -187,10 +188,11 @@ class Step:
         """Do the steps of some parameters."""
         with without_autocast(work):
             for group, plan, jobs in work:
-                if projected := [job for job in jobs if job.site is not None]:
+                projected = [job for job in jobs if job.site is not None]
+                if projected:
                     self.waiting += step_projected(projected, group, plan)
-                if plain := [job for job in jobs if job.site is None]:
-                    step_plain(plain, group, plan)
+                if len(projected) < len(jobs):
+                    step_plain([job for job in jobs if job.site is None], group, plan)
                 for job in jobs:
                     if job.layout.moves:
                         job.layout.write_back(job.leaf, job.param)
@@ -234,15 +236,16 @@ def tensors_of(state: State) -> list[int]:
     return [id(value) for value in state.values() if isinstance(value, Tensor)]
 
 
-@contextmanager
-def without_autocast(work: Work) -> Iterator[None]:
+def without_autocast(work: Work) -> AbstractContextManager[Any]:
     """Compute in the dtypes that are written, as torch's optimizers do, also under autocast."""
-    devices = {job.param.device.type for _, _, jobs in work for job in jobs}
-    with ExitStack() as stack:
-        for device in devices:
-            if device != "meta" and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    devices = {job.param.device.type for _, _, jobs in work for job in jobs} - {"meta"}
+    under_way = [device for device in devices if torch.is_autocast_enabled(device)]
+    if not under_way:
+        return nullcontext()
+    stack = ExitStack()
+    for device in under_way:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def is_rehearsal(work: Work) -> bool:

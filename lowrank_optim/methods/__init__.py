@@ -14,22 +14,25 @@ from .frugal import FrugalAdamW
 from .galore import GaLoreAdamW
 from .ldadam import LDAdamW
 from .lowrank import LowRankAdamW
-from .muon import MuonW, NorMuonW
+from .muon import MuonW
+from .normuon import NorMuonW
 from .racs import RACS
+from .rmnp import RMNPW
 from .trion import TrionW
 
-__all__ = [
-    "RACS",
-    "ApolloAdamW",
-    "CompensatedAdamW",
-    "CondaW",
+__all__ = [  # noqa: RUF022 - in the order that `cite` lists them in
+    "LowRankAdamW",
+    "GaLoreAdamW",
     "DCTAdamW",
     "FiraAdamW",
     "FrugalAdamW",
-    "GaLoreAdamW",
+    "ApolloAdamW",
     "LDAdamW",
-    "LowRankAdamW",
+    "TrionW",
     "MuonW",
     "NorMuonW",
-    "TrionW",
+    "RMNPW",
+    "CondaW",
+    "CompensatedAdamW",
+    "RACS",
 ]

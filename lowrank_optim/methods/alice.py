@@ -11,6 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Compensated
 from ..parts.rules import Adam
+from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,3 +59,21 @@ class CompensatedAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=Compensated(compensation, limiter=limiter), **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "gong2025towards",
+    "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a "
+    "Low-Rank Extension",
+    ("Gong, Wenbo", "Scetbon, Meyer", "Ma, Chao", "Meeds, Edward"),
+    2025,
+    "2502.07752",
+)
+METHOD = Method(
+    "compensated",
+    "Compens.",
+    CompensatedAdamW,
+    "2mr + nr + m",
+    (PAPER,),
+    rates=Rates(1.7e-2, 3e-2, (0.9, 0.9)),
+)

@@ -11,6 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import GradScaled
 from ..parts.rules import Adam
+from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,3 +57,34 @@ class ApolloAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=GradScaled(limiter), **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "zhu2025apollo",
+    "APOLLO: SGD-like Memory, AdamW-level Performance",
+    (
+        "Zhu, Hanqing",
+        "Zhang, Zhenyu",
+        "Cong, Wenyan",
+        "Liu, Xi",
+        "Park, Sem",
+        "Chandra, Vikas",
+        "Long, Bo",
+        "Pan, David Z.",
+        "Wang, Zhangyang",
+        "Lee, Jinwon",
+    ),
+    2025,
+    "2412.05270",
+    "Conference on Machine Learning and Systems",
+)
+METHOD = Method(
+    "apollo",
+    "APOLLO",
+    ApolloAdamW,
+    "2mr + 1",
+    (PAPER,),
+    rates=Rates(3e-3, 1e-1),
+    in_planner=True,
+    in_demo=True,
+)

@@ -12,6 +12,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,3 +60,31 @@ class CondaW(LowRank):
             scale=scale, projector=projector, rule=Adam(), residual=Drop(),
             feed=WholeMomentum(), **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "wang2025conda",
+    "Conda: Column-Normalized Adam for Training Large Language Models Faster",
+    (
+        "Wang, Junjie",
+        "Zhou, Pan",
+        "Dong, Yiming",
+        "Li, Huan",
+        "Li, Jia",
+        "Zhou, Xun",
+        "Lao, Qicheng",
+        "Fang, Cong",
+        "Lin, Zhouchen",
+    ),
+    2025,
+    "2509.24218",
+)
+METHOD = Method(
+    "conda",
+    "Conda",
+    CondaW,
+    "2mn + n²",
+    (PAPER,),
+    whole=True,
+    rates=Rates(1e-2, 1e-1, (0.9, 0.99)),
+)

@@ -11,6 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,3 +56,31 @@ class DCTAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
             **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "modoranu2025fft",
+    "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large "
+    "Language Models",
+    (
+        "Modoranu, Ionut-Vlad",
+        "Safaryan, Mher",
+        "Schultheis, Erik",
+        "Ryabinin, Max",
+        "Chumachenko, Artem",
+        "Alistarh, Dan",
+    ),
+    2025,
+    "2505.17967",
+)
+METHOD = Method(
+    "dct",
+    "DCT",
+    DCTAdamW,
+    "2mr, r integers, one n x n basis for all layers",
+    (PAPER,),
+    own_gap=True,
+    rates=Rates(3e-3, 1.7e-2),
+    in_planner=True,
+    in_demo=True,
+)

@@ -11,6 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import NormScaled
 from ..parts.rules import Adam
+from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,3 +56,32 @@ class FiraAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=NormScaled(limiter), **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "chen2025fira",
+    "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
+    (
+        "Chen, Xi",
+        "Feng, Kaituo",
+        "Li, Changsheng",
+        "Lai, Xunhao",
+        "Yue, Xiangyu",
+        "Yuan, Ye",
+        "Wang, Guoren",
+    ),
+    2025,
+    "2410.01623",
+    "Advances in Neural Information Processing Systems",
+)
+METHOD = Method(
+    "fira",
+    "Fira",
+    FiraAdamW,
+    "2mr + nr + 1",
+    (PAPER,),
+    settings={"projector": "power"},
+    rates=Rates(5.5e-3, 1e-1),
+    in_planner=True,
+    in_demo=True,
+)

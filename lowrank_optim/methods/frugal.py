@@ -11,6 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
+from .bibliography import ICML, Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,3 +62,23 @@ class FrugalAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=StateFree(state_free, state_free_scale), **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "zmushko2025frugal",
+    "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training",
+    ("Zmushko, Philip", "Beznosikov, Aleksandr", "Takáč, Martin", "Horváth, Samuel"),
+    2025,
+    "2411.07837",
+    ICML,
+)
+METHOD = Method(
+    "frugal",
+    "FRUGAL",
+    FrugalAdamW,
+    "2mr, r integers",
+    (PAPER,),
+    rates=Rates(1e-3, 1e-2),
+    in_planner=True,
+    in_demo=True,
+)

@@ -11,6 +11,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from .bibliography import ICML, Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -58,3 +60,31 @@ class GaLoreAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
             **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "zhao2024galore",
+    "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
+    (
+        "Zhao, Jiawei",
+        "Zhang, Zhenyu",
+        "Chen, Beidi",
+        "Wang, Zhangyang",
+        "Anandkumar, Anima",
+        "Tian, Yuandong",
+    ),
+    2024,
+    "2403.03507",
+    ICML,
+)
+METHOD = Method(
+    "galore",
+    "GaLore",
+    GaLoreAdamW,
+    "2mr + nr",
+    (PAPER,),
+    settings={"projector": "power"},
+    rates=Rates(1.7e-2, 3e-2),
+    in_planner=True,
+    in_demo=True,
+)

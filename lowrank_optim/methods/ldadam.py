@@ -13,6 +13,8 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from .bibliography import ICLR, Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,3 +61,22 @@ class LDAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
             feed=feed, **common,
         )  # fmt: skip
+
+
+PAPER = Paper(
+    "robert2025ldadam",
+    "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
+    ("Robert, Thomas", "Safaryan, Mher", "Modoranu, Ionut-Vlad", "Alistarh, Dan"),
+    2025,
+    "2410.16103",
+    ICLR,
+)
+METHOD = Method(
+    "ldadam",
+    "LDAdam",
+    LDAdamW,
+    "2mr + nr, mn for the error",
+    (PAPER,),
+    own_gap=True,
+    rates=Rates(1e-2, 1e-1, (0.908, 0.99)),
+)

@@ -11,6 +11,10 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
+from .bibliography import HALKO
+from .frugal import PAPER as FRUGAL
+from .galore import PAPER as GALORE
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,3 +64,15 @@ class LowRankAdamW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=StateFree(state_free, state_free_scale), **common,
         )  # fmt: skip
+
+
+METHOD = Method(
+    "lowrank",
+    "LowRank",
+    LowRankAdamW,
+    "2mr + nr",
+    (GALORE, FRUGAL, HALKO),
+    own_gap=True,
+    rates=Rates(3e-3, 5.5e-2),
+    in_planner=True,
+)

@@ -1,4 +1,4 @@
-"""Muon and NorMuon."""
+"""Muon."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
-from ..parts.rules import Muon, NorMuon
+from ..parts.rules import Muon
+from .bibliography import Paper
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,37 +57,29 @@ class MuonW(LowRank):
         )  # fmt: skip
 
 
-class NorMuonW(LowRank):
-    """Muon whose neurons are brought to one length, AdamW for the rest, in one object.
-
-    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, and one a neuron.
-
-    Args:
-        lr: of matrices: near AdamW's, since a step is 0.2 a weight on the average.
-        betas, eps: of AdamW, for parameters that are not matrices; the second beta is that of the
-            neurons' squares too.
-        momentum, nesterov: see `NorMuon`.
-        rank: 1.0; None in a group makes it plain AdamW.
-        For the other arguments and errors see `LowRank`.
-
-    Reference: Li, Liu, Liang, Chen, Zhao, "NorMuon: Making Muon more efficient and scalable",
-        arXiv 2510.05491; Muon: https://kellerjordan.github.io/posts/muon/.
-    """
-
-    def __init__(
-        self,
-        params: Params,
-        lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        rank: int | float | None = 1.0,
-        momentum: float = 0.95,
-        nesterov: bool = False,
-        **common: Unpack[Common],
-    ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
-        )  # fmt: skip
+PAPER = Paper(
+    "jordan2024muon",
+    "Muon: An Optimizer for Hidden Layers in Neural Networks",
+    (
+        "Jordan, Keller",
+        "Jin, Yuchen",
+        "Boza, Vlado",
+        "You, Jiacheng",
+        "Cesista, Franz",
+        "Newhouse, Laker",
+        "Bernstein, Jeremy",
+    ),
+    2024,
+    "",
+    page="https://kellerjordan.github.io/posts/muon/",
+)
+METHOD = Method(
+    "muon",
+    "Muon",
+    MuonW,
+    "mn",
+    (PAPER,),
+    whole=True,
+    rates=Rates(5.5e-2, 1e-1),
+    in_planner=True,
+)

@@ -8,262 +8,29 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from .._version import __released__, __version__
+from .bibliography import DETTMERS, HALKO, KINGMA, LOSHCHILOV, Paper
+from .registry import CITED
 
-ICLR = "International Conference on Learning Representations"
-ICML = "International Conference on Machine Learning"
 ACCENTS = {"\N{COMBINING ACUTE ACCENT}": r"\'", "\N{COMBINING CARON}": r"\v "}
-
-
-@dataclass(frozen=True)
-class Paper:
-    """One paper: authors as "Family, Given", all of them; where it appeared, if it did.
-
-    `arxiv` is empty for what has a `page` instead.
-    """
-
-    key: str
-    title: str
-    authors: tuple[str, ...]
-    year: int
-    arxiv: str
-    venue: str = ""
-    journal: bool = False
-    page: str = ""
-
-    @property
-    def url(self) -> str:
-        """Return its address."""
-        return self.page or f"https://arxiv.org/abs/{self.arxiv}"
-
-    def bibtex(self) -> str:
-        """Return its BibTeX entry, in ASCII."""
-        fields = {"title": f"{{{self.title}}}", "author": " and ".join(self.authors)}
-        kind = "misc"
-        if self.venue:
-            kind = "article" if self.journal else "inproceedings"
-            fields["journal" if self.journal else "booktitle"] = self.venue
-        fields["year"] = str(self.year)
-        if self.page:
-            fields["url"] = self.page
-        else:
-            fields |= {"eprint": self.arxiv, "archiveprefix": "arXiv"}
-        return _entry(kind, self.key, fields)
-
-
-PAPERS = (
-    Paper(
-        "zhao2024galore",
-        "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection",
-        (
-            "Zhao, Jiawei",
-            "Zhang, Zhenyu",
-            "Chen, Beidi",
-            "Wang, Zhangyang",
-            "Anandkumar, Anima",
-            "Tian, Yuandong",
-        ),
-        2024,
-        "2403.03507",
-        ICML,
-    ),
-    Paper(
-        "modoranu2025fft",
-        "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large "
-        "Language Models",
-        (
-            "Modoranu, Ionut-Vlad",
-            "Safaryan, Mher",
-            "Schultheis, Erik",
-            "Ryabinin, Max",
-            "Chumachenko, Artem",
-            "Alistarh, Dan",
-        ),
-        2025,
-        "2505.17967",
-    ),
-    Paper(
-        "chen2025fira",
-        "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
-        (
-            "Chen, Xi",
-            "Feng, Kaituo",
-            "Li, Changsheng",
-            "Lai, Xunhao",
-            "Yue, Xiangyu",
-            "Yuan, Ye",
-            "Wang, Guoren",
-        ),
-        2025,
-        "2410.01623",
-        "Advances in Neural Information Processing Systems",
-    ),
-    Paper(
-        "zmushko2025frugal",
-        "FRUGAL: Memory-Efficient Optimization by Reducing State Overhead for Scalable Training",
-        ("Zmushko, Philip", "Beznosikov, Aleksandr", "Takáč, Martin", "Horváth, Samuel"),
-        2025,
-        "2411.07837",
-        ICML,
-    ),
-    Paper(
-        "zhu2025apollo",
-        "APOLLO: SGD-like Memory, AdamW-level Performance",
-        (
-            "Zhu, Hanqing",
-            "Zhang, Zhenyu",
-            "Cong, Wenyan",
-            "Liu, Xi",
-            "Park, Sem",
-            "Chandra, Vikas",
-            "Long, Bo",
-            "Pan, David Z.",
-            "Wang, Zhangyang",
-            "Lee, Jinwon",
-        ),
-        2025,
-        "2412.05270",
-        "Conference on Machine Learning and Systems",
-    ),
-    Paper(
-        "robert2025ldadam",
-        "LDAdam: Adaptive Optimization from Low-Dimensional Gradient Statistics",
-        ("Robert, Thomas", "Safaryan, Mher", "Modoranu, Ionut-Vlad", "Alistarh, Dan"),
-        2025,
-        "2410.16103",
-        ICLR,
-    ),
-    Paper(
-        "ahn2025dion",
-        "Dion: Distributed Orthonormalized Updates",
-        (
-            "Ahn, Kwangjun",
-            "Xu, Byron",
-            "Abreu, Natalie",
-            "Fan, Ying",
-            "Magakyan, Gagik",
-            "Sharma, Pratyusha",
-            "Zhan, Zheng",
-            "Langford, John",
-        ),
-        2025,
-        "2504.05295",
-    ),
-    Paper(
-        "jordan2024muon",
-        "Muon: An Optimizer for Hidden Layers in Neural Networks",
-        (
-            "Jordan, Keller",
-            "Jin, Yuchen",
-            "Boza, Vlado",
-            "You, Jiacheng",
-            "Cesista, Franz",
-            "Newhouse, Laker",
-            "Bernstein, Jeremy",
-        ),
-        2024,
-        "",
-        page="https://kellerjordan.github.io/posts/muon/",
-    ),
-    Paper(
-        "li2025normuon",
-        "NorMuon: Making Muon More Efficient and Scalable",
-        ("Li, Zichong", "Liu, Liming", "Liang, Chen", "Chen, Weizhu", "Zhao, Tuo"),
-        2025,
-        "2510.05491",
-    ),
-    Paper(
-        "wang2025conda",
-        "Conda: Column-Normalized Adam for Training Large Language Models Faster",
-        (
-            "Wang, Junjie",
-            "Zhou, Pan",
-            "Dong, Yiming",
-            "Li, Huan",
-            "Li, Jia",
-            "Zhou, Xun",
-            "Lao, Qicheng",
-            "Fang, Cong",
-            "Lin, Zhouchen",
-        ),
-        2025,
-        "2509.24218",
-    ),
-    Paper(
-        "gong2025towards",
-        "Towards Efficient Optimizer Design for LLM via Structured Fisher Approximation with a "
-        "Low-Rank Extension",
-        ("Gong, Wenbo", "Scetbon, Meyer", "Ma, Chao", "Meeds, Edward"),
-        2025,
-        "2502.07752",
-    ),
-    Paper(
-        "loshchilov2019adamw",
-        "Decoupled Weight Decay Regularization",
-        ("Loshchilov, Ilya", "Hutter, Frank"),
-        2019,
-        "1711.05101",
-        ICLR,
-    ),
-    Paper(
-        "kingma2015adam",
-        "Adam: A Method for Stochastic Optimization",
-        ("Kingma, Diederik P.", "Ba, Jimmy"),
-        2015,
-        "1412.6980",
-        ICLR,
-    ),
-    Paper(
-        "dettmers2022eightbit",
-        "8-bit Optimizers via Block-wise Quantization",
-        ("Dettmers, Tim", "Lewis, Mike", "Shleifer, Sam", "Zettlemoyer, Luke"),
-        2022,
-        "2110.02861",
-        ICLR,
-    ),
-    Paper(
-        "halko2011structure",
-        "Finding Structure with Randomness: Probabilistic Algorithms for Constructing Approximate "
-        "Matrix Decompositions",
-        ("Halko, Nathan", "Martinsson, Per-Gunnar", "Tropp, Joel A."),
-        2011,
-        "0909.4061",
-        "SIAM Review",
-        journal=True,
-    ),
-)
 PACKAGE = "lowrank-optim"
 TITLE = "lowrank-optim: memory-efficient low-rank optimizers for PyTorch"
 AUTHORS = "The lowrank-optim authors"
-METHODS = {
-    "lowrank": (
-        "LowRankAdamW",
-        ("zhao2024galore", "zmushko2025frugal", "halko2011structure"),
-    ),
-    "galore": ("GaLoreAdamW", ("zhao2024galore",)),
-    "dct": ("DCTAdamW", ("modoranu2025fft",)),
-    "fira": ("FiraAdamW", ("chen2025fira",)),
-    "frugal": ("FrugalAdamW", ("zmushko2025frugal",)),
-    "apollo": ("ApolloAdamW", ("zhu2025apollo",)),
-    "ldadam": ("LDAdamW", ("robert2025ldadam",)),
-    "trion": ("TrionW", ("modoranu2025fft", "ahn2025dion", "jordan2024muon")),
-    "muon": ("MuonW", ("jordan2024muon",)),
-    "normuon": ("NorMuonW", ("li2025normuon", "jordan2024muon")),
-    "conda": ("CondaW", ("wang2025conda",)),
-    "compensated": ("CompensatedAdamW", ("gong2025towards",)),
-    "racs": ("RACS", ("gong2025towards",)),
-    "adamw": ("what is not projected, and the rule of all methods",
-              ("loshchilov2019adamw", "kingma2015adam")),
-    "8bit": ('state_dtype="8bit"', ("dettmers2022eightbit",)),
-    "power": ('projector="power"', ("halko2011structure",)),
+METHODS: dict[str, tuple[str, tuple[Paper, ...]]] = {
+    **{name: (method.title, method.papers) for name, method in CITED.items()},
+    "adamw": ("what is not projected, and the rule of all methods", (LOSHCHILOV, KINGMA)),
+    "8bit": ('state_dtype="8bit"', (DETTMERS,)),
+    "power": ('projector="power"', (HALKO,)),
     PACKAGE: ("this package", ()),
-}  # fmt: skip
-"""Each name that can be cited: what it is, and the keys of its papers."""
+}
+"""Each name that can be cited: what it is, and its papers."""
+
+PAPERS = tuple(dict.fromkeys(paper for _, found in METHODS.values() for paper in found))
+"""All of them, each once."""
 
 
-def papers(name: str) -> list[Paper]:
+def papers(name: str) -> tuple[Paper, ...]:
     """Return the papers of a method.
 
     Raises:
@@ -273,7 +40,7 @@ def papers(name: str) -> list[Paper]:
         near = difflib.get_close_matches(name, METHODS)
         hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(METHODS)}"
         raise ValueError(f"nothing to cite for '{name}': {hint}")
-    return [paper for paper in PAPERS if paper.key in METHODS[name][1]]
+    return METHODS[name][1]
 
 
 def bibtex(names: Iterable[str]) -> str:
@@ -285,8 +52,23 @@ def bibtex(names: Iterable[str]) -> str:
     Raises:
         ValueError: no such name.
     """
-    entries = {paper.key: paper.bibtex() for name in names for paper in papers(_method(name))}
+    entries = {paper.key: entry_of(paper) for name in names for paper in papers(_method(name))}
     return "\n".join([*entries.values(), package_bibtex()])
+
+
+def entry_of(paper: Paper) -> str:
+    """Return the BibTeX entry of a paper, in ASCII."""
+    fields = {"title": f"{{{paper.title}}}", "author": " and ".join(paper.authors)}
+    kind = "misc"
+    if paper.venue:
+        kind = "article" if paper.journal else "inproceedings"
+        fields["journal" if paper.journal else "booktitle"] = paper.venue
+    fields["year"] = str(paper.year)
+    if paper.page:
+        fields["url"] = paper.page
+    else:
+        fields |= {"eprint": paper.arxiv, "archiveprefix": "arXiv"}
+    return _entry(kind, paper.key, fields)
 
 
 def package_bibtex() -> str:
@@ -299,8 +81,8 @@ def package_bibtex() -> str:
 def listing() -> str:
     """Return a line for each name: what it is, and its papers in short."""
     lines = []
-    for name, (what, keys) in METHODS.items():
-        short = [f"{p.authors[0].partition(',')[0]} {p.year}" for p in PAPERS if p.key in keys]
+    for name, (what, found) in METHODS.items():
+        short = [f"{paper.authors[0].partition(',')[0]} {paper.year}" for paper in found]
         lines.append(f"{name:<13}  {what}" + (f" ({', '.join(short)})" if short else ""))
     return "\n".join(lines) + "\n"
 

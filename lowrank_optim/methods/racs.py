@@ -9,6 +9,8 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowColumnScaled
+from .alice import PAPER as ALICE
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -53,3 +55,14 @@ class RACS(LowRank):
             params, lr, betas, eps, weight_decay, rank=rank, scale=scale, projector="identity",
             rule=RowColumnScaled(beta, limiter=limiter), residual=Drop(), **common,
         )  # fmt: skip
+
+
+METHOD = Method(
+    "racs",
+    "RACS",
+    RACS,
+    "m + n + 1",
+    (ALICE,),
+    whole=True,
+    rates=Rates(3e-2, 5.5e-3),
+)

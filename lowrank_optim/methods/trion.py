@@ -12,6 +12,10 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Orthogonal
+from .bibliography import Paper
+from .dct import PAPER as DCT
+from .muon import PAPER as MUON
+from .record import Method, Rates
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -64,3 +68,30 @@ class TrionW(LowRank):
             scale=scale, projector=projector, on_refresh=on_refresh, rule=Orthogonal(length),
             residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype), **common,
         )  # fmt: skip
+
+
+DION = Paper(
+    "ahn2025dion",
+    "Dion: Distributed Orthonormalized Updates",
+    (
+        "Ahn, Kwangjun",
+        "Xu, Byron",
+        "Abreu, Natalie",
+        "Fan, Ying",
+        "Magakyan, Gagik",
+        "Sharma, Pratyusha",
+        "Zhan, Zheng",
+        "Langford, John",
+    ),
+    2025,
+    "2504.05295",
+)
+METHOD = Method(
+    "trion",
+    "Trion",
+    TrionW,
+    "mn, r integers, one n x n basis for all layers",
+    (DCT, DION, MUON),
+    own_gap=True,
+    rates=Rates(5.5e-2, 1e-1),
+)

@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..methods.registry import shown_first
 from .cards import Card, card_of
-from .methods import METHODS, needs_of
 from .models import PlanError, build, foreign, full_name, token_loss, without_values
+from .needs import needs_of
 from .phases import Parts, phases_of, weight_bytes
 from .search import Traces, largest, widest
 from .trace import Loss
+
+METHODS = shown_first("in_planner")
+"""The columns of the table."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def estimate_memory(
     the forward and backward pass activations live and gradients come to be; in the step all
     gradients and the workspace live and no activations do. With `layerwise` each gradient is used
     and freed as soon as it is complete. State is that of the real optimizer, activations are those
-    of the real model, both on the "meta" device; see `trace` and `methods` for what is assumed.
+    of the real model, both on the "meta" device; see `trace` and `needs` for what is assumed.
 
     Args:
         model: a module, of which a copy without values is planned, or a name as in `build`.
@@ -195,7 +199,7 @@ def estimate_memory(
 def chosen(optimizer: str | Sequence[str] | None) -> list[str]:
     """Return the names of methods asked for, in order."""
     if optimizer is None:
-        return [name for name, method in METHODS.items() if method.shown]
+        return [name for name, method in METHODS.items() if method.in_planner]
     if optimizer in ("all", ["all"]):
         return list(METHODS)
     names = [optimizer] if isinstance(optimizer, str) else list(optimizer)

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 from torch import nn
 
-from .methods import Needs
+from .needs import Needs
 from .trace import Trace
 
 

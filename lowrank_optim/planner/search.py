@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..groups import param_groups
+from ..methods.record import Method
 from ..parts.rank import subspace_of
-from .methods import Method, Needs, needs_of
 from .models import PlanError, foreign
+from .needs import Needs, needs_of
 from .phases import phases_of
 from .trace import Loss, Trace, trace
 
@@ -98,7 +99,7 @@ def widest(
     None for a method without a rank, and where none fits. A matrix whose axes are all no longer
     than the rank is not projected, as in training.
     """
-    if method.preset is None or method.whole:
+    if method.optimizer is None or method.whole:
         return None
 
     def total(rank: int) -> int:

@@ -14,6 +14,7 @@ import helpers.references_more as more
 from helpers.compare import COMMON, GAP, RANK, SHAPES, compare
 from lowrank_optim import (
     RACS,
+    RMNPW,
     ApolloAdamW,
     AutoRank,
     CompensatedAdamW,
@@ -73,6 +74,26 @@ def test_normuon(shape, side, nesterov):
         lambda p: NorMuonW(p, side=side, nesterov=nesterov, **WHOLE),
         lambda _: more.NorMuon(nesterov=nesterov, **WHOLE),
     )
+
+
+@OF_SHAPES
+@OF_SIDES
+def test_rmnp(shape, side):
+    """A neuron is a row of the weight on any side."""
+    compare(shape, lambda p: RMNPW(p, side=side, **WHOLE), lambda _: more.RMNP(**WHOLE))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rmnp_moves_each_neuron_that_has_a_gradient_by_lr_and_no_other(side):
+    """Whatever its gradients, down to the smallest and up to the largest there are."""
+    param = torch.nn.Parameter(torch.zeros(6, 5))
+    param.grad = normal((6, 5), 0, torch.float32)
+    least, most = torch.finfo(torch.float32).smallest_normal, torch.finfo(torch.float32).max
+    param.grad *= torch.tensor([0, 100 * least, 1e-20, 1, 1e20, most / 4]).unsqueeze(1)
+    RMNPW([param], lr=0.1, weight_decay=0.0, side=side).step()
+    found = param.detach().double().norm(dim=1)
+    torch.testing.assert_close(found, 0.1 * torch.tensor([0, 1, 1, 1, 1, 1]).double(), rtol=1e-3,
+                               atol=0)  # fmt: skip
 
 
 @OF_SHAPES

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lowrank_optim import (
     RACS,
+    RMNPW,
     SGDM,
     ApolloAdamW,
     AutoRank,
@@ -37,6 +38,7 @@ from lowrank_optim import (
     StateFree,
     TrionW,
 )
+from lowrank_optim.methods.registry import METHODS
 
 GAP = 4
 RANK = 3
@@ -52,23 +54,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "scalar": (),
     "empty": (0, 4),
 }
-PRESETS = [
-    ApolloAdamW,
-    CompensatedAdamW,
-    CondaW,
-    DCTAdamW,
-    FiraAdamW,
-    FrugalAdamW,
-    GaLoreAdamW,
-    LDAdamW,
-    LowRankAdamW,
-    MuonW,
-    NorMuonW,
-    RACS,
-    TrionW,
-]
+PRESETS = [method.optimizer for method in METHODS.values()]
 """The methods that have a class of their own."""
-FULL = [CondaW, MuonW, NorMuonW, RACS, TrionW]
+FULL = [method.optimizer for method in METHODS.values() if method.whole or method.name == "trion"]
 """Those that are not AdamW where the rank drops nothing."""
 PROJECTED = ("tall", "wide", "square", "stack", "conv")
 
@@ -145,6 +133,7 @@ CASES = [
     Case("muon-8bit", MuonW, {"state_dtype": "8bit"}, whole=True),
     Case("muon-power", LowRank, {"rule": "muon", "projector": "power", "on_refresh": "rotate"}),
     Case("normuon", NorMuonW, whole=True),
+    Case("rmnp", RMNPW, whole=True),
     Case("conda", CondaW, {"rank": 1.0}),
     Case("conda-low", CondaW),
     Case("ldadam", LDAdamW, {"update_proj_gap": 1, "error_dtype": None}),

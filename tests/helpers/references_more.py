@@ -100,6 +100,23 @@ class NorMuon(Muon):
         return self.scale * 0.2 * math.sqrt(O.size) * O / (np.linalg.norm(O) + 1e-8)
 
 
+class RMNP(Method):
+    """M <- mu M + (1-mu) G;  D_i = M_i / |M_i| for each row i of W as given, 0 where M_i = 0.
+
+    Reference: Deng et al., arXiv 2603.20527.
+    """
+
+    def __init__(self, *, momentum: float = 0.95, **kwargs):
+        super().__init__(0, side="right", **kwargs)
+        self.momentum = momentum
+        self.M: Array | float = 0.0
+
+    def direction(self, G: Array) -> Array:
+        self.M = self.momentum * self.M + (1 - self.momentum) * G
+        norms = np.linalg.norm(self.M, axis=1, keepdims=True)
+        return self.scale * self.M / np.where(norms == 0, 1, norms)
+
+
 class RACS(Method):
     """5 times s = SQ^T q / |q|^2, q = SQ s / |s|^2 from q = 1, SQ = G*G;
 

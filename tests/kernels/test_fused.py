@@ -30,11 +30,18 @@ REASONS = {
     "feed GeneralErrorFeedback": ["ldadam"],
     "feed WholeMomentum": ["conda", "conda-low"],
     "rule Orthogonal": ["trion", "trion-8bit"],
-    "rule Muon": ["muon", "muon-8bit", "muon-power"],
-    "rule NorMuon": ["normuon"],
-    "rule RowColumnScaled": ["racs"],
+    "rule Muon": ["muon-power"],
 }
+
+
+def rule_of(case):
+    """The name of the rule of matrices that are taken whole."""
+    (group,) = case.build([nn.Parameter(torch.ones(7, 5))]).param_groups
+    return type(plan_of(group).rule).__name__
+
+
 NO_KERNEL = {name: reason for reason, names in REASONS.items() for name in names}
+NO_KERNEL |= {case.name: f"rule {rule_of(case)}" for case in CASES if case.whole}
 FUSED = [case for case in CASES if case.name not in NO_KERNEL]
 
 

@@ -39,7 +39,8 @@ CORE = ("galore-power-rotate", "fira", "dct", "normuon")
 """Every kind of sum and exchange: cases for every layout."""
 FEW = (
     "galore-align", "frugal-blocks", "apollo-mini", "error-feedback", "trion", "muon-power",
-    "conda", "ldadam", "compensated", "racs", "auto-rank",
+    "conda", "ldadam", "compensated", "auto-rank",
+    *(case.name for case in CASES if case.whole and not case.coarse and case.name != "normuon"),
 )  # fmt: skip
 """Cases that take turns: layouts differ in where parts are, not in what is summed."""
 

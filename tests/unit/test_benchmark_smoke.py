@@ -275,6 +275,29 @@ def test_report(script, tmp_path, capsys):
         assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_host_time(script, tmp_path, monkeypatch):
+    host_time, path = script("host_time"), tmp_path / "new" / "host.csv"
+    monkeypatch.setattr(host_time, "LISTS", {"two": ([(24, 16), (9, 40), (5,)], 1.5)})
+    rates = {"copy_gb_s": 1.0, "matmul_tflops": 1.0, "threads": 1}
+    monkeypatch.setattr(host_time, "facts", lambda device, dtype: rates)
+    assert host_time.main(["--rounds", "2", "--imports", "1", "--out", str(path)]) == 0
+    rows = rows_of(path)
+    assert list(rows[0]) == host_time.FIELDS
+    steps, traces, imports = (
+        [row for row in rows if row["kind"] == kind] for kind in ("step", "trace", "import")
+    )
+    assert {row["optimizer"]: row["target"] for row in steps} == {
+        "adamw, loop": "", "adamw, fused": "", "galore": "1.5",
+    }  # fmt: skip
+    assert {row["subject"] for row in imports} == {"torch", "lowrank_optim"}
+    for row in (*steps, *imports):
+        assert 0 < float(row["ms"]) <= float(row["ms_median"])
+    assert [row["ratio"] for row in steps if row["optimizer"] == "adamw, loop"] == ["1.000"]
+    plain, kernels = traces
+    assert 1 < int(plain["files"]) <= int(plain["changes"]) <= int(plain["calls"])
+    assert bool(kernels["note"]) != bool(kernels["files"])
+
+
 def test_sweep_models(script, capsys):
     sweep = script("sweep_models")
     sweep.main(["--library", "transformers", "--only", "^(rwkv|resnet)$"])

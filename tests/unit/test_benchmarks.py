@@ -11,7 +11,18 @@ import torch
 from helpers.places import BENCHMARKS as FOLDER
 from lowrank_optim import CondaW, FiraAdamW, GaLoreAdamW
 
-OURS = ["galore", "dct-200", "dct-1", "fira", "frugal", "apollo", "plain"]
+OURS = [
+    "galore",
+    "galore-fused",
+    "dct-200",
+    "dct-1",
+    "fira",
+    "frugal",
+    "apollo",
+    "plain",
+    "adamw-loop",
+]
+STEADY = ["first", "between", "refresh", "with-refreshes"]
 
 
 @pytest.fixture
@@ -44,14 +55,41 @@ def kinds(rows, method):
 def test_ours_pass_the_gate_and_are_timed(bench, tmp_path, dtype):
     status, rows = run(bench[0], tmp_path / "a.csv", "--dtype", dtype, "--method", *OURS)
     assert status == 0
-    assert kinds(rows, "adamw") == ["between"]
-    assert kinds(rows, "plain") == ["first", "between"]
-    assert kinds(rows, "dct-1") == ["first", "refresh", "with-refreshes"]
-    for name in ("galore", "dct-200", "fira", "frugal", "apollo"):
-        assert kinds(rows, name) == ["first", "between", "refresh", "with-refreshes"]
+    assert kinds(rows, "adamw") == ["between", "alone"]
+    assert kinds(rows, "plain") == ["first", "between", "alone"]
+    assert kinds(rows, "dct-1") == ["first", "refresh", "with-refreshes", "alone"]
+    assert kinds(rows, "adamw-loop") == ["first", "between", "alone"]
+    for name in ("galore", "galore-fused", "dct-200", "fira", "frugal", "apollo"):
+        assert kinds(rows, name) == [*STEADY, "alone"]
     for row in rows:
         assert float(row["ms"]) > 0
         assert float(row["ratio"]) > 0
+
+
+def test_matrices_alone_have_a_baseline_and_a_floor_of_their_own(bench, tmp_path):
+    step_time, peers = bench
+    _, rows = run(step_time, tmp_path / "a.csv", "--method", "galore")
+    problem = peers.Problem("60m", None, torch.float32, "cpu")
+    alone, whole = problem.alone.params, problem.params
+    at = {(row["method"], row["kind"]): row for row in rows}
+    assert alone < whole
+    for kind, params in (("between", whole), ("alone", alone)):
+        ours, theirs = at["galore", kind], at["adamw", kind]
+        assert int(ours["params"]) == int(theirs["params"]) == params
+        assert float(theirs["ratio"]) == 1
+        assert float(ours["ratio"]) == pytest.approx(
+            float(ours["ms"]) / float(ours["baseline_ms"]), rel=0.01
+        )
+    assert at["galore", "between"]["baseline_ms"] != at["galore", "alone"]["baseline_ms"]
+    assert float(at["galore", "alone"]["floor_ms"]) < float(at["galore", "between"]["floor_ms"])
+
+
+def test_the_baseline_is_the_fused_form(bench):
+    peers = bench[1]
+    params = peers.Problem("60m", 1, torch.float32, "cpu").matrices
+    assert peers.BASELINE.build(params, []).defaults["fused"] is True
+    loop = peers.LOOP.build(params, []).defaults
+    assert (loop["fused"], loop["foreach"]) == (None, False)
 
 
 def test_what_takes_an_svd_passes_the_gate_and_says_where_the_basis_is_from(bench, tmp_path):
@@ -59,7 +97,8 @@ def test_what_takes_an_svd_passes_the_gate_and_says_where_the_basis_is_from(benc
     status, rows = run(bench[0], tmp_path / "a.csv", "--method", *names)
     assert status == 0
     for name in names:
-        assert kinds(rows, name) == ["first", "between", "refresh-per-matrix", "with-refreshes"]
+        wanted = ["first", "between", "refresh-per-matrix", "with-refreshes", "alone"]
+        assert kinds(rows, name) == wanted
         notes = {row["kind"]: row["note"] for row in rows if row["method"] == name}
         assert "QR" in notes["between"]
 
@@ -127,7 +166,7 @@ def test_conda_is_timed_at_full_rank(bench, tmp_path, monkeypatch):
 
     monkeypatch.setitem(peers.METHODS, "conda", replace(conda, build=build))
     run(step_time, tmp_path / "a.csv", "--method", "conda")
-    assert ranks == [peers.GATE_RANK] * 2 + [1.0] * 3
+    assert ranks == [peers.GATE_RANK] * 2 + [1.0] * 4
 
 
 def test_the_budget_leaves_out_and_says_so(bench, tmp_path, capsys):

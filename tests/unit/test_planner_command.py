@@ -18,7 +18,7 @@ from helpers.places import README
 from lowrank_optim import cli, estimate_memory
 from lowrank_optim.planner import PlanError, Plans, report
 from lowrank_optim.planner.cards import CARDS, RESERVE, card_of
-from lowrank_optim.planner.methods import METHODS
+from lowrank_optim.planner.estimate import METHODS
 from lowrank_optim.planner.models import build, without_values
 
 SMALL = ["memory", "--model", "60m", "--rank", "64", "--seq", "32"]
@@ -66,7 +66,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-SHOWN = [name for name, method in METHODS.items() if method.shown]
+SHOWN = [name for name, method in METHODS.items() if method.in_planner]
 
 
 def test_all_methods_are_there_when_asked_for():

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from helpers.peak import Peak
 from lowrank_optim import LowRank, estimate_memory, state_bytes
 from lowrank_optim.engine.memory import shared_bytes
+from lowrank_optim.planner.estimate import METHODS
 from lowrank_optim.planner.estimate import enable_checkpointing as checkpoint
-from lowrank_optim.planner.methods import METHODS
 from lowrank_optim.planner.models import build, token_loss
 from lowrank_optim.planner.phases import weight_bytes
 from lowrank_optim.planner.search import Traces
@@ -98,7 +98,7 @@ def test_total_is_that_of_a_real_step(name, batch, seq, layerwise, checkpointing
         assert plan.phases["backward"].total == pytest.approx(backward, rel=0.01)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.preset])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.optimizer])
 def test_total_is_that_of_a_real_step_where_the_step_takes_the_most(name):
     """Few tokens, a model whose matrices are larger than what plain torch works on at once."""
     config = LlamaConfig(

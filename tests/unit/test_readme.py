@@ -20,6 +20,7 @@ from helpers.hf_runs import arguments, texts
 from helpers.places import README as TEXT
 from helpers.places import RECIPES, ROOT
 from lowrank_optim import cli
+from lowrank_optim.methods.registry import METHODS
 
 ALL = re.findall(r"^```python ?(\w*)\n(.*?)^```", TEXT, re.M | re.S)
 SNIPPETS = [(kind, snippet) for kind, snippet in ALL if kind != "torchrun"]
@@ -208,6 +209,19 @@ def test_shares_of_the_table_are_measured():
                 optimizer.step()
                 state = lowrank_optim.state_bytes(optimizer) / (2 * param.numel() * 4)
                 assert state == pytest.approx(float(said) / 100, abs=0.0012), name
+
+
+def test_the_tables_of_methods_say_what_is_on_record():
+    """State and paper of each class."""
+    rows = {
+        name: cells.split("|") for name, cells in re.findall(r"^\| `(\w+)` \|(.*)\|$", TEXT, re.M)
+    }
+    assert set(rows) == {method.title for method in METHODS.values()}
+    for method in METHODS.values():
+        cells = [cell.strip() for cell in rows[method.title]]
+        assert cells[1] == method.state
+        ours = method.name == "lowrank"
+        assert ours or any(f"({paper.url})" in cells[-1] for paper in method.papers)
 
 
 def test_default_weight_decay_and_eps_are_what_the_readme_says():

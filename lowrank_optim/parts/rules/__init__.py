@@ -5,6 +5,7 @@ from .adam import Adam
 from .momentum import SGDM, Lion
 from .muon import Muon, NorMuon, Orthogonal
 from .row_column import RowColumnScaled
+from .row_normalized import RowNormalized
 
 RULES: dict[str, Rule] = {
     "adam": Adam(),
@@ -14,6 +15,7 @@ RULES: dict[str, Rule] = {
     "normuon": NorMuon(),
     "orthogonal": Orthogonal(),
     "row_column_scaled": RowColumnScaled(),
+    "row_normalized": RowNormalized(),
 }
 
 __all__ = [
@@ -25,5 +27,6 @@ __all__ = [
     "NorMuon",
     "Orthogonal",
     "RowColumnScaled",
+    "RowNormalized",
     "Rule",
 ]

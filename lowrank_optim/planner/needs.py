@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import methods as presets
 from ..engine import backend as dispatch
 from ..engine import feed as feeding
 from ..engine import launches as fused
@@ -20,62 +19,12 @@ from ..engine.refresh import at_a_time, move_subspaces
 from ..engine.state import init_state, template
 from ..functional import Factor
 from ..functional.factors import oriented
-from ..groups import param_groups
-from ..optimizer import LowRank, Params
+from ..methods.record import Method
+from ..methods.registry import COMPARED
+from ..optimizer import LowRank
 from ..parts.plan import Plan
 from ..parts.types import Group, Job, site_of
 from .trace import Live
-
-
-@dataclass(frozen=True)
-class Method:
-    """A column of the table.
-
-    Attributes:
-        label: what tables call it.
-        preset: the class in `lowrank_optim.methods`, None for the two that are not ours.
-        settings: what it is made with: where decompositions are the paper's, the projector that
-            real models are trained with, whose state is the same and whose workspace is smaller.
-        shown: whether it is in the table without being asked for.
-        whole: whether it works on whole matrices, whatever rank is asked for.
-    """
-
-    label: str
-    preset: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    shown: bool = True
-    whole: bool = False
-
-    def build(self, params: Params, **more: Any) -> LowRank:
-        """Return the optimizer, which must be ours."""
-        make: Callable[..., LowRank] = getattr(presets, str(self.preset))
-        return make(params, **self.settings, **more)
-
-    def groups(self, model: nn.Module, rank: int | float) -> list[dict[str, Any]]:
-        """Return the groups of a model's parameters for it."""
-        return param_groups(model, rank=1.0 if self.whole else rank)
-
-
-POWER = {"projector": "power"}
-
-METHODS = {
-    "adamw": Method("AdamW"),
-    "adamw8bit": Method("AdamW 8-bit"),
-    "lowrank": Method("LowRank", "LowRankAdamW"),
-    "galore": Method("GaLore", "GaLoreAdamW", POWER),
-    "dct": Method("DCT", "DCTAdamW"),
-    "fira": Method("Fira", "FiraAdamW", POWER),
-    "frugal": Method("FRUGAL", "FrugalAdamW"),
-    "apollo": Method("APOLLO", "ApolloAdamW"),
-    "muon": Method("Muon", "MuonW", whole=True),
-    "ldadam": Method("LDAdam", "LDAdamW", shown=False),
-    "trion": Method("Trion", "TrionW", shown=False),
-    "compensated": Method("Compens.", "CompensatedAdamW", shown=False),
-    "conda": Method("Conda", "CondaW", shown=False, whole=True),
-    "normuon": Method("NorMuon", "NorMuonW", shown=False, whole=True),
-    "racs": Method("RACS", "RACS", shown=False, whole=True),
-}
-
 
 MEASURED = 4
 """Matrices whose refresh is run; each one more is taken to need what these did on the average."""
@@ -118,8 +67,8 @@ def needs_of(
         ValueError: nothing would be projected, or a setting is out of its range.
     """
     params = [param for param in model.parameters() if param.requires_grad]
-    if method.preset is None:
-        count = adamw8bit_bytes if method is METHODS["adamw8bit"] else adamw_bytes
+    if method.optimizer is None:
+        count = adamw8bit_bytes if method is COMPARED["adamw8bit"] else adamw_bytes
         return Needs(moments=count(params))
     return needs_of_ours(method.build(method.groups(model, rank), state_dtype=state))
 

@@ -1,0 +1,42 @@
+"""All methods by name: what planner, demo, `cite`, benchmarks and the tests' table read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from .. import methods
+from .record import Method, Rates
+
+BASELINES = {
+    "adamw": Method("adamw", "AdamW", rates=Rates(1e-3, 1e-2), in_planner=True, in_demo=True),
+    "adamw8bit": Method("adamw8bit", "AdamW 8-bit", in_planner=True),
+}
+"""What is compared with: torch's AdamW and bitsandbytes' AdamW8bit."""
+
+
+def records() -> Iterator[Method]:
+    """Yield the record of each exported class: the `Method` of its file."""
+    for name in methods.__all__:
+        yield sys.modules[getattr(methods, name).__module__].METHOD
+
+
+CITED = {method.name: method for method in records()}
+"""Our methods, in the order of the bibliography."""
+
+METHODS = {
+    method.name: method
+    for method in sorted(
+        CITED.values(), key=lambda method: (method.whole, method.default_gap is None)
+    )
+}
+"""Our methods in the order of tables: those that project, then those of whole matrices."""
+
+COMPARED = {**BASELINES, **METHODS}
+"""All of them, what is compared with first."""
+
+
+def shown_first(which: str) -> dict[str, Method]:
+    """Return all methods, those first that `which` ("in_planner", "in_demo") shows unasked."""
+    ordered = sorted(COMPARED.values(), key=lambda method: not getattr(method, which))
+    return {method.name: method for method in ordered}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -48,6 +48,16 @@ def crossed(**axes: Sequence[Any]) -> pytest.MarkDecorator:
         for row in pairwise(*map(tuple, axes.values()))
     ]
     return pytest.mark.parametrize(tuple(axes), rows)
+
+
+def in_turn(many: Iterable[Any], *ways: Any, every: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
+    """Return rows of each of many things with one of some ways, in turn; of some with every way."""
+    every, listed = list(every), list(many)
+    assert all(one in listed for one in every)
+    tuples = [way if isinstance(way, tuple) else (way,) for way in ways]
+    rows = [(one, *way) for one in every for way in tuples]
+    others = [one for one in listed if one not in every]
+    return rows + [(one, *tuples[place % len(ways)]) for place, one in enumerate(others)]
 
 
 def word(value: Any) -> str:

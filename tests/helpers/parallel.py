@@ -48,13 +48,6 @@ METHODS: dict[str, tuple[type[LowRank], dict[str, Any]]] = {
 """The presets with float32 and 8-bit states, and the projector to recommend."""
 
 
-def in_turn(*ways: tuple[Any, ...]) -> list[tuple[Any, ...]]:
-    """Return each method with one of some ways to run it, in turn, and Fira with all of them."""
-    others = [method for method in METHODS if method != "fira"]
-    rows = [(method, *ways[place % len(ways)]) for place, method in enumerate(others)]
-    return [*(("fira", *way) for way in ways), *rows]
-
-
 class Net(nn.Module):
     """Embedding, two blocks of odd widths with norms, a stack of experts, and a head.
 

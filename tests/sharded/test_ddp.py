@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.pairwise import in_turn
 from helpers.parallel import (
     GAP,
     METHODS,
     Net,
     batch,
     difference,
-    in_turn,
     loss_of,
     optimizer_of,
     train,
@@ -49,7 +49,10 @@ def run(method, shares=True, in_backward=None, hook=False):
     return found
 
 
-@pytest.mark.parametrize(("method", "count", "shares"), in_turn((2, True), (2, False), (4, True)))
+@pytest.mark.parametrize(
+    ("method", "count", "shares"),
+    in_turn(METHODS, (2, True), (2, False), (4, True), every=["fira"]),
+)
 def test_training_equals_that_of_one_process(ranks, method, count, shares):
     reference = trained(method, STEPS, WIDE)
     for found in ranks.run(count, run, method, shares):

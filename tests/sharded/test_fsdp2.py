@@ -14,13 +14,13 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from helpers.pairwise import crossed
+from helpers.pairwise import crossed, in_turn
 from helpers.parallel import (
     GAP,
+    METHODS,
     Net,
     batch,
     difference,
-    in_turn,
     loss_of,
     optimizer_of,
     train,
@@ -49,7 +49,8 @@ def run(method, kind, dtype=WIDE, in_backward=None, steps=STEPS):
 
 
 @pytest.mark.parametrize(
-    ("method", "count", "kind"), in_turn((2, "fsdp"), (4, "fsdp"), (4, "hybrid"))
+    ("method", "count", "kind"),
+    in_turn(METHODS, (2, "fsdp"), (4, "fsdp"), (4, "hybrid"), every=["fira"]),
 )
 def test_training_equals_that_of_one_process(ranks, method, count, kind):
     reference = trained(method, STEPS, WIDE)

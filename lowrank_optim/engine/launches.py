@@ -131,12 +131,13 @@ def piece_of(moment: Stored, place: int) -> Stored:
 
 def launch_of(part: Part) -> Hashable:
     """Return what the matrices of one launch have in common, on all processes if they are cut."""
-    tensors = (part.param, part.grad)
+    tensors, site = (part.param, part.grad), part.job.site
+    assert site is not None
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
     layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
     forms = (form_of(part.exp_avg), form_of(part.exp_avg_sq))
     cut = None if part.job.layout.mesh is None else part.job.layout
-    return (cut, layout, forms, site_of(part.job).rank, part.param.device, counted)
+    return (cut, layout, forms, site.rank, part.param.device, counted)
 
 
 def form_of(moment: Stored) -> Hashable:

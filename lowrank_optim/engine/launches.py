@@ -131,12 +131,13 @@ def piece_of(moment: Stored, place: int) -> Stored:
 
 def launch_of(part: Part) -> Hashable:
     """Return what the matrices of one launch have in common, on all processes if they are cut."""
-    tensors = (part.param, part.grad)
+    tensors, site = (part.param, part.grad), part.job.site
+    assert site is not None
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
     layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
     forms = (form_of(part.exp_avg), form_of(part.exp_avg_sq))
     cut = None if part.job.layout.mesh is None else part.job.layout
-    return (cut, layout, forms, site_of(part.job).rank, part.param.device, counted)
+    return (cut, layout, forms, site.rank, part.param.device, counted)
 
 
 def form_of(moment: Stored) -> Hashable:
@@ -150,7 +151,7 @@ def held_bytes(part: Part, plan: Plan) -> int:
     A whole basis in the state is used as it lies there, or narrowed; any other is counted as one
     that is gathered in float32 and narrowed.
     """
-    want, (rows, cols), layout = plan.residual.want, part.param.shape, part.job.layout
+    want, (rows, cols), layout = plan.want, part.param.shape, part.job.layout
     if layout.mesh is not None:
         rows = -(-layout.rows // layout.team.size)  # the same number on all processes
     width = 2 if part.grad.dtype == torch.bfloat16 else 4
@@ -192,7 +193,7 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
 def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     """Do the first launch of some matrices; the second, after the residual's few numbers, waits."""
     site = site_of(parts[0].job)
-    ops, want = site.ops, plan.residual.want
+    ops, want = site.ops, plan.want
     grads, factors = [part.grad for part in parts], factors_of(parts, plan)
     noises, counts = [part.noise for part in parts], [part.age for part in parts]
     low, direction, norms = ops.project_moments(

@@ -67,7 +67,8 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
             due = jobs
     else:
         for job in jobs:
-            if is_due(site_of(job), job.state, group, plan):
+            assert job.site is not None
+            if is_due(job.site, job.state, group, plan):
                 due.append(job)
             elif job.state.get("pending") and is_tried_again(job):
                 late.append(job)

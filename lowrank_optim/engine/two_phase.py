@@ -55,7 +55,7 @@ def portions(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
 
     One list, unless processes have to sum something: then it takes one collective each.
     """
-    want = plan.residual.want
+    want = plan.want
     kinds = want.low + want.direction
     cuts = bool(plan.each(group).cut)
 

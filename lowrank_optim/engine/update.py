@@ -26,6 +26,8 @@ from ..parts.types import (
     Job,
     Moments,
     Rates,
+    Site,
+    Update,
     age_of,
     count,
     noise_of,
@@ -111,7 +113,8 @@ def divided(jobs: list[Job]) -> tuple[list[Job], list[Job]]:
     others: list[Job] = []
     for job in jobs:
         launched = (
-            site_of(job).launches
+            job.site is not None
+            and job.site.launches
             and job.low is None
             and job.param.numel() > 0
             and job.layout.reaches_all
@@ -146,7 +149,7 @@ def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
             made = plan.rule.complete([each.direction for each in begun], some, group)
             begun = [each._replace(direction=n) for each, n in zip(begun, made, strict=True)]
             del made
-        if len(begun) > 1 and write_together(begun, rates, group, plan):
+        if write_together(begun, rates, group, plan):
             continue
         begun.reverse()
         while begun:  # what is done is let go of before the next
@@ -187,12 +190,13 @@ def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
 def begin(jobs: list[Job], group: Group, plan: Plan) -> list[Begun]:
     """Project gradients and do with the moments what the rule does."""
     rule, slots = plan.rule, plan.slots
-    factors = [plan.projector.factor(job.state, site_of(job)) for job in jobs]
-    lows = projected(jobs, factors)
+    sites = list(map(site_of, jobs))
+    factors = [plan.projector.factor(job.state, job.site) for job in jobs if job.site is not None]
+    lows = projected(jobs, sites, factors)
     moments: list[Moments] = []
     stored_otherwise: list[tuple[int, Held]] = []
     for place, job in enumerate(jobs):
-        state, site, held_here = job.state, site_of(job), {}
+        state, site, held_here = job.state, sites[place], {}
         for slot in slots:
             moment = state.get(slot)
             if moment is not None and moment.dtype == site.dtype:
@@ -213,18 +217,17 @@ def begin(jobs: list[Job], group: Group, plan: Plan) -> list[Begun]:
     directions = directions_of(plan.rule, lows, moments, ages, group)
     for place, held in stored_otherwise:
         kept = {slot: moments[place][slot] for slot in held}
-        store_moments(held, kept, rule, noise_of(jobs[place], group), ops=site_of(jobs[place]).ops)
+        store_moments(held, kept, rule, noise_of(jobs[place], group), ops=sites[place].ops)
     return list(map(Begun, jobs, factors, lows, directions, taken, ages))
 
 
-def projected(jobs: list[Job], factors: list[Factor]) -> list[Tensor]:
+def projected(jobs: list[Job], sites: list[Site], factors: list[Factor]) -> list[Tensor]:
     """Return the projected gradients of some parameters, of those that have none yet."""
     if len(jobs) > 1 and not [job for job in jobs if job.low is not None]:
-        dtypes = [site_of(job).dtype for job in jobs]
-        return down_some([grad_of(job) for job in jobs], factors, dtypes)
+        return down_some(list(map(grad_of, jobs)), factors, [site.dtype for site in sites])
     return [
-        down(grad_of(job), factor, site_of(job).dtype) if job.low is None else job.low
-        for job, factor in zip(jobs, factors, strict=True)
+        down(grad_of(job), factor, site.dtype) if job.low is None else job.low
+        for job, site, factor in zip(jobs, sites, factors, strict=True)
     ]
 
 
@@ -253,27 +256,21 @@ def directions_of(
 
 
 def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -> bool:
-    """Write several parameters whose updates have the same factors; return whether that was so.
+    """Write parameters whose updates have the same factors; return whether they have.
 
     It is for updates that need no norms, and for what is written as it lies.
     """
-    want, jobs = plan.residual.want, [each.job for each in begun]
-    first = begun[0]
-    odd = [
-        each
-        for each in begun
-        if each.job.kept is not None
-        or each.job.param.ndim > 3
-        or isinstance(each.age, Tensor)
-        or each.age != first.age
-    ]
-    if want.norms or odd or plan.rule.whole:
+    want = plan.want
+    if want.norms:
         return False
-    updates = [
-        plan.residual.update(None, None, job.state, site_of(job), group, 1.0) for job in jobs
-    ]
-    if [update for update in updates if update != updates[0]]:
-        return False
+    jobs = [each.job for each in begun]
+    updates: list[Update] = []
+    for job in jobs:
+        made = plan.residual.update(None, None, job.state, site_of(job), group, 1.0)
+        by_row = isinstance(made.low, Tensor) or isinstance(made.grad, Tensor)
+        if by_row or job.kept is not None or job.param.ndim > 3 or made != (updates or [made])[0]:
+            return False
+        updates.append(made)
     noises = [noise_of(job, group) for job in jobs] if group["stochastic_rounding"] else None
     lift_write(
         [oriented(job.param, job.layout.wide)[1] for job in jobs],
@@ -290,7 +287,7 @@ def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -
 
 def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
     """Do what is left of a step, the residual's sums and the write, or return it to wait."""
-    job, want = begun.job, plan.residual.want
+    job, want = begun.job, plan.want
     grad, site = grad_of(job), site_of(job)
     norms = None
     if want.norms:

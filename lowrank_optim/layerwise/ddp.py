@@ -144,7 +144,7 @@ def check_compressible(step: Step) -> None:
         if group["rank"] is None:
             continue
         what = f"projected_all_reduce does not go with group {index}"
-        if plan.residual.want.low or plan.residual.want.norms:
+        if plan.want.low or plan.residual.want.norms:
             raise SettingError(
                 f"{what}: the update of {type(plan.residual).__name__} needs the whole gradient; "
                 "leave the hook away"

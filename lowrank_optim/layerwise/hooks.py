@@ -372,7 +372,7 @@ def check_settings(
 def check_accumulable(index: int, group: Group, name: str) -> None:
     """Raise SettingError if a group's update needs more than the projected gradient."""
     plan = plan_of(group)
-    want = plan.residual.want
+    want = plan.want
     part = plan.feed if plan.feed.slots else plan.residual
     if group["rank"] is not None and (plan.feed.slots or want.low or want.norms):
         raise SettingError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..functional import MOMENTS
+from ..functional import MOMENTS, Want
 from ..sharding.layout import Each
 from .kinds import NOT_NEGATIVE, Kind
 from .protocols import Feed, Projector, Residual, Rule, Storage
@@ -35,6 +35,11 @@ class Plan:
     def plain(self) -> Rule:
         """The rule of parameters that are not projected."""
         return self.rule.plain
+
+    @cached_property
+    def want(self) -> Want:
+        """What of a step the residual and its update need."""
+        return self.residual.want
 
     @cached_property
     def takes_turns(self) -> bool:

@@ -29,7 +29,7 @@ class Small(nn.Module):
         "tall": (11, 9),
         "wide": (7, 10),
         "stack": (2, 4, 5),
-        "large": (17, 260),
+        "large": (4, 1030),
     }
     """For moments in 8 bits, of which an interpreted kernel does a row at a time."""
 

@@ -69,7 +69,14 @@ def assert_alike(left, right, start, worst, mean):
         assert float(apart.mean() / way) <= mean, (name, float(apart.mean() / way))
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
+ALIKE = {
+    "galore-rotate", "galore-align", "galore-power", "galore-rounding", "dct", "dct-gap", "fira",
+    "apollo-rotate", "auto-rank",
+}  # fmt: skip
+"""Cases that differ from others in what happens around the kernels alone."""
+
+
+@pytest.mark.parametrize("case", [c for c in FUSED if c.name not in ALIKE], ids=str)
 def test_kernels_step_as_plain_torch_does(case, device):
     fused, optimizer = run(case, torch.float32, device, "triton", few=case.coarse)
     plain, _ = run(case, torch.float32, device, "eager", few=case.coarse)

@@ -34,7 +34,7 @@ def stepped(make, params, grads):
 def test_company_does_not_matter(make, at_once, monkeypatch):
     """Matrices and their transposes look alike to a rule, and have neurons on different axes."""
     if at_once is not None:
-        monkeypatch.setattr(update, "WHOLE", at_once)
+        monkeypatch.setattr(update, "MATRICES_AT_ONCE", at_once)
     rng = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in SHAPES]
     grads = [[torch.randn(x.shape, generator=rng, dtype=x.dtype) for x in start] for _ in range(3)]

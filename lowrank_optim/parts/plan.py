@@ -7,6 +7,7 @@ from functools import cached_property
 
 from ..sharding.layout import Each
 from .kinds import NOT_NEGATIVE, Kind
+from .numbers import Number, numbers_of
 from .protocols import Feed, Projector, Residual, Rule, Storage
 from .types import COUNTED, Group
 
@@ -47,6 +48,17 @@ class Plan:
         for part in (self.projector, self.rule, self.residual):
             kinds.update(getattr(part, "kinds", {}))  # a part of a user's own may not say
         return kinds
+
+    @cached_property
+    def numbers(self) -> dict[str, Number]:
+        """The numbers that parts read from the group of what is projected, by key."""
+        parts = (self.feed, self.rule, self.projector, self.residual)
+        return {key: number for part in parts for key, number in numbers_of(part).items()}
+
+    @cached_property
+    def plain_numbers(self) -> dict[str, Number]:
+        """Those that are read for parameters which are not projected."""
+        return dict(numbers_of(self.rule.plain))
 
     @property
     def full(self) -> bool:

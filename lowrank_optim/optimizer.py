@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from . import groups, settings
 from .checkpoints import load as checkpoint
 from .engine import memory
-from .engine.members import Members, check_param, name_alike, named
-from .engine.refresh import Watch
+from .engine.members import check_param, name_alike, named
+from .engine.session import Session
 from .engine.step import is_rehearsal, open_step
-from .layerwise.api import LayerWise
-from .layerwise.hooks import check_accumulable
+from .layerwise import api, hooks
+from .layerwise.hooks import InBackward, check_accumulable
 from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
-from .parts.types import Shared
+
+if TYPE_CHECKING:
+    from torch.nn.parallel import DistributedDataParallel
 
 Params = nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class LowRank(LayerWise):
+class LowRank(Optimizer):
     r"""An inner rule on projected gradients, with a choice of what happens to the rest.
 
     With G the gradient, its shorter axis last, P the projector's orthonormal basis and N the rule's
@@ -100,11 +104,7 @@ class LowRank(LayerWise):
             complex gradient.
     """
 
-    _process_group: Any
-    _shared: Shared
-    _members: Members
-    _watch: Watch
-    _signatures: dict[int, settings.Signature]
+    _session: Session
 
     def __init__(
         self,
@@ -143,31 +143,9 @@ class LowRank(LayerWise):
     ) -> None:
         settings.check_unknown(unknown, type(self).__name__)
         settings.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        given_here = locals()
         defaults: dict[str, Any] = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "rank": rank,
-            "min_dim": min_dim,
-            "state_budget": state_budget,
-            "update_proj_gap": update_proj_gap,
-            "scale": scale,
-            "projector": projector,
-            "feed": feed,
-            "rule": rule,
-            "residual": residual,
-            "side": side,
-            "on_refresh": on_refresh,
-            "state_dtype": state_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "skip_nonfinite": skip_nonfinite,
-            "maximize": maximize,
-            "capturable": capturable,
-            "seed": seed,
-            "impl": impl,
-            "stagger": stagger,
-            "shard_basis": shard_basis,
+            **{key: given_here[key] for key in settings.CHECKS if key in given_here},
             "skipped_steps": 0,
             "grad_norm": None,
             "state_version": checkpoint.STATE_VERSION,
@@ -175,8 +153,7 @@ class LowRank(LayerWise):
         chosen = {"foreach": foreach, "fused": fused}
         defaults.update((key, value) for key, value in chosen.items() if value is not None)
         settings.check_values(defaults, "")
-        self._forget()
-        self._process_group = process_group
+        self._session = Session(self, process_group)
         given, message = groups.given(params, defaults)
         if message:
             warnings.warn(message, stacklevel=2 if type(self) is LowRank else 3)
@@ -187,21 +164,12 @@ class LowRank(LayerWise):
                 '"rank" in the groups to be projected (lowrank_optim.param_groups makes them)'
             )
 
-    def _forget(self) -> None:
-        """Set what is derived and never saved to empty."""
-        self._process_group = None
-        self._shared = Shared()
-        self._members = Members()
-        self._watch = Watch()
-        self._signatures = {}
-        self._forget_rounds()
-
     def _note(self) -> None:
         """Write into state and groups what is still on its way, also from a step left open."""
-        if self._round is not None and self._in_backward is None:
-            self._round.close()
-        self._watch.read()
-        self._note_norm()
+        if self._session.open is not None and self._session.in_backward is None:
+            self._session.open.close()
+        self._session.watch.read()
+        self._session.note_norm()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or a copy holds."""
@@ -215,12 +183,12 @@ class LowRank(LayerWise):
         # Torch adds this when a state is loaded: flat checkpoints need the same keys at all times.
         self.defaults.pop("differentiable", None)
         self.defaults = {**checkpoint.BEFORE, **self.defaults}
-        fresh = "_members" not in self.__dict__
+        fresh = "_session" not in self.__dict__
         if fresh:
-            self._forget()
-        self._members.note(self.param_groups, self.defaults)
+            self._session = Session(self)
+        self._session.note_members()
         if fresh:
-            self._recall_norm()
+            self._session.recall_norm()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked first, and nothing is added if one is wrong."""
@@ -237,9 +205,9 @@ class LowRank(LayerWise):
             group["params"] = list(group["params"])
         for name, param in named(group["params"], where):
             check_param(param, name, [])
-        self._members.note(self.param_groups, self.defaults)
-        if self._in_backward is not None and self._in_backward.projects:
-            check_accumulable(index, group, self)
+        self._session.note_members()
+        if self._session.in_backward is not None and self._session.in_backward.projects:
+            check_accumulable(index, group, type(self).__name__)
         renamed = name_alike(self.param_groups, group)
         try:
             super().add_param_group(group)
@@ -247,8 +215,8 @@ class LowRank(LayerWise):
             for other in renamed:
                 del other["param_names"]
             raise
-        self._members.note(self.param_groups, self.defaults)
-        self._members.check(self.param_groups)
+        self._session.note_members()
+        self._session.members.check(self.param_groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -269,38 +237,165 @@ class LowRank(LayerWise):
         Raises:
             RuntimeError, ValueError: as the class says; nothing is changed then.
         """
-        uncompiled = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
-        return uncompiled(closure)
+        if torch.compiler.is_compiling():
+            uncompiled = torch.compiler.disable(self._step)  # type: ignore[no-untyped-call]
+            return uncompiled(closure)
+        return self._step(closure)
 
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         """Do what `step` says."""
-        loss = None
-        if self._in_backward is not None:
-            self._in_backward.look_for_clipping(closure)
+        session, loss = self._session, None
+        layerwise = hooks.of(session)
+        if layerwise is not None:
+            layerwise.look_for_clipping(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._in_backward is not None:
-            self._in_backward.check_attached(self)
-        turn = open_step(self)
-        turn.check_all()
-        if turn.is_skipped():
-            if self._in_backward is not None:
-                self._in_backward.end(self)
-            self._end_round()
+        if layerwise is not None:
+            layerwise.check_attached()
+        step = open_step(session)
+        step.check_all()
+        if step.is_skipped():
+            if layerwise is not None:
+                layerwise.end()
+            session.end_step()
             return loss
-        work = turn.jobs()
-        if turn.fresh:
-            turn.warn_if_plain()
-            if not turn.done and is_rehearsal(work):
+        work = step.jobs()
+        if step.fresh:
+            step.warn_if_plain()
+            if not step.done and is_rehearsal(work):
                 return loss
-        if self._in_backward is None:
-            turn.do(work)
+        if layerwise is None:
+            step.do(work)
         else:
-            self._in_backward.finish(turn)
-        turn.close()
+            layerwise.finish(step)
+        step.close()
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients, as torch does, also those that `step_in_backward` accumulates."""
+        super().zero_grad(set_to_none)
+        self._session.end_step()
+
+    @torch.no_grad()
+    def step_param(self, param: Tensor, group: dict[str, Any] | None = None) -> None:
+        """Update one parameter by the gradient it has now, as a fused backward pass does.
+
+        For hooks of your own, which call this and free the gradient themselves. State and result
+        are those of `step()`, which need not be called. Name and arguments are those of kohya's
+        hooks; its stock code puts Adafactor's function in this place and takes no other optimizer.
+
+        Args:
+            param: a parameter of this optimizer; without a gradient it is left alone.
+            group: its group, which is found without this.
+
+        Raises:
+            ValueError: the parameter is in no group.
+            RuntimeError: as `step()`, or `skip_nonfinite=True`. Nothing is changed then.
+        """
+        api.step_one(self._session, param)
+
+    def step_parameter(
+        self, param: Tensor, group: dict[str, Any] | None = None, index: int | None = None
+    ) -> None:
+        """Do `step_param`, under the name and with the arguments of OneTrainer's hooks.
+
+        OneTrainer's list of optimizers is closed: its stock code does not reach this one.
+        """
+        self.step_param(param, group)
+
+    def step_in_backward(
+        self,
+        *,
+        accumulation_steps: int | Callable[[], bool] = 1,
+        accumulate: str = "full",
+        max_norm: float | None = None,
+        ddp: DistributedDataParallel | None = None,
+    ) -> InBackward:
+        """Step each parameter in the backward pass once its gradient is complete, and free that.
+
+        The loop stays as it is: `step()` is still called once a step, after the last backward pass.
+        It ends the step and does what is left, such as parameters without a hook. Optimizer, state,
+        `state_dict()` and schedulers are the same as without; so are the results, bit for bit where
+        nothing is clipped or accumulated in projected form (on a CPU; a GPU may round the products
+        of several matrices, which `step()` refreshes together, otherwise than those of one).
+        Gradients then take the memory of the largest one alone (with FSDP2: those of one
+        sharded module). Call this when the model is on its
+        device, after wrapping it; parameters added later join in at the next `step()`, and one that
+        two optimizers ask for is stepped by the last. Every backward pass that reaches a parameter
+        steps it, also one for another model's loss (a discriminator, while its generator learns):
+        freeze it for that.
+
+        Clipping: there is no gradient left for `torch.nn.utils.clip_grad_norm_`, so pass `max_norm`
+        here. Without it, Lightning's `gradient_clip_val` is read, and a loop that calls a function
+        to clip with is warned once. Each gradient is multiplied by min(1, max_norm / n). Where the
+        backward pass was first run inside `measure_grad_norm()`, n is the norm of all gradients,
+        which is exact clipping; otherwise n is that norm in the step before, or the gradient's own
+        if that is larger.
+
+        Args:
+            accumulation_steps: backward passes a step; or a function that says whether the one
+                under way is the last of its step, as `lambda: accelerator.sync_gradients`. Passes
+                in which FSDP2 does not synchronise gradients do not count.
+            accumulate: what is kept until the last pass. "full" keeps gradients whole in `.grad`:
+                the memory of ordinary accumulation, and its results. "projected" keeps the
+                projected gradient in the dtype of the arithmetic, `rows * rank` values a matrix
+                (others stay whole); a subspace that moves in this step is learnt from the first
+                pass alone, and the sum is equal to rounding. Only where the update needs no more:
+                GaLore, DCT, and FRUGAL with state_free="none". `grad_norm` is then the norm of
+                what is kept.
+            max_norm: largest norm of all gradients; None does not clip, nor does `math.inf`, which
+                says so to loops that clip.
+            ddp: the wrapped model, if it is one: parameters are then stepped bucket by bucket, each
+                once it is averaged. The buckets hold all gradients and stay in memory, as they do
+                without. Accumulate with `ddp.no_sync()`.
+
+        Returns:
+            A handle whose `remove()` goes back to ordinary steps.
+
+        Raises:
+            ValueError: a setting that cannot be used.
+            RuntimeError: from `step`, nothing but ordinary tensors in several processes without
+                `ddp`: their gradients are not averaged yet. From the backward pass: a parameter
+                gets one more gradient than was said, a float16 gradient, or `skip_nonfinite=True`
+                without `measure_grad_norm()`. The parameter is not changed then. From
+                `GradScaler.step`, too late for the step under way: scaled gradients of float32 look
+                like others.
+
+        Reference: the idea is that of Lv et al., "Full Parameter Fine-tuning for Large Language
+            Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer
+            updates; both without accumulation, and without clipping or with two passes only.
+        """
+        settings = (accumulation_steps, accumulate, max_norm, ddp)
+        return api.start(self._session, *settings)
+
+    def measure_grad_norm(self) -> AbstractContextManager[None]:
+        """Return a context in which backward passes measure the norm of all gradients, no more.
+
+        For exact clipping, and `skip_nonfinite`, with `step_in_backward`:
+        `with optimizer.measure_grad_norm(): loss.backward(retain_graph=True)`, then
+        `loss.backward()` and `step()`. Gradients are freed as they are measured.
+
+        Raises:
+            RuntimeError: without `step_in_backward`, or with `accumulation_steps` above 1.
+        """
+        return api.measuring(self._session)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of all gradients of the last step with `step_in_backward`, before clipping."""
+        return self._session.grad_norm
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell `GradScaler.step` that it has to unscale and to look for infinities itself."""
+        if self._session.in_backward is not None:
+            raise RuntimeError(
+                "GradScaler does not go with step_in_backward: it has to see all gradients before "
+                "the first is used. Take bfloat16, which needs no scaler, or ordinary steps"
+            )
+        return False
 
     @property
     def skipped_steps(self) -> int:
@@ -313,10 +408,10 @@ class LowRank(LayerWise):
         State of a parameter that has been taken out of all groups is left out, and stays here.
         """
         self._note()
-        self._members.note(self.param_groups, self.defaults)
+        self._session.note_members()
         kept = dict(self.state)
         for param in kept:
-            if isinstance(param, Tensor) and param not in self._members:
+            if isinstance(param, Tensor) and param not in self._session.members:
                 del self.state[param]
         try:
             return checkpoint.portable(super().state_dict())

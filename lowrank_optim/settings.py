@@ -7,7 +7,7 @@ import math
 import numbers
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,27 +210,6 @@ def check_auto(plan: Plan, where: str) -> None:
             f'rank="auto"{where} does not go with on_refresh="align": bases of different ranks '
             'cannot be aligned, choose "rotate", "keep" or "reset"'
         )
-
-
-class Signature(NamedTuple):
-    """What tells whether a setting has been replaced since it was checked.
-
-    `rates` are numbers that nothing is derived from, `structure` is the rest and the keys there.
-    """
-
-    rates: tuple[Any, ...]
-    structure: tuple[Any, ...]
-
-
-def signature(group: Group) -> Signature:
-    """Return the signature of a group."""
-    structure = (seen(group[key]) for key in CHECKS if key not in RATES)
-    return Signature(tuple(seen(group[key]) for key in RATES), (*group, *structure))
-
-
-def seen(value: Any) -> Any:
-    """Return a value by which it is known again: itself if it is plain, else its address."""
-    return value if isinstance(value, (int, float, str, tuple, type(None))) else id(value)
 
 
 def plan_of(group: Group) -> Plan:

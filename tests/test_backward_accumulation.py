@@ -30,7 +30,9 @@ def test_memory_of_gradients_is_what_is_documented(mode):
     def watch(_):
         nonlocal peak
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        sums = optimizer._in_backward._sums.values() if optimizer._in_backward else ()
+        sums = (
+            optimizer._session.in_backward._sums.values() if optimizer._session.in_backward else ()
+        )
         peak = max(peak, sum(x.numel() * x.element_size() for x in (*grads, *sums)))
 
     for param in model.parameters():

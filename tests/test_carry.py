@@ -104,7 +104,7 @@ def test_no_moment_is_loaded_whole(projector, rank, state_dtype, monkeypatch):
     peaks, carry = [], subspace.carry
 
     def measured(moved, *rest):
-        known = [*optimizer._shared.tensors()]
+        known = [*optimizer._session.shared.tensors()]
         for job, old, new, _ in moved:
             known += [*job.state.values(), *old.values(), *new.values()]
         with Peak([x for x in known if isinstance(x, torch.Tensor)]) as peak:

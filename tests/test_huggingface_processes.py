@@ -25,8 +25,8 @@ def in_several(folder, fsdp, layerwise, **settings):
         run = trainer(llama(), args, optimizer, *([LogGradNorm()] if layerwise else []))
         run.train()
         ours = run.optimizer.optimizer
-        hooks = len(ours._in_backward._handles) if layerwise else 0
-        shares = ours._process_group is dist.group.WORLD
+        hooks = len(ours._session.in_backward._handles) if layerwise else 0
+        shares = ours._session.process_group is dist.group.WORLD
         kind = type(run.model_wrapped).__name__
         return logged(run, "loss"), logged(run, "grad_norm"), kind, shares, hooks
 

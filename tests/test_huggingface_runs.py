@@ -163,7 +163,7 @@ def test_layer_wise_updates_clip_by_max_grad_norm_and_resume(tmp_path):
         args = arguments(folder, max_grad_norm=0.05, **changes)
         optimizer = trainer_optimizer(GaLoreAdamW, args, step_in_backward=True, **SETTINGS)
         run = trainer(gpt2(), args, optimizer, LogGradNorm())
-        assert run.create_optimizer()._in_backward.max_norm == 0.05
+        assert run.create_optimizer()._session.in_backward.max_norm == 0.05
         return run
 
     whole = run_of(tmp_path / "whole", save_strategy="steps", save_steps=3)

@@ -143,7 +143,7 @@ def test_no_full_size_temporary_beyond_one_gradient(method, wide, dtype, monkeyp
     for step in range(1, 5):
         known = [param, param.grad, *(
             value for value in optimizer.state[param].values() if isinstance(value, torch.Tensor)
-        ), *optimizer._shared.tensors()]  # fmt: skip
+        ), *optimizer._session.shared.tensors()]  # fmt: skip
         with Peak(known) as peak:
             optimizer.step()
         refreshed = step % optimizer.defaults["update_proj_gap"] == 0

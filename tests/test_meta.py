@@ -76,7 +76,7 @@ def test_meta_as_a_context_changes_nothing(case):
     model = Model()
     optimizer = case.build(model.named_parameters())
     train(model, optimizer, range(GAP + 1))
-    optimizer._grad_norm = torch.tensor(2.5)
+    optimizer._session.grad_norm = torch.tensor(2.5)
     saved = optimizer.state_dict()
     other_model = Model()
     other_model.load_state_dict(model.state_dict())

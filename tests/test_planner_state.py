@@ -190,7 +190,7 @@ def test_workspace_of_a_refresh_is_what_a_refresh_makes(name, state):
         for job in real:
             site_of(job).step = step
         known = [x for job in real for x in (job.param, job.grad, *job.state.values())]
-        known += optimizer._shared.tensors()
+        known += optimizer._session.shared.tensors()
         with torch.no_grad(), Peak([x for x in known if isinstance(x, torch.Tensor)]) as peak:
             move_subspaces(real, group, plan)
             plan.projector.factor(real[0].state, site_of(real[0]))

@@ -50,7 +50,7 @@ def measured(model, optimizer, batch, seq, layerwise=False):
     backward()
     optimizer.step()
     optimizer.zero_grad()
-    shared = optimizer._shared.tensors() if isinstance(optimizer, LowRank) else []
+    shared = optimizer._session.shared.tensors() if isinstance(optimizer, LowRank) else []
     entries = (value for state in optimizer.state.values() for value in state.values())
     known = [*model.parameters(), *model.buffers(), *shared]
     known += [value for value in entries if isinstance(value, torch.Tensor)]

@@ -156,12 +156,12 @@ def test_shared_bases_are_dropped_when_no_longer_used():
             param.grad = torch.randn(8, 6) if step or place else None
         optimizer.step()
         drawn = {optimizer.state[param]["drawn"] for param in params}
-        assert len(optimizer._shared.tensors()) <= len(drawn) + 2
+        assert len(optimizer._session.shared.tensors()) <= len(drawn) + 2
     optimizer.step()
     optimizer.step()
-    assert len(optimizer._shared.tensors()) == len(
+    assert len(optimizer._session.shared.tensors()) == len(
         {optimizer.state[param]["drawn"] for param in params}
     )
     dct = DCTAdamW(params, rank=2)
     dct.step()
-    assert len(dct._shared.tensors()) == 1
+    assert len(dct._session.shared.tensors()) == 1

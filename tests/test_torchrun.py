@@ -86,7 +86,7 @@ states = [value for state in ours.state.values() for value in state.values()]
 ddp = isinstance(model, nn.parallel.DistributedDataParallel)
 assert any(isinstance(value, DTensor) for value in states) != ddp
 assert all(isinstance(param, DTensor) for param in model.parameters()) != ddp
-assert ddp == (ours._process_group is not None)
+assert ddp == (ours._session.process_group is not None)
 whole = {
     name: param.full_tensor() if isinstance(param, DTensor) else param
     for name, param in model.named_parameters()

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ..engine.sites import name_of, sites_of
+from ..engine.members import name_of
+from ..engine.session import session_of
+from ..engine.sites import sites_of
 from ..engine.state import init_state
 from ..functional import Noise, compute_dtype, stream_of
-from ..optimizer import LowRank
 from ..parts.checks import SettingError
 from ..parts.storage import moments_of, shape_of, store_moments
 from ..parts.types import Site, State
@@ -37,7 +39,7 @@ from .states import values_of
 
 
 def import_state(
-    optimizer: LowRank,
+    optimizer: Optimizer,
     source: str | os.PathLike[str] | dict[str, Any],
     *,
     keep: Iterable[str] = (),
@@ -72,8 +74,7 @@ def import_state(
             training leaves it. The message names the parameter. Nothing is changed then.
         TypeError: the optimizer is none of ours.
     """
-    if not isinstance(optimizer, LowRank):
-        raise TypeError(f"import_state loads into a LowRank, not a {type(optimizer).__name__}")
+    session_of(optimizer, "import_state loads into")
     held = read(source) if isinstance(source, (str, os.PathLike)) else source
     found = list(state_dicts(held))
     if len(found) != 1:
@@ -85,7 +86,7 @@ def import_state(
     load(optimizer, converted(optimizer, found[0], tuple(keep)), tells=False)
 
 
-def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
+def converted(optimizer: Optimizer, saved: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
     """Return their state dict as one of ours, on its devices; change nothing."""
     groups, others, held = optimizer.param_groups, saved["param_groups"], saved["state"]
     if not any("step" in theirs for theirs in held.values()):
@@ -117,7 +118,7 @@ def converted(optimizer: LowRank, saved: dict[str, Any], keep: tuple[str, ...]) 
         merged = {**group, **taken, "params": group["params"]}
         check_values(merged, where)
         plan = plan_of(merged)
-        sites = sites_of(merged, plan, optimizer._shared)
+        sites = sites_of(merged, plan, session_of(optimizer).shared)
         if "scale" in taken and is_random(other):
             scale = float(merged["scale"])
             merged["scale"] = taken["scale"] = scale * share(sites, scale, where)

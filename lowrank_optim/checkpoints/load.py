@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..engine.sites import name_of, sites_of
+from ..engine.members import name_of
+from ..engine.session import session_of
+from ..engine.sites import sites_of
 from ..functional.views import Shape
 from ..parts.checks import SettingError, is_real
 from ..parts.plan import Plan
@@ -30,10 +32,6 @@ from .differences import news
 from .pairing import check_form, ids_of, paired
 from .states import Saved
 
-if TYPE_CHECKING:
-    from ..optimizer import LowRank
-
-
 STATE_VERSION = 1
 """Version of the layout of a state; a number in every group of a checkpoint."""
 
@@ -50,7 +48,7 @@ def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "param_groups": groups}
 
 
-def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) -> None:
+def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True) -> None:
     """Load through torch's own method, which runs the user's hooks.
 
     Our hooks stand innermost: after the user's pre-hooks the checkpoint is checked, and handed on
@@ -91,9 +89,7 @@ def load(optimizer: LowRank, state_dict: dict[str, Any], *, tells: bool = True) 
     finally:
         before.remove()
         after.remove()
-    optimizer._members.forget_fits()
-    optimizer._end_round()
-    optimizer._recall_norm()
+    session_of(optimizer).loaded()
     if tells and (differences := news(live, checkpoint[0].settings, LIVE)):
         warnings.warn(differences, stacklevel=3)
 
@@ -112,7 +108,7 @@ class Checked(NamedTuple):
     states: list[Saved]
 
 
-def checked(optimizer: LowRank, state_dict: Mapping[str, Any]) -> Checked:
+def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
     """Return what is to be taken of a checkpoint.
 
     Raises:
@@ -181,7 +177,7 @@ def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
 
 
 def states_in(
-    optimizer: LowRank, merged: Group, saved: Group, states: Mapping[Any, Any], index: int
+    optimizer: Optimizer, merged: Group, saved: Group, states: Mapping[Any, Any], index: int
 ) -> list[Saved]:
     """Return the states that the parameters of a group have in a checkpoint, checked."""
     plan = plan_of(merged)
@@ -190,7 +186,9 @@ def states_in(
         for param, key in zip(merged["params"], saved["params"], strict=True)
     }
     found = []
-    for place, (param, site) in enumerate(sites_of(merged, plan, optimizer._shared, states=held)):
+    for place, (param, site) in enumerate(
+        sites_of(merged, plan, session_of(optimizer).shared, states=held)
+    ):
         name, shape = name_of(merged, index, place), tuple(param.shape)
         if "rank" in saved and not same_rank(shape, saved["rank"], merged, plan):
             ranks = f"rank {saved['rank']} in the checkpoint, {merged['rank']} here"

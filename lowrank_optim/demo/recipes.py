@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-import lowrank_optim
+from .. import methods
+from ..groups import param_groups
 
 BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 0.1
@@ -109,7 +110,7 @@ def build_optimizer(
             steps if that is less.
         seed: of the random projectors.
     """
-    groups = lowrank_optim.param_groups(
+    groups = param_groups(
         model,
         rank=1.0 if recipe.whole else rank,
         lr=recipe.lr,
@@ -124,7 +125,7 @@ def build_optimizer(
     settings = dict(recipe.settings)
     if not recipe.own_gap:
         settings["update_proj_gap"] = max(1, min(PAPERS_GAP, steps // 3))
-    make = getattr(lowrank_optim, recipe.optimizer)
+    make = getattr(methods, recipe.optimizer)
     optimizer: torch.optim.Optimizer = make(
         groups, lr=recipe.lr, betas=BETAS, weight_decay=WEIGHT_DECAY, seed=seed, **settings
     )

@@ -1,11 +1,10 @@
-"""Which implementation does a step: Triton kernels, or plain torch and the reason why."""
+"""Who does a step, Triton kernels or plain torch, and why; and who codes moments."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from .. import functional
 from ..parts.plan import Plan
 from ..parts.rules import Adam
+from ..parts.storage import Blockwise8, Dense
 from ..parts.types import Group, Site, State
 
 HALF = (torch.bfloat16, torch.float16)
@@ -26,25 +26,36 @@ def kernels() -> ModuleType:
     return importlib.import_module("lowrank_optim.kernels")
 
 
+def prepare(site: Site, plan: Plan, group: Group, param: Tensor, grad: Tensor) -> None:
+    """Note in a site who steps its parameter, and who codes its moments.
+
+    Raises:
+        RuntimeError: `impl="triton"`, and there is a reason against it.
+    """
+    site.launches = refusal(plan, group, param, grad) is None
+    site.ops = codecs(plan, group, param, grad)
+
+
 def refusal(
-    plan: Plan, group: Group, param: Tensor, grad: Tensor, state: State, projected: bool
+    plan: Plan, group: Group, param: Tensor, grad: Tensor, state: State | None = None
 ) -> str | None:
     """Return why plain torch does the step of a parameter, or None where kernels do it.
+
+    Args:
+        plan, group: its own.
+        param, grad: as far as they lie here.
+        state: its state, if it is not projected.
 
     Raises:
         RuntimeError: `impl="triton"`, and there is a reason against it for a projected parameter.
     """
-    impl, device = group["impl"], param.device.type
-    if impl == "eager":
-        return 'impl="eager"'
-    if impl == "auto" and device != "cuda":
-        return f"on {device.upper()}"
-    reason = reason_against(
-        plan, projected, device, param.dtype, grad.dtype, type(param), type(grad)
-    )
-    if reason is None and not projected and not dense(param, grad, state):
+    projected = state is None
+    if (reason := not_asked_for(group, param)) is not None:
+        return reason
+    reason = unable(plan, param, grad) or missing(plan, projected)
+    if reason is None and state is not None and not dense(param, grad, state):
         reason = "strides of parameter, gradient and moments that differ"
-    if reason is not None and impl == "triton" and projected:
+    if reason is not None and group["impl"] == "triton" and projected:
         raise RuntimeError(
             f'impl="triton", but the parameter of shape {tuple(param.shape)} cannot be stepped by '
             f'kernels: {reason}. Use impl="auto"'
@@ -52,56 +63,70 @@ def refusal(
     return reason
 
 
+def codecs(plan: Plan, group: Group, param: Tensor, grad: Tensor) -> ModuleType:
+    """Return who reads and writes moments in 8 bits and draws bits: kernels, or plain torch.
+
+    That is another question than who does the step: the kernels of formats know no rule.
+    """
+    against = not_asked_for(group, param) or unable(plan, param, grad)
+    return kernels() if against is None else functional
+
+
+def not_asked_for(group: Group, param: Tensor) -> str | None:
+    """Return why a group's `impl` means plain torch for a parameter, or None."""
+    impl, device = group["impl"], param.device.type
+    if impl == "eager":
+        return 'impl="eager"'
+    return f"on {device.upper()}" if impl == "auto" and device != "cuda" else None
+
+
+def unable(plan: Plan, param: Tensor, grad: Tensor) -> str | None:
+    """Return what stands against any kernel for tensors of some kinds, or None."""
+    dtypes = (param.dtype, grad.dtype, plan.storage.dtype(param))
+    return _unable(param.device.type, dtypes, type(param), type(grad))
+
+
 @lru_cache(maxsize=1024)
-def reason_against(
-    plan: Plan,
-    projected: bool,
-    device: str,
-    dtype: torch.dtype,
-    grad_dtype: torch.dtype,
-    *types: type,
-) -> str | None:
-    """Return what stands against kernels for parameters of one kind, or None."""
+def _unable(device: str, dtypes: tuple[torch.dtype, ...], *types: type) -> str | None:
     if not has_triton():
         return "triton is not installed"
     if device != "cuda" and not (device == "cpu" and interpreted()):
         return f"on {device.upper()}"
-    if (reason := missing(plan, projected)) is not None:
-        return reason
     for kind in types:
         if kind not in (Tensor, torch.nn.Parameter):
             return f"tensors of the class {kind.__name__}"
-    for name in (dtype, grad_dtype, plan.storage.dtype(torch.empty((), dtype=dtype))):
-        if name not in (torch.float32, *HALF):
-            return f"dtype {str(name).removeprefix('torch.')}"
+    for dtype in dtypes:
+        if dtype not in (torch.float32, *HALF):
+            return f"dtype {str(dtype).removeprefix('torch.')}"
     return None
+
+
+PART, WHOLE, PLAIN = "part of each row", "whole matrices", "not projected"
+"""What is projected."""
+
+LAUNCHES = {
+    (Adam, Dense, PART): ("project_moments", "lift_write"),
+    (Adam, Blockwise8, PART): ("project_moments", "lift_write"),
+    (Adam, Dense, PLAIN): ("adam_step",),
+    (Adam, Blockwise8, PLAIN): ("adam_step",),
+}
+"""The kernels that do a step, by rule, storage of its moments and what is projected."""
 
 
 def missing(plan: Plan, projected: bool) -> str | None:
-    """Return which part of a plan has no kernel, or None."""
+    """Return what has no kernels, or None where there are launches that do the step."""
     rule = plan.rule if projected else plan.rule.plain
-    if type(rule) is not Adam:
-        return f"no kernel for the rule {type(rule).__name__}"
     if projected and plan.feed.slots:
         return f"no kernel for the feed {type(plan.feed).__name__}"
-    if projected and plan.projector.whole:
+    what = PLAIN if not projected else WHOLE if plan.projector.whole else PART
+    key = (type(rule), type(plan.storage), what)
+    if key in LAUNCHES:
+        return None
+    if any(known[::2] == (type(rule), what) for known in LAUNCHES):
+        return f"no kernel for moments stored as {type(plan.storage).__name__}"
+    if any(known[0] is type(rule) for known in LAUNCHES):
         return f"no kernel for the projector {type(plan.projector).__name__}"
-    return None
-
-
-def dct_scores(grads: Sequence[Tensor], norm: str, site: Site) -> Tensor:
-    """Return the scores of the columns of the cosine basis, see `functional.dct_scores`."""
-    empty = grads[0].numel() == 0
-    if empty or not site.kernels or not kernels().supports(site.cols, grads[0].dtype):
-        return functional.dct_scores(grads, norm)
-    with functional.on_device(grads[0].device):
-        scores: Tensor = kernels().dct_scores(grads, norm)
-        return scores
-
-
-def formats(site: Site) -> ModuleType:
-    """Return who reads and writes moments in 8 bits and draws bits: kernels, or plain torch."""
-    return kernels() if site.kernels and site.dtype == torch.float32 else functional
+    return f"no kernel for the rule {type(rule).__name__}"
 
 
 @cache
@@ -123,16 +148,12 @@ def dense(param: Tensor, grad: Tensor, state: State) -> bool:
 
 def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
     """Return how a parameter is stepped, as far as it shows before there is a gradient."""
-    impl, device = group["impl"], param.device.type
     if not projected and isinstance(plan.rule.plain, Adam) and exact(plan, param):
         return "torch's AdamW"
-    if impl == "eager":
-        return 'plain torch (impl="eager")'
-    if impl == "auto" and device != "cuda":
-        return f"plain torch (on {device.upper()})"
-    reason = reason_against(
-        plan, projected, device, param.dtype, param.dtype, type(param), type(param)
-    )
+    reason = not_asked_for(group, param)
+    if reason is not None:
+        return f"plain torch ({reason})"
+    reason = unable(plan, param, param) or missing(plan, projected)
     return "kernels" if reason is None else f"plain torch ({reason})"
 
 

@@ -19,10 +19,8 @@ from ..parts.storage import (
     store_moments,
     stored,
 )
-from ..parts.types import Group, Job, Site, State, site_of
+from ..parts.types import Group, Job, Site, State, site_of, stream_and_height
 from .adaptive_rank import padded
-from .backend import formats
-from .scalars import stream_and_height
 
 
 class Moved(NamedTuple):
@@ -67,7 +65,7 @@ def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
     if places is None:
         return False
     noises = [noise_before(each.job, group) for each in moved]
-    ops, count = formats(site_of(moved[0].job)), len(plan.slots)
+    ops, count = site_of(moved[0].job).ops, len(plan.slots)
     with on_device(places.device):
         for place, slot in enumerate(plan.slots):
             moments, square = [some[place] for some in eight], slot in plan.rule.squares
@@ -95,7 +93,7 @@ def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
             {key: padded(state[key], most, site.cols * far) for key in plan.projector.keys}
             for far, state in ((1, old), (2, new))
         )
-    ops = formats(site)
+    ops = site.ops
     filled = -(-most // BLOCK) * BLOCK  # what a row in 8 bits is filled up to
     for rows in row_chunks(count, filled * prod(batch)):
         some = {slot: rows_of(moment, rows) for slot, moment in held.items()}

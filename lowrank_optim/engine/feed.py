@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..functional import Noise, bits_of, lift_, load, store
+from ..functional import Factor, Noise, bits_of, lift_, load, store
 from ..parts.plan import Plan
 from ..parts.protocols import Carried
 from ..parts.storage import stored
@@ -73,7 +73,7 @@ def carried_by(job: Job, plan: Plan) -> Carried:
     return Carried(moment, lift, site.step)
 
 
-def keep(job: Job, taken: Tensor | None, factor: Tensor, noise: Noise) -> None:
+def keep(job: Job, taken: Tensor | None, factor: Factor, noise: Noise) -> None:
     """Store what a feed keeps of a step, less what was used of it."""
     for place, (slot, value) in enumerate((job.kept or {}).items()):
         if taken is not None:

@@ -9,12 +9,21 @@ import torch
 from torch import Tensor
 
 from ..functional import Noise, Stored, is_index, on_device
-from ..functional.views import oriented
+from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.storage import stored
-from ..parts.types import Group, Job, site_of
+from ..parts.types import (
+    Group,
+    Job,
+    age_of,
+    in_rows,
+    moment_in_rows,
+    noise_of,
+    rates_of,
+    rounds,
+    site_of,
+)
 from .backend import kernels
-from .scalars import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .two_phase import Half
 
 AT_ONCE = 48 << 20
@@ -160,7 +169,9 @@ def factors_of(parts: list[Part], plan: Plan) -> list[Tensor]:
     for job, place, _, _, grad, *_ in parts:
         factor = made.get(job.position)
         if factor is None:
-            factor = plan.projector.factor(job.state, site_of(job))
+            chosen = plan.projector.factor(job.state, site_of(job))
+            assert isinstance(chosen, Tensor)  # what is projected whole has no launches
+            factor = chosen
             if not is_index(factor) and factor.numel() >= READ_OFTEN:
                 factor = factor.to(grad.dtype)
             made[job.position] = factor

@@ -14,8 +14,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..functional.views import matrix_shape
 from ..parts.checks import SettingError
+from ..parts.types import Group
 from ..sharding.collectives import several
-from .sites import name_of
 
 
 @dataclass
@@ -25,12 +25,23 @@ class Member:
     Attributes:
         shape: when it was given to the optimizer.
         name: that of `param_names`, None without.
-        fits: what its state was last found to fit, see `Round.check`.
+        piece: what it is a flat piece of as it is now, None if of nothing.
+        wants: what its state has to fit.
+        fits: the tensors of its state when they were last found to fit that, see `Step.check`.
     """
 
     shape: tuple[int, ...]
     name: str | None = None
+    piece: str | None = None
+    wants: Any = None
     fits: Any = None
+
+    def look(self, param: Tensor, wants: tuple[Any, ...]) -> None:
+        """Note what the parameter is now, and what the states of its group depend on."""
+        self.piece = flat_piece(param, self.shape)
+        wanted = (param.dtype, param.shape, param.device, wants)
+        if self.wants != wanted:
+            self.wants, self.fits = wanted, None
 
 
 class Members:
@@ -225,3 +236,12 @@ def flat_error(name: str, piece: str) -> RuntimeError:
         f"{name} is a flat piece of {piece}: rows and columns are gone, so it cannot be projected. "
         "Shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps them, or use DDP"
     )
+
+
+def name_of(group: Group, index: int, place: int) -> str:
+    """Return what to call a parameter in a message."""
+    shape = tuple(group["params"][place].shape)
+    names = group.get("param_names")
+    if names is not None and place < len(names):
+        return f"parameter {names[place]!r} of shape {shape}"
+    return f"parameter {place} of group {index}, of shape {shape},"

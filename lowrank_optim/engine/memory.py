@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..functional.views import matrix_shape
 from ..parts.rank import rank_of, subspace_of
@@ -16,11 +16,9 @@ from ..parts.types import Group, State
 from ..settings import check_values, plan_of
 from ..sharding.local import here, is_distributed
 from .backend import reason_of
+from .session import session_of
 from .sites import plain_layout, sites_of
 from .state import template
-
-if TYPE_CHECKING:
-    from ..optimizer import LowRank
 
 MIB = 2**20
 
@@ -31,17 +29,19 @@ def tensor_bytes(state: State) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+def state_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of all tensors in the state of any optimizer, as they are now."""
     return sum(tensor_bytes(state) for state in optimizer.state.values())
 
 
-def shared_bytes(optimizer: LowRank) -> int:
+def shared_bytes(optimizer: Optimizer) -> int:
     """Return the bytes of bases that layers share: made when needed, never saved."""
-    return sum(basis.numel() * basis.element_size() for basis in optimizer._shared.tensors())
+    return sum(
+        basis.numel() * basis.element_size() for basis in session_of(optimizer).shared.tensors()
+    )
 
 
-def predicted_bytes(optimizer: LowRank) -> int:
+def predicted_bytes(optimizer: Optimizer) -> int:
     """Return the bytes that the state takes after the first step, from shapes alone.
 
     With `rank="auto"`, those of the present ranks, before the first step of the largest.
@@ -54,16 +54,16 @@ def adamw_bytes(param: Tensor) -> int:
     return 2 * param.numel() * param.element_size() + 4
 
 
-def checked(optimizer: LowRank) -> Iterator[Group]:
+def checked(optimizer: Optimizer) -> Iterator[Group]:
     """Yield the groups with their settings as the next step will read them, also just changed."""
-    optimizer._members.note(optimizer.param_groups, optimizer.defaults)
+    session_of(optimizer).note_members()
     for index, group in enumerate(optimizer.param_groups):
         settings = dict(group)
         check_values(settings, f" in group {index}", least_lr=-math.inf)
         yield settings
 
 
-def rows(optimizer: LowRank) -> list[dict[str, Any]]:
+def rows(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Return for each group its parameters, how many are projected, and bytes of state."""
     found = []
     for index, group in enumerate(checked(optimizer)):
@@ -79,7 +79,9 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
             "adamw": 0,
         }
         ranks: list[int] = []
-        for param, site in sites_of(group, plan, optimizer._shared, None, optimizer.state):
+        for param, site in sites_of(
+            group, plan, session_of(optimizer).shared, None, optimizer.state
+        ):
             if not param.requires_grad:
                 continue
             if site is not None and site.most is not None:
@@ -98,12 +100,12 @@ def rows(optimizer: LowRank) -> list[dict[str, Any]]:
     return found
 
 
-def steppers(optimizer: LowRank) -> list[str]:
+def steppers(optimizer: Optimizer) -> list[str]:
     """Return lines that say how many parameters are stepped by what, and why not by kernels."""
     found: Counter[str] = Counter()
     for group in checked(optimizer):
         plan = plan_of(group)
-        for param, site in sites_of(group, plan, optimizer._shared):
+        for param, site in sites_of(group, plan, session_of(optimizer).shared):
             if param.requires_grad:
                 found[reason_of(plan, group, here(param), site is not None)] += 1
     return [f"{count} tensors stepped by {how}" for how, count in found.most_common()]
@@ -116,13 +118,13 @@ def word_of(rank: int | float | str | None) -> str:
     return "-" if rank is None else f"{rank:.4g}" if isinstance(rank, float) else str(rank)
 
 
-def left_plain(optimizer: LowRank) -> list[str]:
+def left_plain(optimizer: Optimizer) -> list[str]:
     """Return lines that say how many matrices of groups with a rank are not projected, and why."""
     found: Counter[str] = Counter()
     for group in checked(optimizer):
         plan, rank = plan_of(group), group["rank"]
         rule = (rank_of(rank), group["side"], plan.projector.whole, plan.full)
-        for param, site in sites_of(group, plan, optimizer._shared):
+        for param, site in sites_of(group, plan, session_of(optimizer).shared):
             shape = tuple(param.shape)
             plain = site is None and rank is not None and matrix_shape(shape) is not None
             if plain and param.requires_grad:
@@ -133,7 +135,7 @@ def left_plain(optimizer: LowRank) -> list[str]:
     return [f"{count} matrices left plain: {reason}" for reason, count in found.most_common()]
 
 
-def summary(optimizer: LowRank) -> str:
+def summary(optimizer: Optimizer) -> str:
     """Return a table of `rows`, and lines for all."""
     table = rows(optimizer)
     total = {key: sum(row[key] for row in table) for key in ("tensors", "parameters", "projected")}
@@ -165,6 +167,7 @@ def summary(optimizer: LowRank) -> str:
     lines += steppers(optimizer)
     if shared := shared_bytes(optimizer):
         lines.append(f"and {shared / MIB:.2f} MiB of bases shared by layers, made when needed")
-    if optimizer.skipped_steps:
-        lines.append(f"{optimizer.skipped_steps} steps left out: a gradient was not finite")
+    skipped = max((int(group["skipped_steps"]) for group in optimizer.param_groups), default=0)
+    if skipped:
+        lines.append(f"{skipped} steps left out: a gradient was not finite")
     return "\n".join(lines)

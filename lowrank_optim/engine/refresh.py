@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..functional import usable
-from ..functional.views import oriented
+from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.projectors import peaks_of
 from ..parts.storage import moments_of, shape_of

@@ -15,13 +15,14 @@ from ..parts.rank import AutoRank, rank_of, subspace_of, width_of
 from ..parts.types import Group, Shared, Site, State
 from ..sharding.layout import Layout, layout_of
 from .adaptive_rank import set_ranks
+from .members import Member
 
 
 class Entry(NamedTuple):
     """A parameter with its site, None where it is not projected, and its place in the optimizer.
 
     `layout` says what this process holds of it, `group` is the place of its group, `place` its own
-    in the group, `position` the one among all parameters, from 1.
+    in the group, `position` the one among all parameters, from 1, `member` what is known of it.
     """
 
     param: Tensor
@@ -30,6 +31,7 @@ class Entry(NamedTuple):
     group: int
     place: int
     position: int
+    member: Member
 
 
 def sites_of(
@@ -101,12 +103,3 @@ def plain_layout(param: Tensor, group: Group, plan: Plan) -> Layout:
     rounds = group["stochastic_rounding"] and param.dtype == torch.bfloat16
     exact = rounds or group["state_dtype"] in ("8bit", "bfloat16")
     return layout_of(param, None, exact)
-
-
-def name_of(group: Group, index: int, place: int) -> str:
-    """Return what to call a parameter in a message."""
-    shape = tuple(group["params"][place].shape)
-    names = group.get("param_names")
-    if names is not None and place < len(names):
-        return f"parameter {names[place]!r} of shape {shape}"
-    return f"parameter {place} of group {index}, of shape {shape},"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional.views import oriented
+from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.protocols import Storage
 from ..parts.storage import forms
@@ -122,12 +122,6 @@ FIXED = ("rank", "min_dim", "shard_basis", "capturable")
 def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
     """Return what the states of a group depend on."""
     return (plan, *(group[key] for key in FIXED))
-
-
-def fitting(param: Tensor, state: State, wanted: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return what says that a state fits: as long as it is the same, nothing has to be compared."""
-    held = [id(value) for value in state.values() if isinstance(value, Tensor)]
-    return (held, param.dtype, param.shape, param.device, wanted)
 
 
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -13,33 +12,56 @@ from torch import Tensor
 from ..functional import (
     NEAR,
     WEIGHT,
+    Factor,
     Norms,
     bits_of,
     compute_dtype,
     down,
+    down_some,
     lift_write,
     load,
     round_into_,
     row_chunks,
     row_norms,
 )
-from ..functional.views import oriented
+from ..functional.factors import oriented
 from ..parts.plan import Plan
-from ..parts.storage import load_moments, moments_of, store_moments, stored
-from ..parts.types import Group, Job, site_of
-from . import backend as dispatch
-from . import launches as fused
+from ..parts.protocols import Rule
+from ..parts.storage import Held, load_moments, moments_of, store_moments, stored
+from ..parts.types import (
+    Group,
+    Job,
+    Moments,
+    Rates,
+    age_of,
+    in_rows,
+    moment_in_rows,
+    noise_of,
+    rates_of,
+    rounds,
+    site_of,
+)
+from ..sharding.collectives import ALONE
+from . import launches
+from .backend import codecs, refusal
 from .feed import fed, keep, servings
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
-from .scalars import age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .two_phase import Half, portions, run
 
 WHOLE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""
 
+FEW = 1 << 18
+"""Elements of gradients from which on parameters are stepped one by one.
+
+Below, calls take longer than the arithmetic, and torch makes fewer of them for a list.
+"""
+
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Do one step of projected parameters, in place; return which may lack a subspace."""
+    if not plan.feed.slots:
+        return step_together(jobs, group, plan)
     waiting: list[Waiting] = []
     for some in servings(jobs, plan):
         waiting += step_together(some, group, plan)
@@ -54,10 +76,13 @@ def step_together(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     waiting = move_subspaces([job for job in lessons if job.low is None], group, plan)
     del lessons
     count(jobs)
-    for part in portions(jobs, group, plan):
-        with_kernels, others = divided(part, group, plan)
-        eager = begin_eagerly(others, group, plan)
-        run(chain(eager, fused.begin(with_kernels, group, plan)))
+    shared = [job for job in jobs if job.layout.team is not ALONE]
+    for part in portions(jobs, group, plan) if shared else [jobs]:
+        with_kernels, others = divided(part)
+        if others:
+            run(begin_eagerly(others, group, plan))
+        if with_kernels:
+            run(launches.begin(with_kernels, group, plan))
     return waiting
 
 
@@ -67,11 +92,17 @@ def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Waiting]]:
     With it comes its state if that may lack a subspace. Where `job.low` is given, the gradient is
     added to that, in the same subspace.
     """
-    assert job.site is not None
+    site = site_of(job)
     waiting = [] if job.low is not None else move_subspaces([job], group, plan)
-    _, grad = oriented(job.grad, job.layout.wide)
-    low = down(grad, plan.projector.factor(job.state, job.site), job.site.dtype)
-    return (low if job.low is None else job.low.add_(low)), waiting
+    low = down(grad_of(job), plan.projector.factor(job.state, site), site.dtype)
+    if job.low is not None:
+        return job.low.add_(low), waiting
+    return (low.clone() if shares(low, job.grad) else low), waiting
+
+
+def shares(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors lie in the same memory, as a projection by the identity does."""
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def count(jobs: list[Job]) -> None:
@@ -81,19 +112,18 @@ def count(jobs: list[Job]) -> None:
         torch._foreach_add_(counts, 1)
 
 
-def divided(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]]:
-    """Return the jobs that kernels do, and those that plain torch does."""
+def divided(jobs: list[Job]) -> tuple[list[Job], list[Job]]:
+    """Return the projected jobs that launches of kernels do, and those that plain torch does."""
     with_kernels: list[Job] = []
     others: list[Job] = []
     for job in jobs:
-        projected = job.site is not None
-        by_kernels = (
-            job.low is None
+        launched = (
+            site_of(job).launches
+            and job.low is None
             and job.param.numel() > 0
             and job.layout.reaches_all
-            and (dispatch.refusal(plan, group, job.param, job.grad, job.state, projected) is None)
         )
-        (with_kernels if by_kernels else others).append(job)
+        (with_kernels if launched else others).append(job)
     return with_kernels, others
 
 
@@ -104,23 +134,45 @@ class Begun(NamedTuple):
     """
 
     job: Job
-    factor: Tensor
+    factor: Factor
     low: Tensor
     direction: Tensor
     taken: Tensor | None
+    age: int | Tensor
 
 
 def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
-    """Do the first half of steps of parameters whose subspaces are in place, in plain torch."""
-    if not plan.rule.whole:
-        for job in jobs:
-            yield half_of(begin(job, group, plan), group, plan)
-        return
-    for some in together_whole(jobs, plan):
-        begun = [begin(job, group, plan) for job in some]
-        directions = plan.rule.complete([each.direction for each in begun], some, group)
-        while begun:  # what is done is let go of before the next are begun
-            yield half_of(begun.pop()._replace(direction=directions.pop()), group, plan)
+    """Step parameters whose subspaces are in place, in plain torch, small ones together.
+
+    Yields what is left of those of whose rows others hold some, as soon as it waits for a sum.
+    """
+    rates = rates_of(group)
+    corrections: dict[Any, float | Tensor] = {}
+    for some in together_whole(jobs, plan) if plan.rule.whole else few_together(jobs):
+        begun = begin(some, group, plan)
+        if plan.rule.whole:
+            made = plan.rule.complete([each.direction for each in begun], some, group)
+            begun = [each._replace(direction=n) for each, n in zip(begun, made, strict=True)]
+            del made
+        begun.reverse()
+        while begun:  # what is done is let go of before the next
+            half = ended(begun.pop(), rates, corrections, group, plan)
+            if half is not None:
+                yield half
+
+
+def few_together(jobs: list[Job]) -> Iterator[list[Job]]:
+    """Yield jobs in lists of which the gradients have few elements, or of one."""
+    some: list[Job] = []
+    size = 0
+    for job in jobs:
+        size += job.grad.numel()
+        if some and size > FEW:
+            yield some
+            some, size = [], job.grad.numel()
+        some.append(job)
+    if some:
+        yield some
 
 
 def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
@@ -138,63 +190,115 @@ def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
                 yield same[start : start + count]
 
 
-def begin(job: Job, group: Group, plan: Plan) -> Begun:
-    """Project a gradient and do with the moments what the rule does."""
-    state, site, rule = job.state, site_of(job), plan.rule
-    factor = plan.projector.factor(state, site)
-    low = down(grad_of(job), factor, site.dtype) if job.low is None else job.low
-    held = moments_of(state, plan.slots)
-    ops = dispatch.formats(site)
-    moments = load_moments(held, rule, site.dtype, ops)
-    for slot in rule.slots:
+def begin(jobs: list[Job], group: Group, plan: Plan) -> list[Begun]:
+    """Project gradients and do with the moments what the rule does."""
+    rule, slots = plan.rule, plan.slots
+    factors = [plan.projector.factor(job.state, site_of(job)) for job in jobs]
+    lows = projected(jobs, factors)
+    moments: list[Moments] = []
+    stored_otherwise: list[tuple[int, Held]] = []
+    for place, job in enumerate(jobs):
+        state, site = job.state, site_of(job)
+        if not [s for s in slots if s not in state or state[s].dtype != site.dtype]:
+            moments.append({slot: state[slot] for slot in slots})
+            continue
+        held = moments_of(state, slots)
+        moments.append(load_moments(held, rule, site.dtype, site.ops))
+        stored_otherwise.append((place, held))
+    taken: list[Tensor | None] = [None] * len(jobs)
+    if plan.feed.slots:
+        for place, job in enumerate(jobs):
+            moments[place].update(projected_slots(job, factors[place], plan))
+            if job.kept is not None:
+                taken[place] = plan.feed.taken(lows[place], moments[place], group)
+    ages = [age_of(job, group) for job in jobs]
+    directions = directions_of(plan.rule, lows, moments, ages, group)
+    for place, held in stored_otherwise:
+        kept = {slot: moments[place][slot] for slot in held}
+        store_moments(held, kept, rule, noise_of(jobs[place], group), ops=site_of(jobs[place]).ops)
+    return list(map(Begun, jobs, factors, lows, directions, taken, ages))
+
+
+def projected(jobs: list[Job], factors: list[Factor]) -> list[Tensor]:
+    """Return the projected gradients of some parameters, of those that have none yet."""
+    if len(jobs) > 1 and not [job for job in jobs if job.low is not None]:
+        dtypes = [site_of(job).dtype for job in jobs]
+        return down_some([grad_of(job) for job in jobs], factors, dtypes)
+    return [
+        down(grad_of(job), factor, site_of(job).dtype) if job.low is None else job.low
+        for job, factor in zip(jobs, factors, strict=True)
+    ]
+
+
+def projected_slots(job: Job, factor: Factor, plan: Plan) -> Moments:
+    """Return the projections of what a feed keeps in place of moments of the rule."""
+    site, found = site_of(job), {}
+    for slot in plan.rule.slots:
         if slot in plan.feed.slots:
-            whole = load(stored(state, slot), site.dtype, slot in rule.squares, ops)
-            moments[slot] = down(whole, factor, site.dtype)
-    taken = None if job.kept is None else plan.feed.taken(low, moments, group)
-    direction = rule.direction(low, moments, age_of(job, group), group)
-    kept = {slot: moments[slot] for slot in held}
-    store_moments(held, kept, rule, noise_of(job, group), ops=ops)
-    return Begun(job, factor, low, direction, taken)
+            whole = load(stored(job.state, slot), site.dtype, slot in plan.rule.squares, site.ops)
+            found[slot] = down(whole, factor, site.dtype)
+    return found
 
 
-def half_of(begun: Begun, group: Group, plan: Plan) -> Half:
-    """Return what is left to do of a step: the residual's sums, and the write."""
-    job, factor, low, direction, _ = begun
-    state, site, want, grad = job.state, site_of(job), plan.residual.want, grad_of(job)
-    noise, count = noise_of(job, group), age_of(job, group)
+def directions_of(
+    rule: Rule, lows: list[Tensor], moments: list[Moments], ages: list[Any], group: Group
+) -> list[Tensor]:
+    """Return the rule's directions; moments in place."""
+    several = getattr(rule, "directions", None)
+    if several is not None and len(lows) > 1 and ages == [ages[0]] * len(ages):
+        made: list[Tensor] = several(lows, moments, ages[0], group)
+        return made
+    return [
+        rule.direction(low, held, age, group)
+        for low, held, age in zip(lows, moments, ages, strict=True)
+    ]
+
+
+def ended(
+    begun: Begun, rates: Rates, corrections: dict[Any, Any], group: Group, plan: Plan
+) -> Half | None:
+    """Do what is left of a step, the residual's sums and the write, or return it to wait.
+
+    Args:
+        begun: the step.
+        rates: of the group.
+        corrections: `Rule.uncorrected` by count, of those asked for so far.
+        group, plan: its own.
+    """
+    job, want = begun.job, plan.residual.want
+    grad, site = grad_of(job), site_of(job)
     norms = None
     if want.norms:
-        norms = Norms(*(row_norms(x, site.dtype) for x in (grad, low, direction)))
-    kept = low.unsqueeze(0) if want.low else None
-    moved = direction.unsqueeze(0) if want.direction else None
-    taken = begun.taken
-    del low, direction, begun
+        norms = Norms(*(row_norms(x, site.dtype) for x in (grad, begun.low, begun.direction)))
+    kept = begun.low.unsqueeze(0) if want.low else None
+    moved = begun.direction.unsqueeze(0) if want.direction else None
+    _, factor, _, _, taken, age = begun
+    del begun
+    sums = plan.residual.sums(norms, job.state, site, group)
 
     def finish(sums: Tensor | None) -> None:
-        uncorrected = plan.rule.uncorrected(count, group)
         if sums is not None and grad.ndim == 2:
             sums = sums[0]
-        update = plan.residual.update(norms, sums, state, site, group, uncorrected)
-        update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
+        if age not in corrections:
+            corrections[age] = plan.rule.uncorrected(age, group)
+        update = plan.residual.update(norms, sums, job.state, site, group, corrections[age])
+        if want.norms:
+            update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
         matrix, view = oriented(job.param, job.layout.wide)
-        lift_write(
-            [view],
-            [grad],
-            [factor],
-            kept,
-            moved,
-            update,
-            *rates_of(group),
-            [noise] if rounds(job.param, group) else None,
-        )
-        if matrix.data_ptr() != job.param.data_ptr():
+        noises = [noise_of(job, group)] if rounds(job.param, group) else None
+        step_size, decay = rates
+        lift_write([view], [grad], [factor], kept, moved, update, step_size, decay, noises)
+        if matrix is not job.param and matrix.data_ptr() != job.param.data_ptr():
             job.param.copy_(matrix.view(job.param.shape))
-        keep(job, taken, factor, noise)
+        if job.kept is not None:
+            keep(job, taken, factor, noise_of(job, group))
 
-    sums = plan.residual.sums(norms, state, site, group)
     if sums is not None:
         sums = sums.reshape(-1, sums.shape[-1])
-    return Half([(job, place) for place in range(grad.shape[:-2].numel())], sums, finish)
+        if job.layout.team is not ALONE:
+            return Half([(job, place) for place in range(grad.shape[:-2].numel())], sums, finish)
+    finish(sums)
+    return None
 
 
 def in_list(factor: Tensor | float) -> Tensor | float:
@@ -210,11 +314,15 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """
     undone = plan.rule.plain.step_plain(jobs, group)
     count(undone)
-    with_kernels, others = divided(undone, group, plan)
-    for job in others:
-        step_plain_eagerly(job, group, plan)
+    with_kernels = []
+    for job in undone:
+        lies = job.param.numel() > 0 and job.layout.reaches_all
+        if lies and refusal(plan, group, job.param, job.grad, job.state) is None:
+            with_kernels.append(job)
+        else:
+            step_plain_eagerly(job, group, plan)
     if with_kernels:
-        fused.step_plain(with_kernels, group, plan)
+        launches.step_plain(with_kernels, group, plan)
 
 
 def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
@@ -225,13 +333,13 @@ def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
     grad = in_rows(job.grad)
     whole = moments_of(job.state, rule.slots)
     stored = {slot: moment_in_rows(moment) for slot, moment in whole.items()}
-    length = param.shape[0]
+    length, ops = param.shape[0], codecs(plan, group, job.param, job.grad)
     for rows in row_chunks(length, NEAR * (param.numel() // max(1, length))):
         here = noise._replace(stream=noise.stream + rows.start)
         held = {slot: part_of(moment, rows) for slot, moment in stored.items()}
-        moments = load_moments(held, rule, dtype)
+        moments = load_moments(held, rule, dtype, ops)
         direction = rule.direction(grad[rows].to(dtype), moments, count, group)
-        store_moments(held, moments, rule, here, whole=True)
+        store_moments(held, moments, rule, here, whole=True, ops=ops)
         target = param[rows]
         out = target.to(dtype).mul_(decay).add_(direction * step_size)
         round_into_(

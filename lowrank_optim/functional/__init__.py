@@ -16,10 +16,11 @@ from .blockwise import (
     square_map,
 )
 from .cosine import dct, dct_scores
-from .factors import down, drop_, is_index, lift_
+from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
 from .moments import (
     adam,
+    adam_some,
     bias_corrections,
     least_share,
     places_of,
@@ -73,14 +74,18 @@ __all__ = [
     "EXP_AVG",
     "EXP_AVG_SQ",
     "NEAR",
+    "UNIT",
     "WEIGHT",
+    "Factor",
     "Noise",
     "Norms",
     "Projected",
     "Stored",
+    "Unit",
     "Want",
     "adam",
     "adam_moments",
+    "adam_some",
     "adam_step",
     "bias_corrections",
     "bits_of",
@@ -93,6 +98,7 @@ __all__ = [
     "dequantize_blockwise",
     "dequantize_squares",
     "down",
+    "down_some",
     "drop_",
     "dynamic_map",
     "generator",

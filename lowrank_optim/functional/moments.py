@@ -76,6 +76,27 @@ def adam(
     return torch.div(exp_avg, denominator, out=denominator)
 
 
+def adam_some(
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    count: int | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
+    """Do what `adam` does with several small gradients of one count, to the bit, in fewer calls."""
+    correction1, correction2 = bias_corrections(count, beta1, beta2)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, correction2)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(denominators, correction1)
+    return list(torch._foreach_div(exp_avgs, denominators))
+
+
 def rotate_moments(
     exp_avg: Tensor, exp_avg_sq: Tensor, rotation: Tensor, count: int, beta1: float, beta2: float
 ) -> None:

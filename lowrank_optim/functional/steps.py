@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import BLOCK
-from .factors import down
+from .factors import Factor, down
 from .moments import adam, select_moment
 from .products import compute_dtype, row_chunks, row_norms
 from .rounding import (
@@ -178,7 +178,7 @@ def adam_step(
 
 def project_moments(
     grads: Sequence[Tensor],
-    factors: Sequence[Tensor],
+    factors: Sequence[Factor],
     exp_avg: Sequence[Stored],
     exp_avg_sq: Sequence[Stored],
     counts: Sequence[int | Tensor],

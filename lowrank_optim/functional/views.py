@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 Shape = tuple[int, ...]
 
@@ -29,15 +28,3 @@ def is_wide(shape: Shape, side: str) -> bool:
     if side == "reverse":
         return rows >= cols
     return side == "left"
-
-
-def oriented(tensor: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
-    """Return the tensor as a matrix or stack, and its view with the projected axis last.
-
-    `wide` says that the view is the transposed one, see `is_wide`.
-
-    The first is a view of the tensor too, unless it is a convolution's weight whose strides do not
-    allow that (channels last): then it is a copy.
-    """
-    matrix = tensor if tensor.ndim <= 3 else tensor.flatten(1)
-    return matrix, matrix.mT if wide else matrix

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .factors import drop_, lift_
+from .factors import Factor, drop_, lift_
 from .products import compute_dtype, row_chunks
 from .rounding import WEIGHT, Noise, round_into_, stack_bits
 
@@ -36,7 +36,7 @@ class Coefficients(Protocol):
 def lift_write(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
-    factors: Sequence[Tensor],
+    factors: Sequence[Factor],
     low: Tensor | None,
     direction: Tensor | None,
     update: Coefficients,
@@ -54,7 +54,7 @@ def lift_write(
     Args:
         params: K tensors `(..., rows, cols)`, views of the weights; modified in place.
         grads: K tensors likewise.
-        factors: K bases or choices of columns, see `factors`.
+        factors: K bases, choices of columns or `UNIT`, see `factors`.
         low: R, `(K, ..., rows, rank)`; None where b and c are 0.
         direction: N, likewise; None where a is 0.
         update: a, b, phi, c as `.direction`, `.low`, `.grad`, `.sign`; b and phi are numbers or
@@ -74,14 +74,16 @@ def lift_write(
         dtype = compute_dtype(param.dtype)
         wide = param.dtype == dtype
         rows, row_size = param.shape[-2], param.numel() // max(1, param.shape[-2])
-        chunks = [slice(0, rows)] if wide and not update.sign else row_chunks(rows, row_size)
+        chunks = [slice(0, rows)]
+        if not wide or update.sign:
+            chunks = list(row_chunks(rows, row_size))
         for chunk in chunks:
-            target = param[..., chunk, :]
+            target = param if len(chunks) == 1 else param[..., chunk, :]
             out = target if wide else target.to(dtype)
             if inner is None:
                 out.mul_(decay)
             else:
-                lift_(out, inner[..., chunk, :], factor, keep=decay)
+                lift_(out, inner if target is param else inner[..., chunk, :], factor, keep=decay)
             if isinstance(scale_grad, Tensor) and scale_grad.ndim:
                 out.addcmul_(grad[..., chunk, :].to(dtype), scale_grad[..., chunk, :])
             elif isinstance(scale_grad, Tensor):
@@ -95,7 +97,8 @@ def lift_write(
             bits = None
             if noises is not None and param.dtype == torch.bfloat16:
                 bits = chunk_bits(noises[k], target, rows, chunk)
-            round_into_(target, out, bits)
+            if out is not target:
+                round_into_(target, out, bits)
 
 
 def times(factor: Tensor | float, step_size: float | Tensor, k: int) -> Tensor | float | None:

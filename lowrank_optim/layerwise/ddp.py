@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ..engine.refresh import is_due, is_tried_again, set_steps
-from ..engine.step import Round
+from ..engine.session import session_of
+from ..engine.step import Step, open_step
 from ..functional import down, lift_
-from ..functional.views import oriented
+from ..functional.factors import oriented
 from ..parts.checks import SettingError
 from ..parts.plan import Plan
 from ..parts.types import Group, Job
@@ -21,13 +23,14 @@ from ..parts.types import Group, Job
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
-    from ..optimizer import LowRank
-    from .hooks import InBackward
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
-STEPPERS: MutableMapping[Any, weakref.ref[InBackward]] = weakref.WeakKeyDictionary()
-"""The handle of `step_in_backward` that steps a model's buckets: the last that asked for it."""
+Stepper = weakref.WeakMethod[Callable[[list[Tensor], list[Tensor]], None]]
+"""What steps the parameters of a bucket, given them and their averaged gradients."""
+
+STEPPERS: MutableMapping[Any, Stepper] = weakref.WeakKeyDictionary()
+"""What steps a model's buckets: that of the last `step_in_backward` that asked for it."""
 
 
 def hook(function: Hook) -> Hook:
@@ -62,8 +65,8 @@ def average_(x: Tensor, group: Any) -> Tensor:
     return x
 
 
-def step_by_buckets(model: DistributedDataParallel, handle: InBackward) -> None:
-    """Let a model's buckets be stepped by a handle once they are averaged.
+def step_by_buckets(model: DistributedDataParallel, stepper: Stepper) -> None:
+    """Let a model's buckets be stepped once they are averaged.
 
     Raises:
         ValueError: the model looks for unused parameters: which these are is known too late.
@@ -76,7 +79,7 @@ def step_by_buckets(model: DistributedDataParallel, handle: InBackward) -> None:
         )
     if model not in STEPPERS:
         model.register_comm_hook(weakref.ref(model), average_and_step)
-    STEPPERS[model] = weakref.ref(handle)
+    STEPPERS[model] = stepper
 
 
 @hook
@@ -87,15 +90,15 @@ def average_and_step(
     alive = model()
     buffer = average_(bucket.buffer(), None if alive is None else alive.process_group)
     stepper = None if alive is None else STEPPERS.get(alive)
-    handle = None if stepper is None else stepper()
-    if handle is not None:
-        handle.averaged(bucket.parameters(), bucket.gradients())
+    step = None if stepper is None else stepper()
+    if step is not None:
+        step(bucket.parameters(), bucket.gradients())
     return done(buffer)
 
 
 @torch.no_grad()
 @hook
-def projected_all_reduce(optimizer: LowRank, bucket: Any) -> torch.futures.Future[Tensor]:
+def projected_all_reduce(optimizer: Optimizer, bucket: Any) -> torch.futures.Future[Tensor]:
     """Average projected gradients instead of whole ones: `rows * rank` values a matrix.
 
     For `model.register_comm_hook(optimizer, projected_all_reduce)` of DistributedDataParallel, and
@@ -118,24 +121,26 @@ def projected_all_reduce(optimizer: LowRank, bucket: Any) -> torch.futures.Futur
         Gradient Compression for Distributed Optimization", arXiv 1905.13727; here the subspace is
         the optimizer's, and nothing is lost that it would use.
     """
-    turn = optimizer._round = optimizer._round or Round(optimizer)
-    optimizer._watch.read()
-    check_compressible(turn)
+    session = session_of(optimizer, "projected_all_reduce is for")
+    step = open_step(session)
+    session.open = step
+    session.watch.read()
+    check_compressible(step)
     pieces = [
-        piece_of(turn, param, grad)
+        piece_of(step, param, grad)
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True)
     ]
     flat = torch.cat([piece.sent.reshape(-1) for piece in pieces])
-    average_(flat, optimizer._process_group)
+    average_(flat, session.process_group)
     means = flat.split([piece.sent.numel() for piece in pieces])  # type: ignore[no-untyped-call]
     for piece, mean in zip(pieces, means, strict=True):
         write(piece, mean.view(piece.sent.shape))
     return done(bucket.buffer())
 
 
-def check_compressible(turn: Round) -> None:
+def check_compressible(step: Step) -> None:
     """Raise SettingError if a group's updates need more than projected gradients."""
-    for index, (group, plan, _) in enumerate(turn.groups):
+    for index, (group, plan, _) in enumerate(step.prepared.groups):
         if group["rank"] is None:
             continue
         what = f"projected_all_reduce does not go with group {index}"
@@ -151,14 +156,14 @@ def check_compressible(turn: Round) -> None:
             )
 
 
-def piece_of(turn: Round, param: Tensor, grad: Tensor) -> Piece:
+def piece_of(step: Step, param: Tensor, grad: Tensor) -> Piece:
     """Return what is sent of a gradient: all of it, or its projection."""
-    entry = turn.entries.get(param)
-    state = turn.optimizer.state.get(param)
+    entry = step.prepared.entries.get(param)
+    state = step.session.state.get(param)
     if entry is None or entry.site is None or not state:
         return Piece(grad, grad, None, None)
-    group, plan, _ = turn.groups[entry.group]
-    job = turn.job(entry, grad)
+    group, plan, _ = step.prepared.groups[entry.group]
+    job = step.job(entry, grad)
     assert job is not None
     set_steps([job])
     if moves(job, group, plan):
@@ -183,6 +188,8 @@ def write(piece: Piece, mean: Tensor) -> None:
     matrix, view = oriented(piece.grad, piece.job.layout.wide)
     factor = piece.plan.projector.factor(piece.job.state, piece.job.site)
     view.zero_()
-    lift_(view, mean, factor.to(view.dtype) if factor.is_floating_point() else factor)
+    if isinstance(factor, Tensor) and factor.is_floating_point():
+        factor = factor.to(view.dtype)
+    lift_(view, mean, factor)
     if matrix.data_ptr() != piece.grad.data_ptr():
         piece.grad.copy_(matrix.view(piece.grad.shape))

@@ -8,15 +8,16 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..engine.session import Session
 from ..engine.sites import Entry
-from ..engine.step import Round, open_for, without_autocast
+from ..engine.step import Step, open_for, without_autocast
 from ..engine.update import project
 from ..parts.checks import SettingError, fail, is_real
 from ..parts.types import Group, Job
@@ -31,7 +32,6 @@ from .passes import Passes
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
 
-    from ..optimizer import LowRank
 
 ACCUMULATE = ("full", "projected")
 STEPPED: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
@@ -49,13 +49,13 @@ class InBackward:
 
     def __init__(
         self,
-        optimizer: LowRank,
+        session: Session,
         accumulation_steps: int | Callable[[], bool],
         accumulate: str,
         max_norm: float | None,
         model: DistributedDataParallel | None = None,
     ) -> None:
-        check_settings(optimizer, accumulation_steps, accumulate, max_norm)
+        check_settings(session, accumulation_steps, accumulate, max_norm)
         if model is not None and (accumulation_steps != 1 or accumulate != "full"):
             raise SettingError(
                 "with ddp=model, gradients are accumulated by DistributedDataParallel: run the "
@@ -66,7 +66,7 @@ class InBackward:
         self.accumulation_steps = accumulation_steps
         self.projects = accumulate == "projected"
         self.max_norm = max_norm
-        self._optimizer = weakref.ref(optimizer)
+        self._session = weakref.ref(session)
         self._handles: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
         self._lock = threading.RLock()
         self._sums: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
@@ -80,15 +80,15 @@ class InBackward:
         self._asked = False
         self._under_way = Passes()
         if model is not None:
-            step_by_buckets(model, self)
-        self.attach(optimizer)
+            step_by_buckets(model, weakref.WeakMethod(self.averaged))
+        self.attach(session)
 
-    def attach(self, optimizer: LowRank) -> None:
+    def attach(self, session: Session) -> None:
         """Put a hook on every parameter that requires a gradient and has none yet.
 
         Of several processes, none on ordinary tensors: what a hook would see is not averaged.
         """
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        params = [param for group in session.groups for param in group["params"]]
         for param in set(self._handles) - set(params):
             self._handles.pop(param).remove()
         for param in params:
@@ -108,10 +108,17 @@ class InBackward:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
-        optimizer = self._optimizer()
-        if optimizer is not None and optimizer._in_backward is self:
-            optimizer._end_round()
-            optimizer._in_backward = None
+        session = self._session()
+        if session is not None and session.in_backward is self:
+            session.end_step()
+            session.in_backward = None
+
+    @property
+    def session(self) -> Session:
+        """The session of the optimizer."""
+        session = self._session()
+        assert session is not None
+        return session
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -138,20 +145,20 @@ class InBackward:
 
     def _arrived(self, param: Tensor) -> None:
         """Use a gradient that is complete for this backward pass."""
-        optimizer = self._optimizer()
-        if optimizer is None or param.grad is None:
+        session = self._session()
+        if session is None or param.grad is None:
             return
         with self._lock, torch.no_grad():
             if self._under_way.enter():
-                optimizer._end_round()  # that of the step whose backward pass has failed
-            turn, entry = open_for(optimizer, param)
+                session.end_step()  # that of the step whose backward pass has failed
+            step, entry = open_for(session, param)
             if entry is None:  # taken out of its group: from here on it is as any other tensor
                 self._handles.pop(param).remove()
                 return
-            optimizer._round = turn
+            session.open = step
             if self._measuring:
-                self._measure(turn, entry)
-            elif not self._skips and not self._use(turn, entry):
+                self._measure(step, entry)
+            elif not self._skips and not self._use(step, entry):
                 return
             reuse_later(param.grad)
             param.grad = None
@@ -178,40 +185,40 @@ class InBackward:
 
     def averaged(self, params: list[Tensor], grads: list[Tensor]) -> None:
         """Step the parameters of a bucket, whose gradients have been averaged."""
-        optimizer = self._optimizer()
-        if optimizer is None or optimizer._in_backward is not self:
+        session = self._session()
+        if session is None or session.in_backward is not self:
             return
         with self._lock, torch.no_grad():
             for param, grad in zip(params, grads, strict=True):
-                if param in optimizer._members:
-                    turn, entry = open_for(optimizer, param)
+                if param in session.members:
+                    step, entry = open_for(session, param)
                     assert entry is not None
-                    optimizer._round = turn
+                    session.open = step
                     param.grad = grad
-                    self._use(turn, entry)
+                    self._use(step, entry)
                     param.grad = None
 
-    def _measure(self, turn: Round, entry: Entry) -> None:
+    def _measure(self, step: Step, entry: Entry) -> None:
         """Note the norm of a gradient, and whether `skip_nonfinite` watches it."""
-        self._check(turn, entry)
+        self._check(step, entry)
         assert entry.param.grad is not None
         self._norms.append(norm_of(entry.layout.gradient(entry.param.grad), entry.layout))
-        if turn.groups[entry.group][0]["skip_nonfinite"]:
+        if step.prepared.groups[entry.group][0]["skip_nonfinite"]:
             self._watched.append(self._norms[-1])
 
-    def _use(self, turn: Round, entry: Entry) -> bool:
+    def _use(self, step: Step, entry: Entry) -> bool:
         """Step a parameter, or add its gradient to what it waits for; return whether it is used."""
         param = entry.param
-        self._check(turn, entry)
+        self._check(step, entry)
         self._count_pass(param)
         last = self.accumulation_steps
         if not (last() if callable(last) else self._passes[param] == last):
-            return self.projects and entry.site is not None and self._collect(turn, entry)
-        group, plan, _ = turn.groups[entry.group]
+            return self.projects and entry.site is not None and self._collect(step, entry)
+        group, plan, _ = step.prepared.groups[entry.group]
         if param in self._sums:
-            self._collect(turn, entry)
-        job = job_of(turn, entry)
-        turn.do([(group, plan, [self._ready(job)])])
+            self._collect(step, entry)
+        job = job_of(step, entry)
+        step.do([(group, plan, [self._ready(job)])])
         return True
 
     def _count_pass(self, param: Tensor) -> None:
@@ -228,35 +235,35 @@ class InBackward:
             self._versions[param] = version
         self._passes[param] = self._passes.get(param, 0) + 1
 
-    def _check(self, turn: Round, entry: Entry) -> None:
+    def _check(self, step: Step, entry: Entry) -> None:
         """Raise RuntimeError for a gradient that cannot be used; nothing is changed then."""
-        if entry.param in turn.done:
+        if entry.param in step.done:
             raise RuntimeError(
-                f"{turn.name(entry)} has been stepped and got one more gradient before "
+                f"{step.name(entry)} has been stepped and got one more gradient before "
                 "optimizer.step(), which ends a step also with step_in_backward: call it after the "
                 "backward pass. To accumulate gradients say so: "
                 "step_in_backward(accumulation_steps=...). A parameter that is used in several "
                 "checkpoints needs use_reentrant=False"
             )
-        turn.check(entry)
+        step.check(entry)
         assert entry.param.grad is not None
         if entry.param.grad.dtype == torch.float16:
             raise RuntimeError(
-                f"{turn.name(entry)} has a float16 gradient, which needs a GradScaler, and that "
+                f"{step.name(entry)} has a float16 gradient, which needs a GradScaler, and that "
                 "has to see all gradients before the first is used: take bfloat16, or ordinary "
                 "steps"
             )
         if self._measured is None and not self._measuring:
             first = "run a backward pass inside `optimizer.measure_grad_norm()` first"
-            turn.check_alone(entry, first if self.accumulation_steps == 1 else "do not accumulate")
+            step.check_alone(entry, first if self.accumulation_steps == 1 else "do not accumulate")
 
-    def _collect(self, turn: Round, entry: Entry) -> bool:
+    def _collect(self, step: Step, entry: Entry) -> bool:
         """Add the projected gradient to what was projected in earlier backward passes."""
-        group, plan, _ = turn.groups[entry.group]
-        job = job_of(turn, entry)._replace(low=self._sums.get(entry.param))
+        group, plan, _ = step.prepared.groups[entry.group]
+        job = job_of(step, entry)._replace(low=self._sums.get(entry.param))
         with without_autocast([(group, plan, [job])]):
             self._sums[entry.param], waiting = project(job, group, plan)
-        turn.waiting += waiting
+        step.waiting += waiting
         return True
 
     def _ready(self, job: Job) -> Job:
@@ -276,19 +283,19 @@ class InBackward:
         of that of the step before and the gradient's own.
         """
         assert self.max_norm is not None
-        optimizer = self._optimizer()
+        session = self._session()
         total = self._measured
         if total is None:
-            before = None if optimizer is None else optimizer.grad_norm
+            before = None if session is None else session.grad_norm
             total = total_norm([norm])
             assert total is not None
             if before is not None:
                 total = torch.maximum(before.to(total).nan_to_num(posinf=0.0), total)
         return (self.max_norm / (total + TINY)).clamp(max=1.0)
 
-    def check_attached(self, optimizer: LowRank) -> None:
+    def check_attached(self) -> None:
         """Raise RuntimeError if no gradient is complete when the backward pass gives it."""
-        self.attach(optimizer)
+        self.attach(self.session)
         if several() and not self._handles and self.model is None:
             raise RuntimeError(
                 "step_in_backward has nothing to step: with several processes, the gradients of "
@@ -297,40 +304,40 @@ class InBackward:
                 "steps"
             )
 
-    def finish(self, turn: Round) -> None:
+    def finish(self, step: Step) -> None:
         """Step what has not been stepped, and note the norm of all gradients of the step."""
         if self._skips:
-            turn.count_skipped()
+            step.count_skipped()
         else:
-            self._finish(turn)
+            self._finish(step)
         norm = total_norm(self._norms) if self._measured is None else self._measured
         if norm is not None:
-            turn.optimizer._grad_norm = norm
-        self.end(turn.optimizer)
+            self.session.grad_norm = norm
+        self.end()
 
-    def end(self, optimizer: LowRank) -> None:
+    def end(self) -> None:
         """Forget what was measured and accumulated for a step, and put hooks where they lack.
 
         Gradients that `step()` itself has used are freed too: nothing may be added to them.
         """
         self._measured, self._skips = None, False
         self.discard()
-        for group in optimizer.param_groups:
+        for group in self.session.groups:
             for param in group["params"]:
                 param.grad = None
-        self.attach(optimizer)
+        self.attach(self.session)
 
-    def _finish(self, turn: Round) -> None:
+    def _finish(self, step: Step) -> None:
         work = []
-        for group, plan, entries in turn.groups:
+        for group, plan, entries in step.prepared.groups:
             jobs = []
-            for entry in (entry for entry in entries if entry.param not in turn.done):
+            for entry in (entry for entry in entries if entry.param not in step.done):
                 if entry.param.grad is not None and entry.param in self._sums:
-                    self._collect(turn, entry)
+                    self._collect(step, entry)
                 if entry.param.grad is not None or entry.param in self._sums:
-                    jobs.append(self._ready(job_of(turn, entry)))
+                    jobs.append(self._ready(job_of(step, entry)))
             work.append((group, plan, jobs))
-        turn.do(work)
+        step.do(work)
 
     def discard(self) -> None:
         """Forget gradients that were accumulated and not used."""
@@ -341,7 +348,7 @@ class InBackward:
 
 
 def check_settings(
-    optimizer: LowRank,
+    session: Session,
     accumulation_steps: int | Callable[[], bool],
     accumulate: str,
     max_norm: float | None,
@@ -358,11 +365,11 @@ def check_settings(
     if max_norm is not None and not (is_real(max_norm) and max_norm > 0):
         raise fail("", "max_norm", max_norm, "None or a number above 0")
     if accumulate == "projected":
-        for index, group in enumerate(optimizer.param_groups):
-            check_accumulable(index, group, optimizer)
+        for index, group in enumerate(session.groups):
+            check_accumulable(index, group, session.name)
 
 
-def check_accumulable(index: int, group: Group, optimizer: LowRank) -> None:
+def check_accumulable(index: int, group: Group, name: str) -> None:
     """Raise SettingError if a group's update needs more than the projected gradient."""
     plan = plan_of(group)
     want = plan.residual.want
@@ -370,14 +377,19 @@ def check_accumulable(index: int, group: Group, optimizer: LowRank) -> None:
     if group["rank"] is not None and (plan.feed.slots or want.low or want.norms):
         raise SettingError(
             f"accumulate='projected' does not go with {type(part).__name__} in group "
-            f"{index} of {type(optimizer).__name__}: its update needs the whole gradient, not the "
+            f"{index} of {name}: its update needs the whole gradient, not the "
             "projected one alone; choose accumulate='full', or GaLoreAdamW or DCTAdamW"
         )
 
 
-def job_of(turn: Round, entry: Entry) -> Job:
+def of(session: Session) -> InBackward | None:
+    """Return what steps parameters of an optimizer in the backward pass, if anything."""
+    return cast("InBackward | None", session.in_backward)
+
+
+def job_of(step: Step, entry: Entry) -> Job:
     """Return the job of a parameter; a gradient that is gone is zero."""
     param, grad = entry.param, entry.param.grad
     if grad is None and is_distributed(param):
         grad = torch.zeros_like(param)
-    return turn.single(entry, param.new_zeros(()).expand_as(param) if grad is None else grad)
+    return step.single(entry, param.new_zeros(()).expand_as(param) if grad is None else grad)

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..functional import Norms, Want
+from ..functional import Factor, Norms, Want
 from .kinds import Kind
 from .types import Group, Job, Matrix, Moments, Site, State, Update
 
@@ -73,8 +73,8 @@ class Projector(Protocol):
         device.
         """
 
-    def factor(self, state: State, site: Site) -> Tensor:
-        """Return P, `(..., cols, rank)`, or `(rank,)` integers: P is a choice of columns."""
+    def factor(self, state: State, site: Site) -> Factor:
+        """Return P, `(..., cols, rank)`; `(rank,)` integers for a choice of columns; or `UNIT`."""
 
     def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor | None:
         """Return where the columns of K subspaces were before, or -1; None if they are no subsets.

@@ -152,7 +152,7 @@ def load_moments(
         held: the moments as they lie in memory.
         rule: whose moments they are.
         dtype: of the arithmetic.
-        ops: who reads the 8-bit format, see `dispatch.formats`.
+        ops: who reads the 8-bit format, see `Site.ops`.
     """
     return {slot: load(moment, dtype, slot in rule.squares, ops) for slot, moment in held.items()}
 
@@ -176,7 +176,7 @@ def store_moments(
         noise: source of random bits.
         whole: whether they are those of a whole parameter.
         carried: whether they were carried into a new subspace, which draws bits of its own.
-        ops: who writes the 8-bit format and draws bits, see `dispatch.formats`.
+        ops: who writes the 8-bit format and draws bits, see `Site.ops`.
     """
     for place, (slot, value) in enumerate(moments.items()):
         kind = kind_of(place, len(moments), carried)

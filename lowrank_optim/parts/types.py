@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import functional
+from ..functional import Noise, Stored, stream_of
 from ..sharding.collectives import Team
 from ..sharding.layout import Layout
 from .kinds import COUNT, FLAG, Kind
@@ -34,24 +37,24 @@ class Shared:
     """
 
     def __init__(self) -> None:
-        self._kept: dict[Any, Tensor] = {}
+        self.kept: dict[Any, Tensor] = {}
         self._asked: set[Any] = set()
 
     def get(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """Return the tensor for `key`, made once."""
         self._asked.add(key)
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+        if key not in self.kept:
+            self.kept[key] = make()
+        return self.kept[key]
 
     def sweep(self) -> None:
         """Drop what was not asked for since the last sweep."""
-        self._kept = {key: kept for key, kept in self._kept.items() if key in self._asked}
+        self.kept = {key: kept for key, kept in self.kept.items() if key in self._asked}
         self._asked.clear()
 
     def tensors(self) -> list[Tensor]:
         """Return every tensor held now."""
-        return list(self._kept.values())
+        return list(self.kept.values())
 
 
 @dataclass(slots=True)
@@ -71,7 +74,8 @@ class Site:
         most: the largest rank, where it is chosen anew at each refresh.
         phase: updates by which its refreshes come later than those of others.
         shared: tensors common to several parameters.
-        kernels: whether kernels may be used, where there are any for the dtype.
+        launches: whether launches of kernels do the step.
+        ops: who codes moments, draws bits and scores columns: kernels, or plain torch.
         wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
         layout: which rows of the parameter this process holds, and how they are seen.
     """
@@ -89,7 +93,8 @@ class Site:
     most: int | None = None
     phase: int = 0
     shared: Shared = field(default_factory=Shared)
-    kernels: bool = False
+    launches: bool = False
+    ops: ModuleType = functional
     wanted: Tensor | None = None
     layout: Layout = field(default_factory=lambda: Layout(()))
 
@@ -163,3 +168,49 @@ class Matrix(NamedTuple):
 
 COUNTED: dict[str, Kind] = {"step": COUNT, "age": COUNT, "pending": FLAG, "unset": FLAG}
 """What is kept beside moments and what the parts of a plan own: updates, and what still waits."""
+
+
+Rates = tuple[float | Tensor, float | Tensor]
+"""Step size and decay, see `rates_of`."""
+
+
+def rates_of(group: Group) -> Rates:
+    """Return the step size, with its sign, and the decay: numbers, or 0-d tensors on a device."""
+    lr: float | Tensor = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = float(lr) if lr.device.type == "cpu" else lr.reshape(())
+    return lr if group["maximize"] else -lr, 1 - lr * group["weight_decay"]
+
+
+def age_of(job: Job, group: Group) -> int | Tensor:
+    """Return the number of gradients in the moments, this one included."""
+    age: Tensor = job.state["age" if "age" in job.state else "step"]
+    return age if group["capturable"] else int(age)
+
+
+def noise_of(job: Job, group: Group) -> Noise:
+    """Return the source of random bits of one parameter's step."""
+    step: Tensor = job.state["step"]
+    count = step if group["capturable"] else int(step)
+    return Noise(group["seed"], count, *stream_and_height(job))
+
+
+def stream_and_height(job: Job) -> tuple[int, int | None]:
+    """Return the last two numbers of a source of random bits for what is held of a parameter."""
+    layout = job.layout
+    return stream_of(job.position, layout.first_row), None if job.site is None else layout.rows
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """Return a vector, or a number, as a column: its rows are what processes share out."""
+    return x.view(-1, 1) if x.ndim < 2 else x
+
+
+def moment_in_rows(moment: Stored) -> Stored:
+    """Return the moment of a vector as a column; in 8 bits there is none of a vector."""
+    return in_rows(moment) if isinstance(moment, Tensor) else moment
+
+
+def rounds(param: Tensor, group: Group) -> bool:
+    """Return whether the weight is rounded stochastically."""
+    return group["stochastic_rounding"] and param.dtype == torch.bfloat16

@@ -18,8 +18,8 @@ from ..engine import launches as fused
 from ..engine import memory, update
 from ..engine.refresh import at_a_time, move_subspaces
 from ..engine.state import init_state, template
-from ..engine.step import Round
-from ..functional.views import oriented
+from ..functional import Factor
+from ..functional.factors import oriented
 from ..groups import param_groups
 from ..optimizer import LowRank, Params
 from ..parts.plan import Plan
@@ -153,9 +153,9 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
     bases = workspace = 0
     alone: dict[nn.Parameter, int] = {}
     moved: list[tuple[Job, Plan]] = []
-    for group, plan, entries in Round(optimizer).groups:
+    for group, plan, entries in optimizer._session.prepared().groups:
         kinds: dict[Hashable, list[Job]] = {}
-        for param, site, layout, _, _, position in entries:
+        for param, site, layout, _, _, position, _ in entries:
             if not param.requires_grad:
                 continue
             assert isinstance(param, nn.Parameter)
@@ -187,10 +187,10 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
         if plan.feed.slots:
             workspace = max(workspace, fed_workspace(everyone, group, plan))
     made = memory.shared_bytes(optimizer)
-    optimizer._shared.sweep()  # what a step of all has not asked for is dropped at its end
+    optimizer._session.shared.sweep()  # what a step of all has not asked for is dropped at its end
     for job, plan in moved:
         factor_of(job, plan)
-    optimizer._shared.sweep()
+    optimizer._session.shared.sweep()
     shared = memory.shared_bytes(optimizer)
     return Needs(
         moments=memory.predicted_bytes(optimizer) - bases,
@@ -216,7 +216,7 @@ def refresh_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
     return most
 
 
-def factor_of(job: Job, plan: Plan) -> torch.Tensor:
+def factor_of(job: Job, plan: Plan) -> Factor:
     """Return what a gradient is projected with."""
     return plan.projector.factor(job.state, site_of(job))
 

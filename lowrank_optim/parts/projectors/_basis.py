@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...functional import peaks, places_of, select_moment
+from ...functional import Factor, peaks, places_of, select_moment
 from ..kinds import UNIT, Kind
 from ..protocols import Rule
 from ..types import Group, Matrix, Moments, Site, State
@@ -54,7 +54,7 @@ class Basis:
         eye = torch.eye(site.cols, site.rank, dtype=dtype, device=site.device)
         return {"basis": eye.expand(*batch, -1, -1).clone()}
 
-    def factor(self, state: State, site: Site) -> Tensor:
+    def factor(self, state: State, site: Site) -> Factor:
         """Return P."""
         return self.basis(state, site)
 

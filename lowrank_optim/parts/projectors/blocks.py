@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...functional import generator
+from ...functional import UNIT, Factor, generator
 from ..kinds import Kind
 from ..protocols import Rule
 from ..types import Group, Matrix, Moments, Site, State
@@ -77,9 +77,11 @@ class Blocks:
     def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Do nothing: the turn follows from the step."""
 
-    def factor(self, state: State, site: Site) -> Tensor:
-        """Return all columns, or none."""
-        return torch.arange(self.width(site), device=site.device)
+    def factor(self, state: State, site: Site) -> Factor:
+        """Return `UNIT`, or no columns."""
+        if self.active(site):
+            return UNIT
+        return torch.empty(0, dtype=torch.int64, device=site.device)
 
     def places(self, before: Sequence[State], states: Sequence[State]) -> Tensor | None:
         """Return None: nothing is carried."""

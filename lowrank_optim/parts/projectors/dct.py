@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...engine.backend import dct_scores
+from ... import functional
 from ...functional import dct_basis
 from ..kinds import COLUMNS, Kind
 from ..types import Matrix, Site, State
@@ -79,7 +79,11 @@ class DCT(IndexTransport, Basis):
 
     def _scores(self, grads: Sequence[Tensor], site: Site) -> Tensor:
         """Return the scores of the columns, `(len(grads), cols)`, over all rows."""
-        scores = dct_scores(grads, self.norm, site)
+        ops, first = site.ops, grads[0]
+        if ops is not functional and not (first.numel() and ops.supports(site.cols, first.dtype)):
+            ops = functional
+        with functional.on_device(first.device):
+            scores: Tensor = ops.dct_scores(grads, self.norm)
         if self.norm == "l2" and site.team.parts:
             return site.team.sum_(scores.square_()).sqrt_()
         return site.team.sum_(scores)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...functional import UNIT, Factor
 from ..kinds import Kind
 from ..types import Matrix, Site, State
 from ._basis import Basis
@@ -40,7 +41,6 @@ class Identity(Basis):
     def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Do nothing: there is no other choice."""
 
-    def factor(self, state: State, site: Site) -> Tensor:
-        """Return all columns."""
-        key = ("columns", site.cols, site.device)
-        return site.shared.get(key, lambda: torch.arange(site.cols, device=site.device))
+    def factor(self, state: State, site: Site) -> Factor:
+        """Return `UNIT`."""
+        return UNIT

@@ -40,6 +40,18 @@ class Adam(Elementwise):
             grad, moments["exp_avg"], moments["exp_avg_sq"], count, beta1, beta2, group["eps"]
         )
 
+    def directions(
+        self,
+        grads: list[Tensor],
+        moments: list[Moments],
+        count: int | Tensor,
+        group: Group,
+    ) -> list[Tensor]:
+        """Do what `direction` does with several small gradients of one count."""
+        beta1, beta2 = group["betas"]
+        firsts, seconds = ([held[slot] for held in moments] for slot in self.slots)
+        return functional.adam_some(grads, firsts, seconds, count, beta1, beta2, group["eps"])
+
     def rotate(self, moments: Moments, rotation: Tensor, count: int, group: Group) -> None:
         """Carry both moments in place, see `functional.rotate_moments`."""
         functional.rotate_moments(

@@ -1,0 +1,309 @@
+"""What is derived from an optimizer and never saved: its groups as they are, and what is open."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..parts.checks import SettingError
+from ..parts.plan import Plan
+from ..parts.rank import AutoRank, rank_of
+from ..parts.types import Group, Shared, State
+from ..settings import CHECKS, RATES, check_keys, check_values, plan_of, translate
+from ..sharding.layout import Each
+from .members import Members, name_of
+from .refresh import Watch
+from .sites import Entry, plain_layout, sites_of
+from .state import wants
+
+Groups = list[dict[str, Any]]
+Seen = tuple[Any, ...]
+
+
+STRUCTURE = [key for key in CHECKS if key not in RATES]
+
+
+class Signature(NamedTuple):
+    """What tells whether a setting has been replaced since it was checked.
+
+    `rates` are numbers that nothing is derived from, `structure` is the rest and the keys there.
+    """
+
+    rates: list[Any]
+    structure: list[Any]
+
+
+def signature(group: Group) -> Signature:
+    """Return the signature of a group."""
+    structure = [known_by(group.get(key)) for key in STRUCTURE]
+    return Signature([known_by(group.get(key)) for key in RATES], [*group, *structure])
+
+
+def known_by(value: Any) -> Any:
+    """Return a value by which it is known again: itself if it is plain, else its address."""
+    return value if isinstance(value, (int, float, str, tuple, type(None))) else id(value)
+
+
+class Prepared:
+    """Checked groups, their plans, and an entry for each parameter.
+
+    Attributes:
+        groups: each with its plan and entries.
+        each: what the entries of their states are kept for.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        members: Members,
+        shared: Shared,
+        copies: Any,
+        states: Mapping[Any, State],
+        before: Prepared | None = None,
+    ) -> None:
+        """Check what has changed and derive the rest.
+
+        Args:
+            groups: of the optimizer.
+            members: its parameters.
+            shared: tensors common to several of them.
+            copies: the process group on whose members ordinary tensors are the same, or None.
+            states: by parameter.
+            before: what was derived from the groups as they were.
+        """
+        self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
+        self.each: list[Each] = []
+        self._signatures: list[Signature] = [] if before is None else before._signatures[:]
+        self._seen: list[list[Seen]] = []
+        self._lasts = True
+        position = 0
+        for index, group in enumerate(groups):
+            self._check(index, group)
+            plan, entries = plan_of(group), []
+            wanted = wants(group, plan)
+            self._lasts &= not isinstance(rank_of(group["rank"]), AutoRank)
+            for place, (param, site) in enumerate(sites_of(group, plan, shared, copies, states)):
+                position += 1
+                layout = plain_layout(param, group, plan) if site is None else site.layout
+                member = members[param]
+                member.look(param, wanted)
+                entries.append(Entry(param, site, layout, index, place, position, member))
+            self.groups.append((group, plan, entries))
+            self.each.append(plan.each(group))
+            self._seen.append([seen(entry.param) for entry in entries])
+        stagger(self.groups)
+
+    def _check(self, index: int, group: dict[str, Any]) -> None:
+        """Check a group whose settings are not those of before."""
+        known = self._signatures[index : index + 1]
+        if known != [signature(group)]:
+            where = f" in group {index}"
+            translate(group, where)
+            check_keys(group, where)
+            check_values(group, where, least_lr=-math.inf)
+            self._signatures[index:] = [signature(group), *self._signatures[index + 1 :]]
+
+    @cached_property
+    def entries(self) -> dict[Tensor, Entry]:
+        """Every parameter's entry."""
+        return {entry.param: entry for _, _, entries in self.groups for entry in entries}
+
+    def entry_of(self, param: Tensor) -> Entry:
+        """Return the entry of a parameter; raise SettingError if the optimizer has none."""
+        entry = self.entries.get(param)
+        if entry is None:
+            raise SettingError(
+                f"a parameter of shape {tuple(param.shape)} is in no group of this optimizer: add "
+                "it with add_param_group"
+            )
+        return entry
+
+    def name(self, entry: Entry) -> str:
+        """Return what to call a parameter in a message."""
+        return name_of(self.groups[entry.group][0], entry.group, entry.place)
+
+    def keeps_up(self, groups: Groups) -> bool:
+        """Return whether all still holds; check numbers that have changed.
+
+        Ranks that are chosen follow from states, and so never do.
+        """
+        return (
+            self._lasts
+            and len(groups) == len(self.groups)
+            and all(self.group_keeps_up(index, groups) for index in range(len(groups)))
+            and all(
+                [seen(param) for param in group["params"]] == known
+                for group, known in zip(groups, self._seen, strict=True)
+            )
+        )
+
+    def group_keeps_up(self, index: int, groups: Groups) -> bool:
+        """Return whether what is derived from a group still holds; check numbers that changed.
+
+        That a parameter was put in the place of another does not show.
+        """
+        group, _, entries = self.groups[index]
+        if len(groups) != len(self.groups) or groups[index] is not group:
+            return False
+        now, before = signature(group), self._signatures[index]
+        if len(group["params"]) != len(entries) or now.structure != before.structure:
+            return False
+        if now.rates != before.rates:
+            check_values(group, f" in group {index}", least_lr=-math.inf)
+            self._signatures[index] = signature(group)
+        return True
+
+
+def seen(param: Tensor) -> Seen:
+    """Return what of a parameter decides how it is worked on."""
+    return (id(param), param.requires_grad, param.dtype, param.device, param.shape)
+
+
+def stagger(groups: list[tuple[dict[str, Any], Plan, list[Entry]]]) -> None:
+    """Spread the refreshes of all matrices whose subspaces are learnt over their intervals."""
+    sites = [
+        entry.site
+        for group, plan, entries in groups
+        for entry in entries
+        if plan.projector.learns and group["stagger"] and not group["capturable"]
+        if entry.site is not None and entry.param.requires_grad
+    ]
+    for place, site in enumerate(sites):
+        site.phase = place * site.gap // len(sites)
+
+
+class OpenStep(Protocol):
+    """A step under way, see `step.Step`."""
+
+    done: set[Tensor]
+
+    def close(self) -> None:
+        """End it."""
+
+
+class InBackward(Protocol):
+    """What steps parameters inside the backward pass, see `layerwise.hooks`."""
+
+    projects: bool
+
+    def discard(self) -> None:
+        """Forget gradients that were accumulated and not used."""
+
+
+class Session:
+    """What steps, checkpoints, reports and hooks of one optimizer share; a copy starts a new one.
+
+    The optimizer is held weakly, so that its state is freed with it.
+
+    Attributes:
+        process_group: the processes on which ordinary tensors are the same, None for one.
+        shared: tensors common to several parameters.
+        members: the parameters, by themselves.
+        watch: which matrices may still wait for their subspace.
+        open: the step under way, where parameters are stepped one by one.
+        in_backward: what steps them in the backward pass, if anything.
+        grad_norm: of all gradients of the last step in the backward pass.
+    """
+
+    def __init__(self, optimizer: Optimizer, process_group: Any = None) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.process_group = process_group
+        self.shared = Shared()
+        self.members = Members()
+        self.watch = Watch()
+        self.open: OpenStep | None = None
+        self.in_backward: InBackward | None = None
+        self.grad_norm: Tensor | None = None
+        self._prepared: Prepared | None = None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer."""
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return optimizer
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Its groups."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict[Any, dict[str, Any]]:
+        """Its state, by parameter."""
+        return self.optimizer.state
+
+    @property
+    def name(self) -> str:
+        """What its class is called."""
+        return type(self.optimizer).__name__
+
+    def note_members(self) -> None:
+        """Take note of what has been changed in the groups from outside."""
+        self.members.note(self.groups, self.optimizer.defaults)
+
+    def prepared(self) -> Prepared:
+        """Return the groups as they are now, checked, with what follows from their settings."""
+        groups = self.groups
+        if self._prepared is None or not self._prepared.keeps_up(groups):
+            self.note_members()
+            self.members.check(groups)
+            self._prepared = self._derived()
+        return self._prepared
+
+    def prepared_for(self, param: Tensor) -> Prepared:
+        """Return the same, where no more is looked at than the group of one parameter."""
+        known = self._prepared
+        entry = None if known is None else known.entries.get(param)
+        if known is None or entry is None or not known.group_keeps_up(entry.group, self.groups):
+            return self.prepared()
+        return known
+
+    def _derived(self) -> Prepared:
+        copies, before = self.process_group, self._prepared
+        return Prepared(self.groups, self.members, self.shared, copies, self.state, before)
+
+    def loaded(self) -> None:
+        """Forget what was derived from states, which have been replaced."""
+        self._prepared = None
+        self.members.forget_fits()
+        self.end_step()
+        self.recall_norm()
+
+    def note_norm(self) -> None:
+        """Write the norm of the last step where it is saved."""
+        for group in self.groups:
+            group["grad_norm"] = None if self.grad_norm is None else float(self.grad_norm)
+
+    def recall_norm(self) -> None:
+        """Take the norm of the last step from where `note_norm` has put it."""
+        norm = self.groups[0]["grad_norm"] if self.groups else None
+        self.grad_norm = None
+        if norm is not None:
+            self.grad_norm = torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+    def end_step(self) -> None:
+        """End a step under way, and forget gradients that were accumulated for it."""
+        if self.open is not None:
+            self.open.close()
+        if self.in_backward is not None:
+            self.in_backward.discard()
+
+
+def session_of(optimizer: Optimizer, what: str = "this is for") -> Session:
+    """Return the session of one of our optimizers.
+
+    Raises:
+        TypeError: the optimizer is none of ours; `what` says what needs one.
+    """
+    session = getattr(optimizer, "_session", None)
+    if not isinstance(session, Session):
+        raise TypeError(f"{what} a LowRank, not a {type(optimizer).__name__}")
+    return session

@@ -16,7 +16,7 @@ from ..parts.checks import SettingError
 from ..parts.plan import Plan
 from ..parts.rank import AutoRank, rank_of
 from ..parts.types import Group, Shared, State
-from ..settings import CHECKS, RATES, check_keys, check_values, plan_of, translate
+from ..settings import CHECKS, DERIVED, RATES, check_values, placed, plan_of
 from ..sharding.layout import Each
 from .members import Members, name_of
 from .refresh import Watch
@@ -27,28 +27,32 @@ Groups = list[dict[str, Any]]
 Seen = tuple[Any, ...]
 
 
-STRUCTURE = [key for key in CHECKS if key not in RATES]
+STRUCTURE = [key for key in (*CHECKS, *DERIVED) if key not in RATES]
+PARAMS = ("params", "param_names")
+PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
+"""Types whose values are known again by themselves, others by their addresses."""
 
 
 class Signature(NamedTuple):
     """What tells whether a setting has been replaced since it was checked.
 
-    `rates` are numbers that nothing is derived from, `structure` is the rest and the keys there.
+    `values` are all settings, `structure` is what more than a number of a step follows from: some
+    of them, the keys that there are, and which of them are None.
     """
 
-    rates: list[Any]
+    values: dict[str, Any]
     structure: list[Any]
 
 
 def signature(group: Group) -> Signature:
     """Return the signature of a group."""
-    structure = [known_by(group.get(key)) for key in STRUCTURE]
-    return Signature([known_by(group.get(key)) for key in RATES], [*group, *structure])
-
-
-def known_by(value: Any) -> Any:
-    """Return a value by which it is known again: itself if it is plain, else its address."""
-    return value if isinstance(value, (int, float, str, tuple, type(None))) else id(value)
+    values = {
+        key: value if type(value) in PLAIN else id(value)
+        for key, value in group.items()
+        if key not in PARAMS
+    }
+    absent = [key for key, value in group.items() if value is None]
+    return Signature(values, [*group, None, *absent, None, *map(values.get, STRUCTURE)])
 
 
 class Prepared:
@@ -66,7 +70,8 @@ class Prepared:
         shared: Shared,
         copies: Any,
         states: Mapping[Any, State],
-        before: Prepared | None = None,
+        signatures: dict[int, Signature],
+        defaults: Group,
     ) -> None:
         """Check what has changed and derive the rest.
 
@@ -76,11 +81,12 @@ class Prepared:
             shared: tensors common to several of them.
             copies: the process group on whose members ordinary tensors are the same, or None.
             states: by parameter.
-            before: what was derived from the groups as they were.
+            signatures: those of the groups as they were last checked, by place, kept up to date.
+            defaults: settings of the constructor.
         """
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
         self.each: list[Each] = []
-        self._signatures: list[Signature] = [] if before is None else before._signatures[:]
+        self._signatures, self._defaults = signatures, defaults
         self._seen: list[list[Seen]] = []
         self._lasts = True
         position = 0
@@ -102,13 +108,17 @@ class Prepared:
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
         """Check a group whose settings are not those of before."""
-        known = self._signatures[index : index + 1]
-        if known != [signature(group)]:
-            where = f" in group {index}"
-            translate(group, where)
-            check_keys(group, where)
+        known, now, where = self._signatures.get(index), signature(group), f" in group {index}"
+        if known == now:
+            return
+        if known is not None and known.structure == now.structure:
             check_values(group, where, least_lr=-math.inf)
-            self._signatures[index:] = [signature(group), *self._signatures[index + 1 :]]
+        else:
+            found = placed(group, where, self._defaults, known.values if known else {})
+            check_values(found, where, least_lr=-math.inf)
+            group.clear()
+            group.update(found)
+        self._signatures[index] = signature(group)
 
     @cached_property
     def entries(self) -> dict[Tensor, Entry]:
@@ -155,7 +165,7 @@ class Prepared:
         now, before = signature(group), self._signatures[index]
         if len(group["params"]) != len(entries) or now.structure != before.structure:
             return False
-        if now.rates != before.rates:
+        if now.values != before.values:
             check_values(group, f" in group {index}", least_lr=-math.inf)
             self._signatures[index] = signature(group)
         return True
@@ -222,6 +232,7 @@ class Session:
         self.in_backward: InBackward | None = None
         self.grad_norm: Tensor | None = None
         self._prepared: Prepared | None = None
+        self._signatures: dict[int, Signature] = {}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -255,7 +266,11 @@ class Session:
         if self._prepared is None or not self._prepared.keeps_up(groups):
             self.note_members()
             self.members.check(groups)
-            self._prepared = self._derived()
+            self._prepared = None  # signatures go on also where a group is refused
+            self._prepared = Prepared(
+                groups, self.members, self.shared, self.process_group, self.state,
+                self._signatures, self.optimizer.defaults,
+            )  # fmt: skip
         return self._prepared
 
     def prepared_for(self, param: Tensor) -> Prepared:
@@ -266,9 +281,18 @@ class Session:
             return self.prepared()
         return known
 
-    def _derived(self) -> Prepared:
-        copies, before = self.process_group, self._prepared
-        return Prepared(self.groups, self.members, self.shared, copies, self.state, before)
+    def note_checked(self, index: int) -> None:
+        """Note that a group has been checked as it is."""
+        self._signatures[index] = signature(self.groups[index])
+
+    def placed(self, groups: Groups) -> Groups:
+        """Return copies of the groups, or of what is saved of them, with numbers in place."""
+        defaults, found = self.optimizer.defaults, []
+        for index, group in enumerate(groups):
+            known = self._signatures.get(index)
+            where = f" in group {index}"
+            found.append(placed(group, where, defaults, known.values if known else {}))
+        return found
 
     def loaded(self) -> None:
         """Forget what was derived from states, which have been replaced."""

@@ -39,7 +39,7 @@ def is_real(value: Any) -> bool:
 
 def is_count(value: Any) -> bool:
     """Return whether a value is an int of at least 1."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def text_of(part: Any, without: Container[str] = ()) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from .checks import SettingError, fail, is_count, is_real, read_text, text_of
 
 Part = TypeVar("Part")
 
 
-class Number(NamedTuple):
+@dataclass(frozen=True)
+class Number:
     """A number that a part reads from its group, under the key that `numbers` of the part gives.
 
     Attributes:
@@ -36,46 +38,43 @@ class Number(NamedTuple):
             raise fail(where, key, value, self.wanted)
         return None if value is None else self.kind(value)
 
+    @classmethod
+    def decay(cls, field: str, also: tuple[str, ...] = ()) -> Number:
+        """Return the declaration of what an average keeps, in [0, 1)."""
+        wanted = "a number from 0 and below 1"
+        return cls(field, wanted, lambda x: is_real(x) and 0 <= x < 1, also=also)
 
-def decay(field: str, also: tuple[str, ...] = ()) -> Number:
-    """Return the declaration of a share that stays of an average, in [0, 1)."""
-    return Number(
-        field, "a number from 0 and below 1", lambda x: is_real(x) and 0 <= x < 1, also=also
-    )
+    @classmethod
+    def share(cls, field: str) -> Number:
+        """Return the declaration of a share, in [0, 1]."""
+        return cls(field, "a number in [0, 1]", lambda x: is_real(x) and 0 <= x <= 1)
 
+    @classmethod
+    def portion(cls, field: str, derived: bool = False) -> Number:
+        """Return the declaration of a share above 0, in (0, 1]."""
+        wanted = "a number in (0, 1]"
+        return cls(field, wanted, lambda x: is_real(x) and 0 < x <= 1, derived=derived)
 
-def share(field: str) -> Number:
-    """Return the declaration of a share, in [0, 1]."""
-    return Number(field, "a number in [0, 1]", lambda x: is_real(x) and 0 <= x <= 1)
+    @classmethod
+    def factor(cls, field: str, also: tuple[str, ...] = ()) -> Number:
+        """Return the declaration of a finite factor of at least 0."""
+        return cls(field, "a number from 0", lambda x: is_real(x) and 0 <= x < math.inf, also=also)
 
+    @classmethod
+    def growth(cls, field: str) -> Number:
+        """Return the declaration of a largest growth a step, None for no limit."""
+        wanted = "None or a number of at least 1"
+        return cls(field, wanted, lambda x: x is None or (is_real(x) and x >= 1))
 
-def portion(field: str, derived: bool = False) -> Number:
-    """Return the declaration of a share above 0, in (0, 1]."""
-    return Number(
-        field, "a number in (0, 1]", lambda x: is_real(x) and 0 < x <= 1, derived=derived
-    )
+    @classmethod
+    def count(cls, field: str) -> Number:
+        """Return the declaration of a count of at least 1."""
+        return cls(field, "an int of at least 1", is_count, int)
 
-
-def factor(field: str, also: tuple[str, ...] = ()) -> Number:
-    """Return the declaration of a finite factor of at least 0."""
-    finite = float("inf")
-    return Number(field, "a number from 0", lambda x: is_real(x) and 0 <= x < finite, also=also)
-
-
-def growth(field: str) -> Number:
-    """Return the declaration of a largest growth a step, None for no limit."""
-    wanted = "None or a number of at least 1"
-    return Number(field, wanted, lambda x: x is None or (is_real(x) and x >= 1))
-
-
-def count(field: str) -> Number:
-    """Return the declaration of a count of at least 1."""
-    return Number(field, "an int of at least 1", is_count, int)
-
-
-def choice(field: str) -> Number:
-    """Return the declaration of a boolean."""
-    return Number(field, "True or False", lambda x: isinstance(x, bool), bool)
+    @classmethod
+    def choice(cls, field: str) -> Number:
+        """Return the declaration of a boolean."""
+        return cls(field, "True or False", lambda x: isinstance(x, bool), bool)
 
 
 def numbers_of(part: Any) -> Mapping[str, Number]:
@@ -115,17 +114,5 @@ def said_by(setting: Any, part: Any) -> dict[str, Any]:
 def with_numbers(part: Part, group: Mapping[str, Any]) -> Part:
     """Return a part with the numbers that a group has for it."""
     numbers = numbers_of(part).items()
-    return replace(part, **{n.field: group[key] for key, n in numbers if key in group})  # type: ignore[type-var]
-
-
-def with_structure(part: Part, group: Mapping[str, Any]) -> Part:
-    """Return a part whose numbers are None where those of a group are, and only there.
-
-    That decides what is kept in a state; values do not.
-    """
-    changes = {
-        number.field: group[key]
-        for key, number in numbers_of(part).items()
-        if key in group and (group[key] is None) != (getattr(part, number.field) is None)
-    }
-    return replace(part, **changes) if changes else part  # type: ignore[type-var]
+    values = {number.field: group[key] for key, number in numbers if key in group}
+    return replace(part, **values) if values else part  # type: ignore[type-var]

@@ -56,6 +56,17 @@ class Plan:
         return {key: number for part in parts for key, number in numbers_of(part).items()}
 
     @cached_property
+    def optional(self) -> dict[str, bool]:
+        """The numbers that may be None, which changes what is kept, and whether they are here."""
+        parts = (self.feed, self.rule, self.projector, self.residual)
+        return {
+            key: getattr(part, number.field) is None
+            for part in parts
+            for key, number in numbers_of(part).items()
+            if number.good(None)
+        }
+
+    @cached_property
     def plain_numbers(self) -> dict[str, Number]:
         """Those that are read for parameters which are not projected."""
         return dict(numbers_of(self.rule.plain))

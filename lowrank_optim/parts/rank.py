@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..functional.views import Shape, is_wide, matrix_shape
 from .checks import SettingError, made_from
-from .numbers import Number, check_numbers, portion, with_numbers
+from .numbers import Number, check_numbers, with_numbers
 
 MIN_DIM = 128
 """Default of `min_dim`, as of optax's Adafactor (`min_dim_size_to_factor`): on shorter matrices a
@@ -83,9 +83,9 @@ class AutoRank:
     least: float = 1 / 16
     most: float = 1 / 2
     numbers: ClassVar[Mapping[str, Number]] = {
-        "rank_share": portion("share"),
-        "rank_least": portion("least", derived=True),
-        "rank_most": portion("most", derived=True),
+        "rank_share": Number.portion("share"),
+        "rank_least": Number.portion("least", derived=True),
+        "rank_most": Number.portion("most", derived=True),
     }
 
     def __post_init__(self) -> None:

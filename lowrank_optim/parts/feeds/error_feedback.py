@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...functional import reach
-from ..numbers import Number, check_numbers, decay
+from ..numbers import Number, check_numbers
 from ..protocols import Carried, Fed
 from ..types import Group, Moments
 
@@ -44,7 +44,7 @@ class ErrorFeedback:
     on_refresh: ClassVar[tuple[str, ...] | None] = None
     full: ClassVar[bool] = False
     captures: ClassVar[bool] = True
-    numbers: ClassVar[Mapping[str, Number]] = {"keep": decay("keep", also=("momentum",))}
+    numbers: ClassVar[Mapping[str, Number]] = {"keep": Number.decay("keep", also=("momentum",))}
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -58,4 +58,5 @@ class ErrorFeedback:
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:
         """Return (1 - keep) A P."""
-        return low * (1 - group["keep"])
+        keep: float = group["keep"]
+        return low * (1 - keep)

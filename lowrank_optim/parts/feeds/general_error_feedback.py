@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..numbers import Number, decay, share
+from ..numbers import Number
 from ..protocols import Carried, Fed
 from ..types import Group, Moments
 from .error_feedback import ErrorFeedback
@@ -40,7 +40,10 @@ class GeneralErrorFeedback(ErrorFeedback):
     rho: float = 0.908
     needs: ClassVar[tuple[str, ...]] = ("exp_avg",)
     captures: ClassVar[bool] = False
-    numbers: ClassVar[Mapping[str, Number]] = {"keep": decay("keep"), "rho": share("rho")}
+    numbers: ClassVar[Mapping[str, Number]] = {
+        "keep": Number.decay("keep"),
+        "rho": Number.share("rho"),
+    }
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
         """Return A, B and A + b1 / (1 - b1) M P^T."""

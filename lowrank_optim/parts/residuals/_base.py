@@ -10,7 +10,7 @@ from torch import Tensor
 from ...functional import Norms
 from ..kinds import NORM, Kind
 from ..limiter import limiter_state
-from ..numbers import Number, check_numbers, growth
+from ..numbers import Number, check_numbers
 from ..types import Group, Site, State
 
 
@@ -44,7 +44,7 @@ class Limited(Stateless):
 
     limiter: float | None
     kinds: ClassVar[Mapping[str, Kind]] = {"residual_norm": NORM}
-    numbers: ClassVar[Mapping[str, Number]] = {"limiter": growth("limiter")}
+    numbers: ClassVar[Mapping[str, Number]] = {"limiter": Number.growth("limiter")}
 
     def __post_init__(self) -> None:
         check_numbers(self)

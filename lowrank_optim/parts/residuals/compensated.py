@@ -13,7 +13,7 @@ from torch import Tensor
 from ...functional import Norms, Want, inverse
 from ..kinds import NOT_NEGATIVE, Kind
 from ..limiter import first_norm, limit
-from ..numbers import Number, decay, factor
+from ..numbers import Number
 from ..types import Group, Site, State, Update
 from ._base import Limited
 
@@ -52,8 +52,8 @@ class Compensated(Limited):
     kinds: ClassVar[Mapping[str, Kind]] = {**Limited.kinds, "residual_sq": NOT_NEGATIVE}
     numbers: ClassVar[Mapping[str, Number]] = {
         **Limited.numbers,
-        "compensation": factor("factor", also=("factor",)),
-        "beta": decay("beta"),
+        "compensation": Number.factor("factor", also=("factor",)),
+        "beta": Number.decay("beta"),
     }
 
     @property

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...functional import Norms, Want
-from ..numbers import Number, check_numbers, factor
+from ..numbers import Number, check_numbers
 from ..types import Group, Site, State, Update
 from ._base import Stateless
 
@@ -35,7 +35,7 @@ class StateFree(Stateless):
 
     form: str = "sign"
     scale: float = 1.0
-    numbers: ClassVar[Mapping[str, Number]] = {"state_free_scale": factor("scale")}
+    numbers: ClassVar[Mapping[str, Number]] = {"state_free_scale": Number.factor("scale")}
 
     def __post_init__(self) -> None:
         if self.form not in ("sign", "sgd", "none"):

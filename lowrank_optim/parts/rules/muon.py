@@ -14,7 +14,7 @@ from torch import Tensor
 from ...functional import newton_schulz
 from ...sharding.whole_matrices import of_whole_matrices
 from ..kinds import NOT_NEGATIVE, Kind
-from ..numbers import Number, check_numbers, choice, count, decay
+from ..numbers import Number, check_numbers
 from ..types import Group, Job, Moments, Site, State
 from ._matrix import OfMatrices, zeros
 
@@ -50,7 +50,7 @@ class Orthogonal(OfMatrices):
 
     length: str = "original"
     iterations: int = 5
-    numbers: ClassVar[Mapping[str, Number]] = {"iterations": count("iterations")}
+    numbers: ClassVar[Mapping[str, Number]] = {"iterations": Number.count("iterations")}
 
     def __post_init__(self) -> None:
         if self.length not in LENGTHS:
@@ -65,9 +65,7 @@ class Orthogonal(OfMatrices):
         size = self.size(jobs[0])
         return [factor.mul_(size) for factor in factors.unbind()]
 
-    def orthogonal(
-        self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group
-    ) -> Tensor:
+    def orthogonal(self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group) -> Tensor:
         """Return NS(R) of all matrices, `(len(jobs), ..., rows, rank)`."""
         dtype = directions[0].dtype
         products = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -111,8 +109,8 @@ class Muon(Orthogonal):
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
     numbers: ClassVar[Mapping[str, Number]] = {
         **Orthogonal.numbers,
-        "momentum": decay("momentum"),
-        "nesterov": choice("nesterov"),
+        "momentum": Number.decay("momentum"),
+        "nesterov": Number.choice("nesterov"),
     }
 
     def direction(

@@ -14,7 +14,7 @@ from ...functional import inverse
 from ...sharding.collectives import Team
 from ..kinds import NORM, NOT_NEGATIVE, Kind
 from ..limiter import first_norm, limit, limiter_state
-from ..numbers import Number, check_numbers, count, decay, growth
+from ..numbers import Number, check_numbers
 from ..types import Group, Job, Site, State, site_of
 from ._matrix import OfMatrices, zeros
 
@@ -59,9 +59,9 @@ class RowColumnScaled(OfMatrices):
         "update_norm": NORM,
     }
     numbers: ClassVar[Mapping[str, Number]] = {
-        "beta": decay("beta"),
-        "iterations": count("iterations"),
-        "limiter": growth("limiter"),
+        "beta": Number.decay("beta"),
+        "iterations": Number.count("iterations"),
+        "limiter": Number.growth("limiter"),
     }
 
     def __post_init__(self) -> None:

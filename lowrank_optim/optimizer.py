@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from .engine import memory
 from .engine.members import check_param, name_alike, named
 from .engine.session import Session
 from .engine.step import is_rehearsal, open_step
-from .layerwise import api, hooks
+from .layerwise import api
 from .layerwise.hooks import InBackward, check_accumulable
 from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
@@ -248,7 +248,7 @@ class LowRank(Optimizer):
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         """Do what `step` says."""
         session, loss = self._session, None
-        layerwise = hooks.of(session)
+        layerwise = cast("InBackward | None", session.in_backward)
         if layerwise is not None:
             layerwise.look_for_clipping(closure)
         if closure is not None:

@@ -218,7 +218,7 @@ def without_numbers(key: str, part: Any) -> str:
 
 
 def placed(
-    group: Group, where: str, defaults: Group, before: Group | None = None
+    group: Group, where: str, defaults: Group, before: Sequence[Group] = ()
 ) -> dict[str, Any]:
     """Return a group with the keys of ours, and the numbers of its parts beside them.
 
@@ -230,14 +230,14 @@ def placed(
         group: complete but for numbers.
         where: names it in a message.
         defaults: the constructor's settings.
-        before: numbers that were in their places when the group was last looked at. One of them
-            that is there unchanged has not been asked for: it gives way to what a new part says,
-            and goes with a part that is gone.
+        before: what this group, or those that it may come from, had when they were last looked at.
+            A number that is there unchanged has not been asked for: it gives way to what a new part
+            says, and goes with a part that is gone.
 
     Raises:
         SettingError: a number that is said twice and not alike, or that nothing in the group reads.
     """
-    group, before = dict(group), before or {}
+    group = dict(group)
     translate(group, where)
     for key in WITH_NUMBERS:
         group[key] = CHECKS[key](key, group[key], where)
@@ -245,7 +245,7 @@ def placed(
     read = {key: each for _, _, part in parts for key, each in numbers_of(part).items()}
 
     def asked(key: str) -> bool:
-        return key in group and not (key in before and before[key] == group[key])
+        return key in group and not any(key in old and old[key] == group[key] for old in before)
 
     for key, each in read.items():
         for other in set(each.also) & group.keys() - read.keys():
@@ -262,7 +262,7 @@ def placed(
             made = part_of(setting, defaults[setting])
             alike = (made, getattr(made, "plain", None))
             source = next((other for other in alike if type(other) is type(part)), part)
-        elif before.get(setting, id(value)) == id(value):  # it stays, and its numbers are placed
+        elif not before or any(old.get(setting) is value for old in before):
             said = {}
         for key, each in numbers_of(part).items():
             if key in said:
@@ -300,7 +300,7 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
         plan, asked = plan_of(group), rank_asked(group)
     except ValueError as error:
         raise SettingError(f"{error}{where}") from None
-    for key, each in numbers_in(plan, asked).items():
+    for key, each in numbers_in(group).items():
         if key in group:
             group[key] = each.check(key, group[key], where)
     if group["capturable"] and not plan.projector.captures:
@@ -318,7 +318,7 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
         check_auto(plan, where)
     elif group["state_budget"] is not None and asked is not None:
         raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={asked}')
-    if plan.projector.whole and not plan.projector.everything and isinstance(asked, int):
+    if plan.takes_turns and isinstance(asked, int):
         raise fail(where, "rank", asked, "a float in (0, 1], the share of matrices that are active")
     if group.get("foreach") and group.get("fused"):
         raise SettingError(f"foreach=True and fused=True{where}: take one of them, or neither")
@@ -326,8 +326,9 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
         raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
 
 
-def numbers_in(plan: Plan, rank: Any) -> dict[str, Number]:
+def numbers_in(group: Group) -> dict[str, Number]:
     """Return the numbers that the steps of a group read, by key."""
+    plan, rank = plan_of(group), rank_of(group["rank"])
     if rank is None:
         return plan.plain_numbers
     return {**plan.numbers, **plan.plain_numbers, **numbers_of(rank)}
@@ -429,7 +430,7 @@ def described(group: Group) -> dict[str, str]:
     }
 
 
-def kind_of(text: str) -> str:
+def class_in(text: str) -> str:
     """Return the name in a text of `text_of`: what decides the meaning of the state."""
     return text.partition("(")[0]
 

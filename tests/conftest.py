@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ranks import Ranks
+from helpers.ranks import Ranks
 
 torch.set_num_threads(1)
 HAS_GPU = torch.cuda.is_available()

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..parts.rank import rank_asked
 from ..parts.types import Group
-from ..settings import CHECKS, described, numbers_in, plan_of
+from ..settings import CHECKS, described, numbers_in
 
 COUNTS = ("skipped_steps",)
 """What is among the settings and counts steps: a checkpoint has more of them."""
@@ -37,7 +36,7 @@ def news(groups: Sequence[Group], saved: Sequence[Group], live: Sequence[str]) -
 
 def from_checkpoint(own: Group, saved: Group, live: Sequence[str]) -> Iterator[str]:
     """Yield the settings that were others here."""
-    numbers = numbers_in(plan_of(own), rank_asked(own))
+    numbers = numbers_in(own)
     known = "initial_lr" in own or "initial_lr" in saved
     scheduled = (*SCHEDULED, *numbers) if known else ()
     for key in (*CHECKS, *numbers):

@@ -157,10 +157,10 @@ def state_of(pair: Pair) -> State:
     for key in ("step", "age"):
         if key in state:
             state[key].fill_(count)
-    turned = site is not None and site.layout.wide
+    transposed = site is not None and site.layout.wide
     dtype = compute_dtype(param.dtype)
     moments = {
-        slot: oriented(repr(slot), name, theirs[slot], turned, shape_of(state, slot)).to(dtype)
+        slot: oriented(repr(slot), name, theirs[slot], transposed, shape_of(state, slot)).to(dtype)
         for slot in plan.rule.slots
     }
     if site is not None:
@@ -172,7 +172,7 @@ def state_of(pair: Pair) -> State:
             state["drawn"] = max(0, count - 1) // site.gap * site.gap
         else:
             basis, ours = theirs["projector"].ortho_matrix, state["basis"]
-            ours.copy_(oriented("the basis", name, basis, not turned, ours.shape))
+            ours.copy_(oriented("the basis", name, basis, not transposed, ours.shape))
             state["pending"] = 0
             state["unset"].fill_(False)
         norm = float(values_of("the limiter's norm", theirs.get(pair.package.norm, 0.0), True))
@@ -182,13 +182,13 @@ def state_of(pair: Pair) -> State:
             state["residual_norm"].fill_(norm)
     noise = Noise(pair.group["seed"], count, stream_of(pair.position))
     held = moments_of(state, plan.rule.slots)
-    store_moments(held, moments, plan.rule, noise, whole=site is None)
+    store_moments(held, moments, plan.rule, noise, plain=site is None)
     return state
 
 
-def oriented(what: str, name: str, value: Tensor, turned: bool, wanted: torch.Size) -> Tensor:
-    """Return a tensor of theirs as it lies here, turned or not; raise if its shape is another."""
-    value = value.mT if turned and value.ndim > 1 else value
+def oriented(what: str, name: str, value: Tensor, transposed: bool, wanted: torch.Size) -> Tensor:
+    """Return a tensor of theirs as it lies here; raise if its shape is another."""
+    value = value.mT if transposed and value.ndim > 1 else value
     if value.shape != wanted:
         raise SettingError(
             f"{what} of {name} has shape {tuple(value.shape)} in the checkpoint and "

@@ -15,7 +15,7 @@ from ..engine.sites import sites_of
 from ..functional.views import Shape
 from ..parts.checks import SettingError, is_real
 from ..parts.plan import Plan
-from ..parts.rank import rank_asked, subspace_of
+from ..parts.rank import subspace_of
 from ..parts.types import Group
 from ..settings import (
     CHECKS,
@@ -23,8 +23,8 @@ from ..settings import (
     STRUCTURE,
     check_keys,
     check_values,
+    class_in,
     described,
-    kind_of,
     numbers_in,
     plan_of,
 )
@@ -140,13 +140,13 @@ def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
 def check_structure(group: Group, saved: Group, index: int) -> None:
     """Raise SettingError if a group of a checkpoint was made with other parts than ours."""
     for key, value in described(group).items():
-        if key in saved and kind_of(str(saved[key])) != kind_of(value):
+        if key in saved and class_in(str(saved[key])) != class_in(value):
             raise SettingError(
                 f"the checkpoint was made with {key}={saved[key]} in group {index}, this "
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
-    plan, numbers = plan_of(group), numbers_in(plan_of(group), rank_asked(group))
+    plan, numbers = plan_of(group), numbers_in(group)
     for key in (key for key in plan.optional if key in numbers and key in saved):
         if (saved[key] is None) != (group[key] is None):
             raise SettingError(

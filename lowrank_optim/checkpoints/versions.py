@@ -8,7 +8,7 @@ from typing import Any
 from ..parts.checks import SettingError
 from ..parts.numbers import said_by
 from ..parts.types import Group
-from ..settings import WITH_NUMBERS, kind_of, part_of, without_numbers
+from ..settings import WITH_NUMBERS, class_in, part_of, without_numbers
 
 STATE_VERSION = 2
 """Version of the layout of a state; a number in every group of a checkpoint.
@@ -46,7 +46,7 @@ def current(saved: Mapping[str, Any], group: Group) -> dict[str, Any]:
     if version_of(saved) == 1:
         for key in WITH_NUMBERS:
             part, text = part_of(key, group[key]), saved.get(key)
-            if isinstance(text, str) and kind_of(text) == type(part).__qualname__:
+            if isinstance(text, str) and class_in(text) == type(part).__qualname__:
                 found.update(said_by(text, part))
                 found[key] = without_numbers(key, part)
     if "state_version" in found:

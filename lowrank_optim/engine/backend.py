@@ -116,17 +116,16 @@ LAUNCHES = {
 def missing(plan: Plan, projected: bool) -> str | None:
     """Return what has no kernels, or None where there are launches that do the step."""
     rule = plan.rule if projected else plan.rule.plain
+    what = PLAIN if not projected else WHOLE if plan.projector.whole else PART
+    if not any(known[0] is type(rule) for known in LAUNCHES):
+        return f"no kernel for the rule {type(rule).__name__}"
     if projected and plan.feed.slots:
         return f"no kernel for the feed {type(plan.feed).__name__}"
-    what = PLAIN if not projected else WHOLE if plan.projector.whole else PART
-    key = (type(rule), type(plan.storage), what)
-    if key in LAUNCHES:
-        return None
-    if any(known[::2] == (type(rule), what) for known in LAUNCHES):
-        return f"no kernel for moments stored as {type(plan.storage).__name__}"
-    if any(known[0] is type(rule) for known in LAUNCHES):
+    if not any(known[::2] == (type(rule), what) for known in LAUNCHES):
         return f"no kernel for the projector {type(plan.projector).__name__}"
-    return f"no kernel for the rule {type(rule).__name__}"
+    if (type(rule), type(plan.storage), what) not in LAUNCHES:
+        return f"no kernel for moments stored as {type(plan.storage).__name__}"
+    return None
 
 
 @cache

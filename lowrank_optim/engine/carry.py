@@ -8,17 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..functional import BLOCK, Noise, on_device, row_chunks
+from ..functional import BLOCK, CARRIED, Noise, on_device, row_chunks
 from ..parts.plan import Plan
-from ..parts.storage import (
-    kind_of,
-    load_moments,
-    moments_of,
-    rows_of,
-    shape_of,
-    store_moments,
-    stored,
-)
+from ..parts.storage import load_moments, moments_of, rows_of, shape_of, store_moments, stored
 from ..parts.types import Group, Job, Site, State, site_of, stream_and_height
 from .adaptive_rank import padded
 
@@ -26,14 +18,14 @@ from .adaptive_rank import padded
 class Moved(NamedTuple):
     """A parameter whose subspace has moved: what its projector kept before, and keeps now.
 
-    `turns` says whether its moments turn with the subspace; else the first columns stay as they
+    `rotates` says whether its moments rotate with the subspace; else the first columns stay as they
     are.
     """
 
     job: Job
     old: State
     new: State
-    turns: bool
+    rotates: bool
 
 
 def carry(moved: list[Moved], group: Group, plan: Plan) -> None:
@@ -55,7 +47,7 @@ def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
     held = [moments_of(each.job.state, plan.slots) for each in moved]
     eight = [[x for x in some.values() if not isinstance(x, Tensor)] for some in held]
     if not all(
-        each.turns
+        each.rotates
         and len(some) == len(plan.slots)
         and some[0][0].shape[-1] == site_of(each.job).rank
         for each, some in zip(moved, eight, strict=True)
@@ -65,11 +57,11 @@ def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
     if places is None:
         return False
     noises = [noise_before(each.job, group) for each in moved]
-    ops, count = site_of(moved[0].job).ops, len(plan.slots)
+    ops = site_of(moved[0].job).ops
     with on_device(places.device):
         for place, slot in enumerate(plan.slots):
             moments, square = [some[place] for some in eight], slot in plan.rule.squares
-            ops.move_columns(moments, places, square, noises, kind_of(place, count, True))
+            ops.move_columns(moments, places, square, noises, CARRIED[place])
     return True
 
 
@@ -79,7 +71,7 @@ def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
     The rank may be another than before: then what is missing of either subspace counts as zero, and
     the moments are others in the state.
     """
-    job, old, new, turns = moved
+    job, old, new, rotates = moved
     site, rule, noise = site_of(job), plan.rule, noise_before(job, group)
     held = kept = moments_of(job.state, plan.slots)
     *batch, count, rank = shape_of(job.state, plan.slots[0])
@@ -100,7 +92,7 @@ def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
         moments = load_moments(some, rule, site.dtype, ops)
         if rank != site.rank:
             moments = {slot: pad(moment, (0, most - rank)) for slot, moment in moments.items()}
-        if turns:
+        if rotates:
             plan.projector.transport(rule, moments, old, new, site, group)
         here = noise._replace(stream=noise.stream + rows.start)
         moments = {slot: moment[..., : site.rank] for slot, moment in moments.items()}

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..functional import Factor, Noise, bits_of, lift_, load, store
+from ..functional import FED, Factor, Noise, bits_of, lift_, load, store
 from ..parts.plan import Plan
 from ..parts.protocols import Carried
 from ..parts.storage import stored
@@ -17,9 +17,6 @@ from .two_phase import batches
 
 AT_ONCE = 1 << 23
 """Elements of gradients that are fed at once."""
-
-KIND = 5
-"""The first kind of random bits that stored slots take, see `functional.Noise`."""
 
 
 def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
@@ -41,12 +38,12 @@ def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]
     for job in jobs:
         held = {slot: load_whole(job, slot) for slot in plan.feed.slots}
         made = plan.feed.feed(grad_of(job), held, carried_by(job, plan), group)
-        lessons.append(job._replace(grad=turned(made.lesson, job)))
-        others.append(job._replace(grad=turned(made.grad, job), kept=made.kept))
+        lessons.append(job._replace(grad=as_it_lies(made.lesson, job)))
+        others.append(job._replace(grad=as_it_lies(made.grad, job), kept=made.kept))
     return lessons, others
 
 
-def turned(matrix: Tensor, job: Job) -> Tensor:
+def as_it_lies(matrix: Tensor, job: Job) -> Tensor:
     """Return a matrix that is seen with the projected axis last as the parameter lies."""
     return matrix.mT if job.layout.wide else matrix
 
@@ -78,4 +75,4 @@ def keep(job: Job, taken: Tensor | None, factor: Factor, noise: Noise) -> None:
     for place, (slot, value) in enumerate((job.kept or {}).items()):
         if taken is not None:
             lift_(value, taken, factor, scale=-1.0)
-        store(stored(job.state, slot), value, False, partial(bits_of, noise, KIND + place, value))
+        store(stored(job.state, slot), value, False, partial(bits_of, noise, FED[place], value))

@@ -56,7 +56,7 @@ class Part(NamedTuple):
     residual: dict[str, Tensor]
 
 
-class Whole(NamedTuple):
+class PlainPart(NamedTuple):
     """One parameter that is not projected."""
 
     param: Tensor
@@ -74,7 +74,7 @@ def begin(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
         matrix, view = oriented(job.param, job.layout.wide)
         copy = matrix if matrix.data_ptr() != job.param.data_ptr() else None
         for part in parts_of(job, view, copy, group, plan):
-            parts.setdefault(kind_of(part), []).append(part)
+            parts.setdefault(launch_of(part), []).append(part)
     room = at_once(jobs)
     for alike in parts.values():
         part = alike[0]
@@ -128,7 +128,7 @@ def piece_of(moment: Stored, place: int) -> Stored:
     return moment[0][place], moment[1][place]
 
 
-def kind_of(part: Part) -> Hashable:
+def launch_of(part: Part) -> Hashable:
     """Return what the matrices of one launch have in common, on all processes if they are cut."""
     tensors = (part.param, part.grad)
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
@@ -237,7 +237,7 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """Do one step of parameters that are not projected."""
-    parts: dict[Hashable, list[Whole]] = {}
+    parts: dict[Hashable, list[PlainPart]] = {}
     for job in jobs:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
@@ -247,8 +247,8 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             param, grad = in_rows(param), in_rows(grad)
             exp_avg, exp_avg_sq = moment_in_rows(exp_avg), moment_in_rows(exp_avg_sq)
         kind = (param.shape, param.dtype, grad.dtype, param.device, forms, counted)
-        whole = Whole(param, grad, exp_avg, exp_avg_sq, count, noise)
-        parts.setdefault(kind, []).append(whole)
+        part = PlainPart(param, grad, exp_avg, exp_avg_sq, count, noise)
+        parts.setdefault(kind, []).append(part)
     for alike in parts.values():
         params, grads, firsts, seconds, counts, noises = map(list, zip(*alike, strict=True))
         with on_device(alike[0].param.device):

@@ -39,9 +39,10 @@ def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
     It does at the first one, then every `gap` updates, each matrix in a phase of its own. A
     block's turn may also end between.
     """
-    if plan.slots and shape_of(state, plan.slots[0])[-1] != plan.projector.width(site):
+    if site.step == 0 or (site.step - site.phase) % site.gap == 0:
         return True
-    return site.step == 0 or (site.step - site.phase) % site.gap == 0
+    moves = plan.takes_turns and plan.slots
+    return bool(moves) and shape_of(state, plan.slots[0])[-1] != plan.projector.width(site)
 
 
 def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
@@ -68,8 +69,10 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
         for job in jobs:
             if is_due(site_of(job), job.state, group, plan):
                 due.append(job)
-            elif is_tried_again(job):
+            elif job.state.get("pending") and is_tried_again(job):
                 late.append(job)
+    if not due and not late:
+        return []
     for part in together(due, plan):
         move(part, group, plan)
     for part in together(late, plan):
@@ -146,11 +149,11 @@ def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
     for (job, matrix), old, new, rank in zip(part, before, moved, ranks, strict=True):
         same = rank == matrix.site.rank
         matrix.site.rank = rank
-        turns = plan.on_refresh == "rotate" and matrix.site.step > 0
+        rotates = plan.on_refresh == "rotate" and matrix.site.step > 0
         if plan.on_refresh == "reset":
             reset(job, plan, matrix.site)
-        elif plan.slots and (turns or not same):
-            carried.append(Moved(job, old, new, turns))
+        elif plan.slots and (rotates or not same):
+            carried.append(Moved(job, old, new, rotates))
     carry(carried, group, plan)
 
 
@@ -216,18 +219,23 @@ def set_steps(jobs: list[Job]) -> None:
     Counts that live on a device are read there, all at once: the one wait of a step with
     `capturable` outside a capture. A capture reads nothing.
     """
-    projected = [job for job in jobs if job.site is not None]
-    distant = [job for job in projected if job.state["step"].device.type != "cpu"]
+    distant: list[Job] = []
+    for job in jobs:
+        if job.site is not None:
+            step = job.state["step"]
+            if step.device.type == "cpu":
+                job.site.step = int(step)
+            else:
+                distant.append(job)
+    if not distant:
+        return
     counts: dict[int, float] = {}
-    if distant and not capturing():
+    if not capturing():
         home = distant[0].state["step"].device
         steps = torch.stack([job.state["step"].to(home) for job in distant]).tolist()
         counts = {job.position: step for job, step in zip(distant, steps, strict=True)}
-    for job in projected:
-        if job.state["step"].device.type == "cpu":
-            site_of(job).step = int(job.state["step"])
-        else:
-            site_of(job).step = int(counts.get(job.position, 1))
+    for job in distant:
+        site_of(job).step = int(counts.get(job.position, 1))
 
 
 class Watch:

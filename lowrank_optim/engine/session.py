@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from ..parts.checks import SettingError
 from ..parts.plan import Plan
 from ..parts.rank import AutoRank, rank_of
 from ..parts.types import Group, Shared, State
-from ..settings import CHECKS, DERIVED, RATES, check_values, placed, plan_of
+from ..settings import CHECKS, DERIVED, RATES, check_values, numbers_in, placed, plan_of
 from ..sharding.layout import Each
 from .members import Members, name_of
 from .refresh import Watch
@@ -27,32 +28,61 @@ Groups = list[dict[str, Any]]
 Seen = tuple[Any, ...]
 
 
-STRUCTURE = [key for key in (*CHECKS, *DERIVED) if key not in RATES]
-PARAMS = ("params", "param_names")
-PLAIN = frozenset({bool, int, float, str, tuple, type(None)})
-"""Types whose values are known again by themselves, others by their addresses."""
+STRUCTURE = [key for key in CHECKS if key not in RATES]
+rates_in, structure_of = itemgetter(*RATES), itemgetter(*STRUCTURE)
+
+
+PLAIN = frozenset({bool, int, float, type(None)})
+"""Types of numbers, which are known again by themselves; what else is there is by its address."""
 
 
 class Signature(NamedTuple):
     """What tells whether a setting has been replaced since it was checked.
 
-    `values` are all settings, `structure` is what more than a number of a step follows from: some
-    of them, the keys that there are, and which of them are None.
+    `rates` are numbers that nothing is derived from, `numbers` those of the parts, `structure` is
+    the rest and `keys` the keys there.
     """
 
-    values: dict[str, Any]
-    structure: list[Any]
+    rates: Any
+    structure: Any
+    keys: list[str]
+    numbers: dict[str, Any]
+
+    def derives(self, other: Signature) -> bool:
+        """Return whether what is derived from one holds for the other, which differs in numbers."""
+        if self.numbers == other.numbers:
+            return True
+        pairs = zip(self.numbers.values(), other.numbers.values(), strict=True)
+        sites = any(self.numbers.get(key) != other.numbers.get(key) for key in DERIVED)
+        return not sites and all((one is None) == (two is None) for one, two in pairs)
 
 
-def signature(group: Group) -> Signature:
-    """Return the signature of a group."""
-    values = {
-        key: value if type(value) in PLAIN else id(value)
-        for key, value in group.items()
-        if key not in PARAMS
-    }
-    absent = [key for key, value in group.items() if value is None]
-    return Signature(values, [*group, None, *absent, None, *map(values.get, STRUCTURE)])
+def signature(group: Group, read: Iterable[str]) -> Signature | None:
+    """Return the signature of a group; None where a setting has been taken out.
+
+    Args:
+        group: the settings.
+        read: numbers that its parts read.
+    """
+    try:
+        held = [(key, group[key]) for key in read]
+        numbers = {key: x if type(x) in PLAIN else id(x) for key, x in held}
+        return Signature(rates_in(group), structure_of(group), list(group), numbers)
+    except KeyError:
+        return None
+
+
+def signed(group: Group) -> Signature:
+    """Return the signature of a group that has been checked."""
+    found = signature(group, numbers_in(group))
+    assert found is not None
+    return found
+
+
+def had(known: Mapping[int, Signature], index: int) -> list[dict[str, Any]]:
+    """Return what a group had when it was last checked; what all groups had, for a new one."""
+    some = [known[index]] if index in known else known.values()
+    return [{**dict(zip(STRUCTURE, one.structure, strict=True)), **one.numbers} for one in some]
 
 
 class Prepared:
@@ -70,7 +100,7 @@ class Prepared:
         shared: Shared,
         copies: Any,
         states: Mapping[Any, State],
-        signatures: dict[int, Signature],
+        known: dict[int, Signature],
         defaults: Group,
     ) -> None:
         """Check what has changed and derive the rest.
@@ -81,12 +111,12 @@ class Prepared:
             shared: tensors common to several of them.
             copies: the process group on whose members ordinary tensors are the same, or None.
             states: by parameter.
-            signatures: those of the groups as they were last checked, by place, kept up to date.
+            known: signatures of the groups as they were last checked, by place; kept up to date.
             defaults: settings of the constructor.
         """
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
         self.each: list[Each] = []
-        self._signatures, self._defaults = signatures, defaults
+        self._known, self._defaults = known, defaults
         self._seen: list[list[Seen]] = []
         self._lasts = True
         position = 0
@@ -103,22 +133,23 @@ class Prepared:
                 entries.append(Entry(param, site, layout, index, place, position, member))
             self.groups.append((group, plan, entries))
             self.each.append(plan.each(group))
-            self._seen.append([seen(entry.param) for entry in entries])
+            self._seen.append(list(map(seen, group["params"])))
         stagger(self.groups)
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
         """Check a group whose settings are not those of before."""
-        known, now, where = self._signatures.get(index), signature(group), f" in group {index}"
-        if known == now:
+        known, where = self._known.get(index), f" in group {index}"
+        now = None if known is None else signature(group, known.numbers)
+        if known is not None and known == now:
             return
-        if known is not None and known.structure == now.structure:
+        if known is not None and now is not None and known[1:3] == now[1:3]:
             check_values(group, where, least_lr=-math.inf)
         else:
-            found = placed(group, where, self._defaults, known.values if known else {})
+            found = placed(group, where, self._defaults, had(self._known, index))
             check_values(found, where, least_lr=-math.inf)
             group.clear()
             group.update(found)
-        self._signatures[index] = signature(group)
+        self._known[index] = signed(group)
 
     @cached_property
     def entries(self) -> dict[Tensor, Entry]:
@@ -144,15 +175,14 @@ class Prepared:
 
         Ranks that are chosen follow from states, and so never do.
         """
-        return (
-            self._lasts
-            and len(groups) == len(self.groups)
-            and all(self.group_keeps_up(index, groups) for index in range(len(groups)))
-            and all(
-                [seen(param) for param in group["params"]] == known
-                for group, known in zip(groups, self._seen, strict=True)
-            )
-        )
+        if not self._lasts or len(groups) != len(self.groups):
+            return False
+        for index, group in enumerate(groups):
+            if not self.group_keeps_up(index, groups):
+                return False
+            if list(map(seen, group["params"])) != self._seen[index]:
+                return False
+        return True
 
     def group_keeps_up(self, index: int, groups: Groups) -> bool:
         """Return whether what is derived from a group still holds; check numbers that changed.
@@ -162,18 +192,20 @@ class Prepared:
         group, _, entries = self.groups[index]
         if len(groups) != len(self.groups) or groups[index] is not group:
             return False
-        now, before = signature(group), self._signatures[index]
-        if len(group["params"]) != len(entries) or now.structure != before.structure:
+        before = self._known[index]
+        now = signature(group, before.numbers)
+        if now is None or now[1:3] != before[1:3] or not before.derives(now):
             return False
-        if now.values != before.values:
-            check_values(group, f" in group {index}", least_lr=-math.inf)
-            self._signatures[index] = signature(group)
+        if len(group["params"]) != len(entries):
+            return False
+        if now != before:
+            self._check(index, group)
         return True
 
 
 def seen(param: Tensor) -> Seen:
     """Return what of a parameter decides how it is worked on."""
-    return (id(param), param.requires_grad, param.dtype, param.device, param.shape)
+    return id(param), param.requires_grad, param.dtype, param.device, param.shape
 
 
 def stagger(groups: list[tuple[dict[str, Any], Plan, list[Entry]]]) -> None:
@@ -232,7 +264,7 @@ class Session:
         self.in_backward: InBackward | None = None
         self.grad_norm: Tensor | None = None
         self._prepared: Prepared | None = None
-        self._signatures: dict[int, Signature] = {}
+        self._known: dict[int, Signature] = {}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -266,10 +298,10 @@ class Session:
         if self._prepared is None or not self._prepared.keeps_up(groups):
             self.note_members()
             self.members.check(groups)
-            self._prepared = None  # signatures go on also where a group is refused
+            self._prepared = None  # what was checked stays known, also where a group is refused
             self._prepared = Prepared(
                 groups, self.members, self.shared, self.process_group, self.state,
-                self._signatures, self.optimizer.defaults,
+                self._known, self.optimizer.defaults,
             )  # fmt: skip
         return self._prepared
 
@@ -283,16 +315,15 @@ class Session:
 
     def note_checked(self, index: int) -> None:
         """Note that a group has been checked as it is."""
-        self._signatures[index] = signature(self.groups[index])
+        self._known[index] = signed(self.groups[index])
 
     def placed(self, groups: Groups) -> Groups:
         """Return copies of the groups, or of what is saved of them, with numbers in place."""
-        defaults, found = self.optimizer.defaults, []
-        for index, group in enumerate(groups):
-            known = self._signatures.get(index)
-            where = f" in group {index}"
-            found.append(placed(group, where, defaults, known.values if known else {}))
-        return found
+        defaults, known = self.optimizer.defaults, self._known
+        return [
+            placed(group, f" in group {index}", defaults, had(known, index))
+            for index, group in enumerate(groups)
+        ]
 
     def loaded(self) -> None:
         """Forget what was derived from states, which have been replaced."""

@@ -130,10 +130,10 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
 
     Keys that belong to no part of any method are a wrapper's own, and left alone.
     """
-    turns: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
+    at_times: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
     if site is not None:
         site = replace(site, step=max(0, int(state.get("step", 0)) - 1))
-        turns = plan.slots if plan.projector.whole and not plan.projector.everything else ()
+        at_times = plan.slots if plan.takes_turns else ()
     wanted = template(param, site, group, plan)
     if strange := [key for key in state if key not in wanted and key in owned()]:
         return f"{strange[0]!r} belongs to another method in"
@@ -145,7 +145,7 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
         if not isinstance(like, Tensor):
             continue
         home = counter if key in ("step", "age") else param.device
-        axes = -1 if key.partition(".")[0] in turns else None
+        axes = -1 if key.partition(".")[0] in at_times else None
         for what, there, here in (
             ("shape", tuple(held.shape[:axes]), tuple(like.shape[:axes])),
             ("dtype", held.dtype, like.dtype),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,9 @@ from .update import step_plain, step_projected
 
 Work = list[tuple[dict[str, Any], Plan, list[Job]]]
 """The jobs of each group."""
+
+States = dict[Any, dict[str, Any]]
+"""The state of an optimizer, by parameter."""
 
 
 class Step:
@@ -46,12 +48,13 @@ class Step:
 
     def check_all(self) -> None:
         """Check every parameter that has a gradient."""
+        states = self.session.state
         for _, _, entries in self.prepared.groups:
             for entry in entries:
                 if entry.param.grad is not None:
-                    self.check(entry)
+                    self.check(entry, states)
 
-    def check(self, entry: Entry) -> None:
+    def check(self, entry: Entry, states: States | None = None) -> None:
         """Raise RuntimeError for a gradient or a parameter that cannot be stepped."""
         param, site, layout, index, _, _, member = entry
         group, plan, _ = self.prepared.groups[index]
@@ -68,7 +71,7 @@ class Step:
             raise RuntimeError(f"{self.name(entry)} has a complex gradient")
         if member.piece is not None:
             raise flat_error(self.name(entry), member.piece)
-        state = self.session.state.get(param)
+        state = (self.session.state if states is None else states).get(param)
         if site is not None and (group["impl"] == "triton" or param.device.type != "cpu"):
             prepare(site, plan, group, here(param), here(grad))
         if not state:
@@ -98,6 +101,8 @@ class Step:
     def is_skipped(self) -> bool:
         """Return whether a watched gradient is not finite, and count it."""
         watched = [entries for group, _, entries in self.prepared.groups if group["skip_nonfinite"]]
+        if not watched:
+            return False
         seen = [e for entries in watched for e in entries if e.param.grad is not None]
         if not seen:
             return False
@@ -132,26 +137,27 @@ class Step:
         """Create what state is missing, where a gradient is required, and return what is to do."""
         self.session.watch.read()
         work = []
+        states = self.session.state
         for group, plan, entries in self.prepared.groups:
-            jobs = [self.job(entry, entry.param.grad) for entry in entries]
+            jobs = [self.job(entry, entry.param.grad, states) for entry in entries]
             here = [job for job in jobs if job is not None]
             set_steps(here)
             work.append((group, plan, here))
         return work
 
-    def job(self, entry: Entry, grad: Tensor | None) -> Job | None:
+    def job(self, entry: Entry, grad: Tensor | None, states: States | None = None) -> Job | None:
         """Create the state of a parameter if it lacks one, and return what there is to do, if any.
 
         Its site does not know yet how many updates there were, see `set_steps`.
         """
         param, site, layout, index, _, position, member = entry
-        state = self.session.state.get(param)
-        local = None
+        states = self.session.state if states is None else states
+        state, local = states.get(param), None
         if not state and (param.requires_grad or grad is not None):
             group, plan, _ = self.prepared.groups[index]
             local = layout.local(param)
             fresh = init_state(local, site, group, plan, param.numel())
-            state = self.session.state[param] = {}
+            state = states[param] = {}
             layout.view(state, self.prepared.each[index]).update(fresh)
             member.fits = tensors_of(state)
         if grad is None or state is None:
@@ -180,20 +186,22 @@ class Step:
         """Do the steps of some parameters."""
         with without_autocast(work):
             for group, plan, jobs in work:
-                if projected := [job for job in jobs if job.site is not None]:
+                projected = [job for job in jobs if job.site is not None]
+                if projected:
                     self.waiting += step_projected(projected, group, plan)
-                if plain := [job for job in jobs if job.site is None]:
-                    step_plain(plain, group, plan)
+                if len(projected) < len(jobs):
+                    step_plain([job for job in jobs if job.site is None], group, plan)
                 for job in jobs:
                     if job.layout.moves:
                         job.layout.write_back(job.leaf, job.param)
-                self.done.update(job.leaf for job in jobs)
+                    self.done.add(job.leaf)
 
     def close(self) -> None:
         """End the step."""
         session = self.session
         session.watch.read()
-        session.watch = Watch(self.waiting)
+        if self.waiting:
+            session.watch = Watch(self.waiting)
         if session.shared.kept:
             session.shared.sweep()
         session.open = None
@@ -226,15 +234,16 @@ def tensors_of(state: State) -> list[int]:
     return [id(value) for value in state.values() if isinstance(value, Tensor)]
 
 
-@contextmanager
-def without_autocast(work: Work) -> Iterator[None]:
+def without_autocast(work: Work) -> AbstractContextManager[Any]:
     """Compute in the dtypes that are written, as torch's optimizers do, also under autocast."""
-    devices = {job.param.device.type for _, _, jobs in work for job in jobs}
-    with ExitStack() as stack:
-        for device in devices:
-            if device != "meta" and torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
+    devices = {job.param.device.type for _, _, jobs in work for job in jobs} - {"meta"}
+    under_way = [device for device in devices if torch.is_autocast_enabled(device)]
+    if not under_way:
+        return nullcontext()
+    stack = ExitStack()
+    for device in under_way:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def is_rehearsal(work: Work) -> bool:

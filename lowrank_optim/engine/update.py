@@ -6,22 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..functional import (
-    NEAR,
-    WEIGHT,
     Factor,
     Norms,
-    bits_of,
-    compute_dtype,
     down,
     down_some,
     lift_write,
     load,
-    round_into_,
-    row_chunks,
     row_norms,
 )
 from ..functional.factors import oriented
@@ -34,8 +27,7 @@ from ..parts.types import (
     Moments,
     Rates,
     age_of,
-    in_rows,
-    moment_in_rows,
+    count,
     noise_of,
     rates_of,
     rounds,
@@ -43,13 +35,15 @@ from ..parts.types import (
 )
 from ..sharding.collectives import ALONE
 from . import launches
-from .backend import codecs, refusal
+from .backend import refusal
 from .feed import fed, keep, servings
+from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, portions, run
 
-WHOLE = 1 << 24
+MATRICES_AT_ONCE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""
+
 
 FEW = 1 << 18
 """Elements of gradients from which on parameters are stepped one by one.
@@ -79,8 +73,11 @@ def step_together(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     shared = [job for job in jobs if job.layout.team is not ALONE]
     for part in portions(jobs, group, plan) if shared else [jobs]:
         with_kernels, others = divided(part)
-        if others:
+        if others and shared:
             run(begin_eagerly(others, group, plan))
+        elif others:
+            for _ in begin_eagerly(others, group, plan):
+                raise AssertionError("nobody else holds rows, so nothing waits")
         if with_kernels:
             run(launches.begin(with_kernels, group, plan))
     return waiting
@@ -103,13 +100,6 @@ def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Waiting]]:
 def shares(x: Tensor, y: Tensor) -> bool:
     """Return whether two tensors lie in the same memory, as a projection by the identity does."""
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
-
-
-def count(jobs: list[Job]) -> None:
-    """Count the update of some parameters."""
-    counts = [job.state[key] for job in jobs for key in ("step", "age") if key in job.state]
-    if counts:
-        torch._foreach_add_(counts, 1)
 
 
 def divided(jobs: list[Job]) -> tuple[list[Job], list[Job]]:
@@ -147,16 +137,17 @@ def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
     Yields what is left of those of whose rows others hold some, as soon as it waits for a sum.
     """
     rates = rates_of(group)
-    corrections: dict[Any, float | Tensor] = {}
     for some in together_whole(jobs, plan) if plan.rule.whole else few_together(jobs):
         begun = begin(some, group, plan)
         if plan.rule.whole:
             made = plan.rule.complete([each.direction for each in begun], some, group)
             begun = [each._replace(direction=n) for each, n in zip(begun, made, strict=True)]
             del made
+        if len(begun) > 1 and write_together(begun, rates, group, plan):
+            continue
         begun.reverse()
         while begun:  # what is done is let go of before the next
-            half = ended(begun.pop(), rates, corrections, group, plan)
+            half = ended(begun.pop(), rates, group, plan)
             if half is not None:
                 yield half
 
@@ -185,7 +176,7 @@ def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
         for same in alike(some):
             layout = same[0].layout
             size = layout.rows * width * layout.matrices
-            count = max(1, WHOLE // max(1, size)) * min(layout.team.size, ABREAST)
+            count = max(1, MATRICES_AT_ONCE // max(1, size)) * min(layout.team.size, ABREAST)
             for start in range(0, len(same), count):
                 yield same[start : start + count]
 
@@ -198,9 +189,13 @@ def begin(jobs: list[Job], group: Group, plan: Plan) -> list[Begun]:
     moments: list[Moments] = []
     stored_otherwise: list[tuple[int, Held]] = []
     for place, job in enumerate(jobs):
-        state, site = job.state, site_of(job)
-        if not [s for s in slots if s not in state or state[s].dtype != site.dtype]:
-            moments.append({slot: state[slot] for slot in slots})
+        state, site, held_here = job.state, site_of(job), {}
+        for slot in slots:
+            moment = state.get(slot)
+            if moment is not None and moment.dtype == site.dtype:
+                held_here[slot] = moment
+        if len(held_here) == len(slots):
+            moments.append(held_here)
             continue
         held = moments_of(state, slots)
         moments.append(load_moments(held, rule, site.dtype, site.ops))
@@ -254,34 +249,62 @@ def directions_of(
     ]
 
 
-def ended(
-    begun: Begun, rates: Rates, corrections: dict[Any, Any], group: Group, plan: Plan
-) -> Half | None:
-    """Do what is left of a step, the residual's sums and the write, or return it to wait.
+def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -> bool:
+    """Write several parameters whose updates have the same factors; return whether that was so.
 
-    Args:
-        begun: the step.
-        rates: of the group.
-        corrections: `Rule.uncorrected` by count, of those asked for so far.
-        group, plan: its own.
+    It is for updates that need no norms, and for what is written as it lies.
     """
+    want, jobs = plan.residual.want, [each.job for each in begun]
+    first = begun[0]
+    odd = [
+        each
+        for each in begun
+        if each.job.kept is not None
+        or each.job.param.ndim > 3
+        or isinstance(each.age, Tensor)
+        or each.age != first.age
+    ]
+    if want.norms or odd or plan.rule.whole:
+        return False
+    uncorrected = plan.rule.uncorrected(first.age, group)
+    updates = [
+        plan.residual.update(None, None, job.state, site_of(job), group, uncorrected)
+        for job in jobs
+    ]
+    if [update for update in updates if update != updates[0]]:
+        return False
+    noises = [noise_of(job, group) for job in jobs] if group["stochastic_rounding"] else None
+    lift_write(
+        [oriented(job.param, job.layout.wide)[1] for job in jobs],
+        [grad_of(job) for job in jobs],
+        [each.factor for each in begun],
+        [each.low for each in begun] if want.low else None,
+        [each.direction for each in begun] if want.direction else None,
+        updates[0],
+        *rates,
+        noises,
+    )
+    return True
+
+
+def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
+    """Do what is left of a step, the residual's sums and the write, or return it to wait."""
     job, want = begun.job, plan.residual.want
     grad, site = grad_of(job), site_of(job)
     norms = None
     if want.norms:
         norms = Norms(*(row_norms(x, site.dtype) for x in (grad, begun.low, begun.direction)))
-    kept = begun.low.unsqueeze(0) if want.low else None
-    moved = begun.direction.unsqueeze(0) if want.direction else None
+    kept = [begun.low] if want.low else None
+    moved = [begun.direction] if want.direction else None
     _, factor, _, _, taken, age = begun
     del begun
-    sums = plan.residual.sums(norms, job.state, site, group)
+    sums = plan.residual.sums(norms, job.state, site, group) if want.norms else None
 
     def finish(sums: Tensor | None) -> None:
         if sums is not None and grad.ndim == 2:
             sums = sums[0]
-        if age not in corrections:
-            corrections[age] = plan.rule.uncorrected(age, group)
-        update = plan.residual.update(norms, sums, job.state, site, group, corrections[age])
+        uncorrected = plan.rule.uncorrected(age, group)
+        update = plan.residual.update(norms, sums, job.state, site, group, uncorrected)
         if want.norms:
             update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
         matrix, view = oriented(job.param, job.layout.wide)
@@ -312,7 +335,7 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     What the rule cannot do whole is done by a kernel, or here in the dtype of the arithmetic, some
     rows at a time.
     """
-    undone = plan.rule.plain.step_plain(jobs, group)
+    undone = plan.plain.step_plain(jobs, group)
     count(undone)
     with_kernels = []
     for job in undone:
@@ -323,32 +346,3 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             step_plain_eagerly(job, group, plan)
     if with_kernels:
         launches.step_plain(with_kernels, group, plan)
-
-
-def step_plain_eagerly(job: Job, group: Group, plan: Plan) -> None:
-    """Do one step of a parameter that is not projected, in plain torch."""
-    param, rule, dtype = in_rows(job.param), plan.rule.plain, compute_dtype(job.param.dtype)
-    noise, count = noise_of(job, group), age_of(job, group)
-    step_size, decay = rates_of(group)
-    grad = in_rows(job.grad)
-    whole = moments_of(job.state, rule.slots)
-    stored = {slot: moment_in_rows(moment) for slot, moment in whole.items()}
-    length, ops = param.shape[0], codecs(plan, group, job.param, job.grad)
-    for rows in row_chunks(length, NEAR * (param.numel() // max(1, length))):
-        here = noise._replace(stream=noise.stream + rows.start)
-        held = {slot: part_of(moment, rows) for slot, moment in stored.items()}
-        moments = load_moments(held, rule, dtype, ops)
-        direction = rule.direction(grad[rows].to(dtype), moments, count, group)
-        store_moments(held, moments, rule, here, whole=True, ops=ops)
-        target = param[rows]
-        out = target.to(dtype).mul_(decay).add_(direction * step_size)
-        round_into_(
-            target, out, bits_of(here, WEIGHT, target, True) if rounds(param, group) else None
-        )
-
-
-def part_of(moment: Any, rows: slice) -> Any:
-    """Return some rows of a stored moment."""
-    if isinstance(moment, Tensor):
-        return moment[rows]
-    return tuple(piece[rows] for piece in moment)

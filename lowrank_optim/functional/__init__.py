@@ -16,7 +16,8 @@ from .blockwise import (
     square_map,
 )
 from .cosine import dct, dct_scores
-from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_
+from .draws import CARRIED, EXP_AVG, EXP_AVG_SQ, FED, MOMENTS, WEIGHT
+from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_, reach
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
 from .moments import (
     adam,
@@ -36,15 +37,11 @@ from .products import (
     peaks,
     product,
     product_t,
-    reach,
     row_chunks,
     row_norms,
     usable,
 )
 from .rounding import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    WEIGHT,
     Noise,
     generator,
     on_device,
@@ -71,8 +68,11 @@ from .write import lift_write
 __all__ = [
     "BLOCK",
     "BLOCK_4BIT",
+    "CARRIED",
     "EXP_AVG",
     "EXP_AVG_SQ",
+    "FED",
+    "MOMENTS",
     "NEAR",
     "UNIT",
     "WEIGHT",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from .products import product, reach, transposed
+from .products import product, transposed
 
 
 class Unit:
@@ -71,7 +72,7 @@ def within_reach(low: Tensor, grad: Tensor, factor: Factor) -> Tensor:
     dtype = low.dtype
     least, most = low.aminmax()
     limit = reach(dtype)
-    if -limit <= least and most <= limit:
+    if -limit <= least.item() and most.item() <= limit:
         return low
     if isinstance(factor, Tensor) and factor.is_floating_point() and grad.dtype != torch.float16:
         share = 0.5 ** math.ceil(math.log2(grad.shape[-1]) / 2 + 1)
@@ -130,3 +131,12 @@ def drop_(grad: Tensor, low: Tensor, factor: Factor) -> Tensor:
         return grad.mT.index_fill_(-2, factor, 0).mT
     lift_(grad, low, factor, scale=-1.0)
     return grad
+
+
+@cache
+def reach(dtype: torch.dtype) -> float:
+    """Return what gradients are cut off at: sums of some hundred of them stay finite.
+
+    Squares overflow far below, which makes a step of AdamW's 0.
+    """
+    return torch.finfo(dtype).max / 1024

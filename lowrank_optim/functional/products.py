@@ -56,14 +56,6 @@ def peaks(x: Tensor) -> Tensor:
     return torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
 
 
-def reach(dtype: torch.dtype) -> float:
-    """Return what gradients are cut off at: sums of some hundred of them stay finite.
-
-    Squares overflow far below, which makes a step of AdamW's 0.
-    """
-    return torch.finfo(dtype).max / 1024
-
-
 def inverse(x: Tensor) -> Tensor:
     """Return 1 / x, and 0 where x is less than the least normal number.
 

@@ -10,9 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-WEIGHT, EXP_AVG, EXP_AVG_SQ = 0, 1, 2
-"""What a draw is for: no two of them share random bits."""
-
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF

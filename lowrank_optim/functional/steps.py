@@ -13,20 +13,11 @@ import torch
 from torch import Tensor
 
 from .blockwise import BLOCK
+from .draws import EXP_AVG, EXP_AVG_SQ, WEIGHT
 from .factors import Factor, down
 from .moments import adam, select_moment
 from .products import compute_dtype, row_chunks, row_norms
-from .rounding import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    WEIGHT,
-    Draw,
-    Noise,
-    on_device,
-    random_bits,
-    round_into_,
-    stack_bits,
-)
+from .rounding import Draw, Noise, on_device, random_bits, round_into_, stack_bits
 from .stored import Stored, load, store
 
 
@@ -61,17 +52,18 @@ class Want(NamedTuple):
 
 
 def bits_of(
-    noise: Noise, kind: int, like: Tensor, whole: bool = False, draw: Draw = random_bits
+    noise: Noise, kind: int, like: Tensor, plain: bool = False, draw: Draw = random_bits
 ) -> Tensor:
     """Return random bits for a moment or a weight, int32 of its shape.
 
-    Rows are numbered over all axes but the last, for a `whole` parameter over the first alone; a
-    vector is one row. `draw` is `random_bits`, or a kernel that does the same.
+    Rows are numbered over all axes except the last; those of a `plain` parameter, which is not
+    projected, over the first alone. A vector is one row. `draw` is `random_bits`, or a kernel that
+    does the same.
     """
     count, rows = 1, 1
     if like.ndim > 1:
-        rows = like.shape[0] if whole else like.shape[-2]
-        count = 1 if whole else like.shape[:-2].numel()
+        rows = like.shape[0] if plain else like.shape[-2]
+        count = 1 if plain else like.shape[:-2].numel()
     cols = like.numel() // max(1, count * rows)
     with on_device(like.device):
         bits = stack_bits(noise, kind, count, slice(0, rows), rows, cols, like.device, draw)
@@ -117,7 +109,7 @@ def adam_moments(
     beta2: float,
     eps: float,
     noises: Sequence[Noise],
-    whole: bool = True,
+    plain: bool = True,
 ) -> Tensor:
     """Load Adam's moments, update them, store them, and return the directions: see `adam`.
 
@@ -127,7 +119,7 @@ def adam_moments(
         counts: K numbers of gradients seen, this one included.
         beta1, beta2, eps: as in `torch.optim.AdamW`.
         noises: K sources of random bits, for moments that are rounded stochastically.
-        whole: whether these are whole parameters, see `bits_of`.
+        plain: whether these are parameters that are not projected, see `bits_of`.
 
     Returns:
         `(K, ...)` directions in the dtype of the arithmetic.
@@ -139,8 +131,8 @@ def adam_moments(
         dtype = compute_dtype(grad.dtype)
         mean, square = load(first, dtype, False), load(second, dtype, True)
         directions.append(adam(grad.to(dtype), mean, square, count, beta1, beta2, eps))
-        store(first, mean, False, partial(bits_of, noise, EXP_AVG, mean, whole))
-        store(second, square, True, partial(bits_of, noise, EXP_AVG_SQ, square, whole))
+        store(first, mean, False, partial(bits_of, noise, EXP_AVG, mean, plain))
+        store(second, square, True, partial(bits_of, noise, EXP_AVG_SQ, square, plain))
     return torch.stack(directions)
 
 

@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .draws import WEIGHT
 from .factors import Factor, drop_, lift_
 from .products import compute_dtype, row_chunks
-from .rounding import WEIGHT, Noise, round_into_, stack_bits
+from .rounding import Noise, round_into_, stack_bits
 
 
 class Coefficients(Protocol):
@@ -33,12 +34,19 @@ class Coefficients(Protocol):
         """Factor of the sign of what the projection drops."""
 
 
+EXACT = (torch.float32, torch.float64)
+"""Dtypes in which the sum is made in place."""
+
+Several = Tensor | Sequence[Tensor]
+"""Tensors of K matrices, as a stack or one by one."""
+
+
 def lift_write(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     factors: Sequence[Factor],
-    low: Tensor | None,
-    direction: Tensor | None,
+    low: Several | None,
+    direction: Several | None,
     update: Coefficients,
     step_size: float | Tensor,
     decay: float | Tensor,
@@ -55,7 +63,7 @@ def lift_write(
         params: K tensors `(..., rows, cols)`, views of the weights; modified in place.
         grads: K tensors likewise.
         factors: K bases, choices of columns or `UNIT`, see `factors`.
-        low: R, `(K, ..., rows, rank)`; None where b and c are 0.
+        low: R, `(K, ..., rows, rank)`, or K tensors; None where b and c are 0.
         direction: N, likewise; None where a is 0.
         update: a, b, phi, c as `.direction`, `.low`, `.grad`, `.sign`; b and phi are numbers or
             `(K, ..., rows, 1)`.
@@ -64,32 +72,20 @@ def lift_write(
         noises: round bfloat16 weights stochastically with these; None rounds to nearest.
     """
     for k, (param, grad, factor) in enumerate(zip(params, grads, factors, strict=True)):
-        inner = None
-        if direction is not None and update.direction:
-            inner = direction[k] * (step_size * update.direction)
-        scale_low, scale_grad = times(update.low, step_size, k), times(update.grad, step_size, k)
-        if low is not None and scale_low is not None:
-            part = low[k] * scale_low
-            inner = part if inner is None else inner.add_(part)
+        inner = inner_of(low, direction, update, step_size, k)
+        scale_grad = times(update.grad, step_size, k)
+        if param.dtype in EXACT and not update.sign:
+            add_into_(param, grad, inner, factor, scale_grad, decay)
+            continue
         dtype = compute_dtype(param.dtype)
-        wide = param.dtype == dtype
         rows, row_size = param.shape[-2], param.numel() // max(1, param.shape[-2])
-        chunks = [slice(0, rows)]
-        if not wide or update.sign:
-            chunks = list(row_chunks(rows, row_size))
-        for chunk in chunks:
-            target = param if len(chunks) == 1 else param[..., chunk, :]
-            out = target if wide else target.to(dtype)
-            if inner is None:
-                out.mul_(decay)
-            else:
-                lift_(out, inner if target is param else inner[..., chunk, :], factor, keep=decay)
-            if isinstance(scale_grad, Tensor) and scale_grad.ndim:
-                out.addcmul_(grad[..., chunk, :].to(dtype), scale_grad[..., chunk, :])
-            elif isinstance(scale_grad, Tensor):
-                out.addcmul_(grad[..., chunk, :].to(dtype), scale_grad.to(out.device))
-            elif scale_grad is not None:
-                out.add_(grad[..., chunk, :].to(dtype), alpha=scale_grad)
+        for chunk in row_chunks(rows, row_size):
+            target = param[..., chunk, :]
+            out = target.to(dtype)
+            part = None if inner is None else inner[..., chunk, :]
+            by_row = isinstance(scale_grad, Tensor) and scale_grad.ndim
+            scale = scale_grad[..., chunk, :] if by_row else scale_grad  # type: ignore[index]
+            add_into_(out, grad[..., chunk, :], part, factor, scale, decay)
             if update.sign and low is not None:
                 dropped = grad[..., chunk, :].to(dtype, copy=True)
                 dropped = drop_(dropped, low[k][..., chunk, :], factor)
@@ -97,8 +93,48 @@ def lift_write(
             bits = None
             if noises is not None and param.dtype == torch.bfloat16:
                 bits = chunk_bits(noises[k], target, rows, chunk)
-            if out is not target:
-                round_into_(target, out, bits)
+            round_into_(target, out, bits)
+
+
+def inner_of(
+    low: Several | None,
+    direction: Several | None,
+    update: Coefficients,
+    step_size: float | Tensor,
+    k: int,
+) -> Tensor | None:
+    """Return what is lifted of the k-th matrix, (a N + b R) times the step size; None: nothing."""
+    inner = None
+    if direction is not None and update.direction:
+        inner = direction[k] * (step_size * update.direction)
+    scale_low = times(update.low, step_size, k)
+    if low is not None and scale_low is not None:
+        part = low[k] * scale_low
+        inner = part if inner is None else inner.add_(part)
+    return inner
+
+
+def add_into_(
+    out: Tensor,
+    grad: Tensor,
+    inner: Tensor | None,
+    factor: Factor,
+    scale_grad: Tensor | float | None,
+    decay: float | Tensor,
+) -> None:
+    """Set `out` to `decay out + inner P^T + scale_grad G`, in place."""
+    if inner is None:
+        out.mul_(decay)
+    else:
+        lift_(out, inner, factor, keep=decay)
+    if scale_grad is None:
+        return
+    if not isinstance(scale_grad, Tensor):
+        out.add_(grad.to(out.dtype), alpha=scale_grad)
+    elif scale_grad.ndim:
+        out.addcmul_(grad.to(out.dtype), scale_grad)
+    else:
+        out.addcmul_(grad.to(out.dtype), scale_grad.to(out.device))
 
 
 def times(factor: Tensor | float, step_size: float | Tensor, k: int) -> Tensor | float | None:

@@ -1,6 +1,6 @@
 """What to cite: the papers behind the methods, and this package, as BibTeX.
 
-CITATION.cff and the README show what stands here; `tests/test_citations.py` compares them.
+CITATION.cff and the README show what stands here; `tests/unit/test_citations.py` compares them.
 """
 
 from __future__ import annotations

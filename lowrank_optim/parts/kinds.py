@@ -16,7 +16,7 @@ class Kind:
     Attributes:
         wanted: that in words, for a message.
         least, most: bounds, themselves allowed.
-        whole: whether only whole numbers are.
+        integral: whether only whole numbers are.
         endless: whether infinity is.
         columns: whether the values number columns: below `cols`, and each above the one before it.
     """
@@ -24,7 +24,7 @@ class Kind:
     wanted: str
     least: float = -math.inf
     most: float = math.inf
-    whole: bool = False
+    integral: bool = False
     endless: bool = False
     columns: bool = False
 
@@ -44,7 +44,7 @@ class Kind:
             return False
         if not self.endless and math.inf in (-low, high):
             return False
-        if self.whole and not bool((values == values.floor()).all()):
+        if self.integral and not bool((values == values.floor()).all()):
             return False
         return not self.columns or bool((values.diff(dim=-1) > 0).all())
 
@@ -54,7 +54,7 @@ NOT_NEGATIVE = Kind("finite and not negative", 0)
 NORM = Kind("not negative, or infinity before the first", 0, endless=True)
 UNIT = Kind("columns of length 1, with values from -1 to 1", -1.01, 1.01)
 """A basis; half a per cent is what bfloat16 rounds a column by."""
-FLAG = Kind("true or false", 0, 1, whole=True)
-COUNT = Kind("a whole number from 0 to 2147483647", 0, 2**31 - 1, whole=True)
+FLAG = Kind("true or false", 0, 1, integral=True)
+COUNT = Kind("a whole number from 0 to 2147483647", 0, 2**31 - 1, integral=True)
 """Kernels and random draws take counts of 32 bits."""
-COLUMNS = Kind("different columns in ascending order", 0, whole=True, columns=True)
+COLUMNS = Kind("different columns in ascending order", 0, integral=True, columns=True)

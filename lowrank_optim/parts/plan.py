@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..functional import MOMENTS
 from ..sharding.layout import Each
 from .kinds import NOT_NEGATIVE, Kind
 from .numbers import Number, numbers_of
 from .protocols import Feed, Projector, Residual, Rule, Storage
+from .storage import STORAGES
 from .types import COUNTED, Group
 
 
@@ -29,6 +31,16 @@ class Plan:
     def slots(self) -> tuple[str, ...]:
         """The moments that are kept in the subspace."""
         return tuple(slot for slot in self.rule.slots if slot not in self.feed.slots)
+
+    @cached_property
+    def plain(self) -> Rule:
+        """The rule of parameters that are not projected."""
+        return self.rule.plain
+
+    @cached_property
+    def takes_turns(self) -> bool:
+        """Whether matrices sit out at times, and have no moments then."""
+        return self.projector.whole and not self.projector.everything
 
     @cached_property
     def kept(self) -> tuple[str, ...]:
@@ -112,7 +124,13 @@ class Plan:
                 f"{name}: a matrix that sits out has no projected gradient to compare norms "
                 "with; choose Drop or StateFree"
             )
-        if self.feed.slots and self.projector.whole and not self.projector.everything:
+        exact = self.storage in (STORAGES[None], STORAGES["float32"], STORAGES["float64"])
+        if max(len(self.slots), len(self.rule.plain.slots)) > len(MOMENTS) and not exact:
+            raise ValueError(
+                f"state_dtype does not go with the rule {rule}: there are random bits to round "
+                f"{len(MOMENTS)} moments with, and it has {len(self.slots)}; leave state_dtype away"
+            )
+        if self.feed.slots and self.takes_turns:
             raise ValueError(
                 f"the feed {feed} does not go with the projector {name}: what a matrix that sits "
                 "out would carry has no end; choose another projector"

@@ -176,7 +176,7 @@ class Residual(Protocol):
     def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
         """Return what the update needs summed over all rows of each matrix, `(..., k)`, or None.
 
-        What is kept for rows changes here, in place.
+        Called where it wants norms. What is kept for rows changes here, in place.
         """
 
     def update(

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from .. import functional
-from ..functional import BLOCK, BLOCK_4BIT, Noise, Stored, bits_of, compute_dtype, load, store
+from ..functional import (
+    BLOCK,
+    BLOCK_4BIT,
+    CARRIED,
+    MOMENTS,
+    Noise,
+    Stored,
+    bits_of,
+    compute_dtype,
+    load,
+    store,
+)
 from .protocols import Rule, Storage
 from .types import Moments, State
 
@@ -163,7 +174,7 @@ def store_moments(
     rule: Rule,
     noise: Noise,
     *,
-    whole: bool = False,
+    plain: bool = False,
     carried: bool = False,
     ops: ModuleType = functional,
 ) -> None:
@@ -174,20 +185,17 @@ def store_moments(
         moments: their values.
         rule: whose moments they are.
         noise: source of random bits.
-        whole: whether they are those of a whole parameter.
+        plain: whether they are those of a parameter that is not projected.
         carried: whether they were carried into a new subspace, which draws bits of its own.
         ops: who writes the 8-bit format and draws bits, see `Site.ops`.
     """
     for place, (slot, value) in enumerate(moments.items()):
-        kind = kind_of(place, len(moments), carried)
+        if held[slot] is value:
+            continue
+        kind = (CARRIED if carried else MOMENTS)[place]
         square = slot in rule.squares
-        bits = partial(bits_of, noise, kind, value, whole, ops.random_bits)
+        bits = partial(bits_of, noise, kind, value, plain, ops.random_bits)
         store(held[slot], value, square, bits, ops)
-
-
-def kind_of(place: int, count: int, carried: bool) -> int:
-    """Return what the random bits of one of `count` moments are for; those of weights are 0."""
-    return 1 + place + count * carried
 
 
 def shape_of(state: State, slot: str) -> torch.Size:

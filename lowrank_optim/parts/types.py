@@ -214,3 +214,17 @@ def moment_in_rows(moment: Stored) -> Stored:
 def rounds(param: Tensor, group: Group) -> bool:
     """Return whether the weight is rounded stochastically."""
     return group["stochastic_rounding"] and param.dtype == torch.bfloat16
+
+
+ONE = torch.ones((), device="cpu")
+"""A list of CPU tensors is stepped one by one, and would make a tensor of a number for each."""
+
+
+def count(jobs: list[Job]) -> None:
+    """Count the update of some parameters."""
+    counts = [job.state[key] for job in jobs for key in ("step", "age") if key in job.state]
+    here = [step for step in counts if step.is_cpu]
+    if here:
+        torch._foreach_add_(here, ONE, alpha=1)
+    if len(here) < len(counts):
+        torch._foreach_add_([step for step in counts if not step.is_cpu], 1)

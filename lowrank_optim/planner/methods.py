@@ -233,7 +233,9 @@ def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: P
     layout, site = jobs[0].layout, site_of(jobs[0])
     held = 1
     if plan.rule.whole:
-        held = min(count, update.WHOLE // max(1, layout.matrices * layout.rows * site.rank))
+        held = min(
+            count, update.MATRICES_AT_ONCE // max(1, layout.matrices * layout.rows * site.rank)
+        )
     one, several = (
         dropped_by(partial(update.step_projected, some, group, plan)) for some in (jobs[:1], jobs)
     )

@@ -17,6 +17,9 @@ from ._base import Elementwise
 PIECE = 1 << 16
 """Elements that are updated at once on a CPU."""
 
+SMALL = 1 << 12
+"""Elements up to which parameters go in a list on a CPU: the same bits in fewer calls."""
+
 
 @dataclass(frozen=True)
 class Adam(Elementwise):
@@ -70,30 +73,24 @@ class Adam(Elementwise):
         The result is that of `torch.optim.AdamW` to the bit; on a CUDA device, that of its fused
         form unless the group says otherwise. Half-precision parameters are left undone.
         """
-        native = [job for job in jobs if self._is_native(job)]
-        if native:
-            beta1, beta2 = group["betas"]
-            pieces = [piece for job in native for piece in in_pieces(job, group)]
-            params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*pieces, strict=True))
-            adamw(
-                params,
-                grads,
-                exp_avgs,
-                exp_avg_sqs,
-                [],
-                steps,
-                foreach=group.get("foreach"),
-                fused=wants_fused(native[0].param, group),
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                capturable=group["capturable"] and native[0].param.is_cuda,
-            )
-        return [job for job in jobs if not self._is_native(job)]
+        native: list[Job] = []
+        undone: list[Job] = []
+        for job in jobs:
+            (native if self._is_native(job) else undone).append(job)
+        few: list[Piece] = []
+        pieces: list[Piece] = []
+        for job in native:
+            if not goes_in_a_loop(job, group):
+                pieces.append(one_piece(job))
+            elif job.param.numel() <= SMALL and not isinstance(group["lr"], Tensor):
+                few.append(one_piece(job))
+            else:
+                pieces += in_pieces(job)
+        if few:
+            call_adamw(few, group, foreach=True)
+        if pieces:
+            call_adamw(pieces, group, foreach=group.get("foreach"))
+        return undone
 
     def counts_on_device(self, param: Tensor, moments: State, group: Group) -> bool:
         """Return whether torch's fused kernel will read the step count."""
@@ -105,27 +102,67 @@ class Adam(Elementwise):
 
     def _agree(self, dtype: torch.dtype, moments: State) -> bool:
         """Return whether moments are plain tensors of a dtype that torch's loops are exact in."""
-        stored = [moments.get(slot) for slot in self.slots]
-        exact = dtype in (torch.float32, torch.float64)
-        return exact and all(moment is not None and moment.dtype == dtype for moment in stored)
+        if dtype not in (torch.float32, torch.float64):
+            return False
+        if "exp_avg" not in moments or "exp_avg_sq" not in moments:
+            return False
+        return bool(moments["exp_avg_sq"].dtype == dtype == moments["exp_avg"].dtype)
 
 
-def in_pieces(job: Job, group: Group) -> Iterator[tuple[Tensor, ...]]:
-    """Yield (param, grad, exp_avg, exp_avg_sq, step) of a parameter in pieces for a CPU's cache.
+Piece = tuple[Tensor, ...]
+"""Parameter, gradient, both moments and the step count, or an equal part of each but the last."""
+
+
+def call_adamw(pieces: list[Piece], group: Group, foreach: bool | None) -> None:
+    """Call torch's functional AdamW."""
+    params, grads, exp_avgs, exp_avg_sqs, steps = map(list, zip(*pieces, strict=True))
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        foreach=foreach,
+        fused=wants_fused(params[0], group),
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+        capturable=group["capturable"] and params[0].is_cuda,
+    )
+
+
+def goes_in_a_loop(job: Job, group: Group) -> bool:
+    """Return whether torch would step a parameter by itself: on a CPU, where no form is asked."""
+    return job.param.device.type == "cpu" and not group.get("foreach") and not group.get("fused")
+
+
+def one_piece(job: Job) -> Piece:
+    """Return a parameter as one piece."""
+    state = job.state
+    return job.param, job.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+
+
+def in_pieces(job: Job) -> Iterator[Piece]:
+    """Yield a parameter in pieces for a CPU's cache.
 
     Torch's loop goes over a parameter some ten times; of 16 million elements, 200 pieces take a
     third of the time, and give the same bits. Only the last piece counts the step.
     """
-    param, state = job.param, job.state
-    whole = (param, job.grad, state["exp_avg"], state["exp_avg_sq"])
-    looped = param.device.type == "cpu" and not group.get("foreach") and not group.get("fused")
-    if not looped or param.numel() < 2 * PIECE or not all(x.is_contiguous() for x in whole):
-        yield (*whole, state["step"])
+    *tensors, step = one_piece(job)
+    if job.param.numel() < 2 * PIECE or not all(x.is_contiguous() for x in tensors):
+        yield one_piece(job)
         return
-    pieces = list(zip(*(x.detach().view(-1).split(PIECE) for x in whole), strict=True))
+    flat = [x.detach().view(-1) for x in tensors]
+    pieces = list(zip(*(torch.split(x, PIECE) for x in flat), strict=True))
     for piece in pieces[:-1]:
-        yield (*piece, state["step"].clone())
-    yield (*pieces[-1], state["step"])
+        yield (*piece, step.clone())
+    yield (*pieces[-1], step)
 
 
 def wants_fused(param: Tensor, group: Group) -> bool | None:

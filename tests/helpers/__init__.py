@@ -1,0 +1,1 @@
+"""What the tests share: cases, models, references, damaged states, processes."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -297,12 +297,16 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
     if not (isinstance(lr, Tensor) and lr.device.type != "cpu") and float(lr) < least_lr:
         raise fail(where, "lr", float(lr), "a number of at least 0, or a tensor of one")
     try:
-        plan, asked = plan_of(group), rank_asked(group)
+        plan = plan_of(group)
     except ValueError as error:
         raise SettingError(f"{error}{where}") from None
     for key, each in numbers_in(group).items():
         if key in group:
             group[key] = each.check(key, group[key], where)
+    try:
+        asked = rank_asked(group)
+    except ValueError as error:
+        raise SettingError(f"rank={group['rank']!r}{where}: {error}") from None
     if group["capturable"] and not plan.projector.captures:
         raise SettingError(
             f"capturable=True{where} does not go with the projector "

@@ -100,7 +100,8 @@ def parts_of(
     """Yield the matrices of a parameter, which is one matrix or a stack of them."""
     assert job.site is not None
     _, grad = oriented(job.grad, job.layout.wide)
-    moments = [stored(job.state, slot) for slot in plan.slots]
+    states = job.state
+    moments = [states[slot] if slot in states else stored(states, slot) for slot in plan.slots]
     residual = {key: job.state[key] for key in (*plan.kept, *plan.kept_by_row)}
     count, noise = age_of(job, group), noise_of(job, group)
     if view.ndim == 2:
@@ -190,7 +191,8 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     """Do the first launch of some matrices; the second, after the residual's few numbers, waits."""
-    ops, want = kernels(), plan.residual.want
+    site = site_of(parts[0].job)
+    ops, want = site.ops, plan.residual.want
     grads, factors = [part.grad for part in parts], factors_of(parts, plan)
     noises, counts = [part.noise for part in parts], [part.age for part in parts]
     low, direction, norms = ops.project_moments(
@@ -207,11 +209,10 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     count = (
         counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
     )
-    site = site_of(parts[0].job)
     state = {key: torch.stack([part.residual[key] for part in parts]) for key in parts[0].residual}
 
     def finish(sums: Tensor | None) -> None:
-        uncorrected = plan.rule.uncorrected(count, group)
+        uncorrected = plan.rule.uncorrected(count, group) if want.norms else 1.0
         update = plan.residual.update(norms, sums, state, site, group, uncorrected)
         for key, value in state.items():
             torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
@@ -232,7 +233,8 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
                 part.job.param.copy_(part.copy.view(part.job.param.shape))
 
     places = [(part.job, part.place or 0) for part in parts]
-    return Half(places, plan.residual.sums(norms, state, site, group), finish)
+    sums = plan.residual.sums(norms, state, site, group) if want.norms else None
+    return Half(places, sums, finish)
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:

@@ -72,8 +72,10 @@ class Step:
         if member.piece is not None:
             raise flat_error(self.name(entry), member.piece)
         state = (self.session.state if states is None else states).get(param)
-        if site is not None and (group["impl"] == "triton" or param.device.type != "cpu"):
+        kind = (grad.dtype, type(grad))
+        if site is not None and site.prepared_for != kind:
             prepare(site, plan, group, here(param), here(grad))
+            site.prepared_for = kind
         if not state:
             return
         held = tensors_of(state)

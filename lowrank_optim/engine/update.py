@@ -78,8 +78,11 @@ def step_together(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
         elif others:
             for _ in begin_eagerly(others, group, plan):
                 raise AssertionError("nobody else holds rows, so nothing waits")
-        if with_kernels:
+        if with_kernels and shared:
             run(launches.begin(with_kernels, group, plan))
+        elif with_kernels:
+            for half in launches.begin(with_kernels, group, plan):
+                half.finish(half.sums)
     return waiting
 
 
@@ -266,10 +269,8 @@ def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -
     ]
     if want.norms or odd or plan.rule.whole:
         return False
-    uncorrected = plan.rule.uncorrected(first.age, group)
     updates = [
-        plan.residual.update(None, None, job.state, site_of(job), group, uncorrected)
-        for job in jobs
+        plan.residual.update(None, None, job.state, site_of(job), group, 1.0) for job in jobs
     ]
     if [update for update in updates if update != updates[0]]:
         return False
@@ -303,7 +304,7 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
     def finish(sums: Tensor | None) -> None:
         if sums is not None and grad.ndim == 2:
             sums = sums[0]
-        uncorrected = plan.rule.uncorrected(age, group)
+        uncorrected = plan.rule.uncorrected(age, group) if want.norms else 1.0
         update = plan.residual.update(norms, sums, job.state, site, group, uncorrected)
         if want.norms:
             update = replace(update, low=in_list(update.low), grad=in_list(update.grad))

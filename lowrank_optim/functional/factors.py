@@ -59,8 +59,9 @@ def down_some(
     lows = list(map(_down, grads, factors, dtypes))
     seen = [low for low in lows if low.device.type == "cpu" and low.numel()]
     if seen and len(set(dtypes)) == 1:
-        largest = torch.stack(torch._foreach_norm(seen, math.inf)).max()
-        if largest <= reach(dtypes[0]):
+        least, most = torch.cat([low.reshape(-1) for low in seen]).aminmax()
+        limit = reach(dtypes[0])
+        if -limit <= least.item() and most.item() <= limit:
             return lows
     return list(map(within_reach, lows, grads, factors))
 
@@ -106,7 +107,8 @@ def lift_(
         scale: factor of what is added.
     """
     if isinstance(keep, Tensor) or isinstance(factor, Unit) or not factor.is_floating_point():
-        out.mul_(keep)
+        if isinstance(keep, Tensor) or keep != 1:
+            out.mul_(keep)
         keep = 1.0
     if isinstance(factor, Unit):
         out.add_(low.to(out.dtype), alpha=scale)

@@ -33,6 +33,8 @@ def row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     view, some columns at a time, which lie together there.
     """
     rows, cols = x.shape[-2:]
+    if x.numel() <= CHUNK // NEAR:
+        return x.to(dtype).square().sum(-1, keepdim=True).sqrt_()
     if transposed(x):
         total = torch.zeros(*x.shape[:-1], 1, dtype=dtype, device=x.device)
         for part in row_chunks(cols, NEAR * (x.numel() // max(1, cols))):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .draws import WEIGHT
-from .factors import Factor, drop_, lift_
+from .factors import Factor, drop_, is_index, lift_
 from .products import compute_dtype, row_chunks
 from .rounding import Noise, round_into_, stack_bits
 
@@ -87,13 +87,28 @@ def lift_write(
             scale = scale_grad[..., chunk, :] if by_row else scale_grad  # type: ignore[index]
             add_into_(out, grad[..., chunk, :], part, factor, scale, decay)
             if update.sign and low is not None:
-                dropped = grad[..., chunk, :].to(dtype, copy=True)
-                dropped = drop_(dropped, low[k][..., chunk, :], factor)
-                out.add_(dropped.sign_().mul_(update.sign * step_size))
+                rest = low[k][..., chunk, :], factor
+                add_sign_(out, grad[..., chunk, :], *rest, update.sign * step_size)
             bits = None
             if noises is not None and param.dtype == torch.bfloat16:
                 bits = chunk_bits(noises[k], target, rows, chunk)
             round_into_(target, out, bits)
+
+
+def add_sign_(
+    out: Tensor, grad: Tensor, low: Tensor, factor: Factor, scale: float | Tensor
+) -> None:
+    """Add `scale sgn(G - R P^T)` in place; for a choice of columns, sgn(G) in the others."""
+    if isinstance(factor, Tensor) and is_index(factor):
+        columns = torch.ones(grad.shape[-1], dtype=out.dtype, device=out.device).mul_(scale)
+        columns.index_fill_(0, factor, 0)
+        out.addcmul_(grad.to(out.dtype).sign(), columns)
+        return
+    dropped = drop_(grad.to(out.dtype, copy=True), low, factor).sign_()
+    if isinstance(scale, Tensor):
+        out.add_(dropped.mul_(scale))
+    else:
+        out.add_(dropped, alpha=scale)
 
 
 def inner_of(
@@ -123,10 +138,10 @@ def add_into_(
     decay: float | Tensor,
 ) -> None:
     """Set `out` to `decay out + inner P^T + scale_grad G`, in place."""
-    if inner is None:
-        out.mul_(decay)
-    else:
+    if inner is not None:
         lift_(out, inner, factor, keep=decay)
+    elif isinstance(decay, Tensor) or decay != 1:
+        out.mul_(decay)
     if scale_grad is None:
         return
     if not isinstance(scale_grad, Tensor):

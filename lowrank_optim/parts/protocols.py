@@ -188,7 +188,10 @@ class Residual(Protocol):
         group: Group,
         uncorrected: float | Tensor,
     ) -> Update:
-        """Return the factors of the update, from row norms and `sums`; state in place."""
+        """Return the factors of the update, from row norms and `sums`; state in place.
+
+        `uncorrected` is that of the rule where norms are wanted, else 1.
+        """
 
 
 class Fed(NamedTuple):

@@ -76,6 +76,7 @@ class Site:
         shared: tensors common to several parameters.
         launches: whether launches of kernels do the step.
         ops: who codes moments, draws bits and scores columns: kernels, or plain torch.
+        prepared_for: kind of gradient that this was found for.
         wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
         layout: which rows of the parameter this process holds, and how they are seen.
     """
@@ -95,6 +96,7 @@ class Site:
     shared: Shared = field(default_factory=Shared)
     launches: bool = False
     ops: ModuleType = functional
+    prepared_for: Any = None
     wanted: Tensor | None = None
     layout: Layout = field(default_factory=lambda: Layout(()))
 

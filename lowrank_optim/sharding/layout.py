@@ -98,17 +98,17 @@ class Layout:
         """Rows of each whole matrix, seen with the projected axis last."""
         return self._matrix[-1] if self.wide else self._matrix[-2]
 
-    @property
+    @cached_property
     def cols(self) -> int:
         """Length of the projected axis."""
         return self._matrix[-2] if self.wide else self._matrix[-1]
 
-    @property
+    @cached_property
     def matrices(self) -> int:
         """Number of matrices: of a stack, that of the whole."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
-    @property
+    @cached_property
     def _matrix(self) -> Shape:
         matrix = matrix_shape(self.shape)
         assert matrix is not None

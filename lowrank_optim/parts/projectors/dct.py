@@ -53,7 +53,10 @@ class DCT(IndexTransport, Basis):
 
     def basis(self, state: State, site: Site) -> Tensor:
         """Return `Q[:, index]`."""
-        return self.cosines(site)[state["index"]].mT
+        cosines, index = self.cosines(site), state["index"]
+        if index.ndim > 1:
+            return cosines[index].mT
+        return cosines.index_select(0, index).mT  # a tenth of the time of indexing
 
     def init(self, batch: tuple[int, ...], dtype: torch.dtype, site: Site) -> State:
         """Return the `rank` lowest frequencies."""

@@ -36,10 +36,11 @@ class LowRank(Optimizer):
     With G the gradient, its shorter axis last, P the projector's orthonormal basis and N the rule's
     direction on R = G P:  W <- (1 - lr wd) W - lr (scale N P^T + residual).
     The named methods (`GaLoreAdamW`, ...) are settings of this class. Every setting but `params`
-    and `process_group` may stand in a parameter group, and so may the numbers that its parts read
-    (`momentum`, `limiter`, ..., see `parts.numbers`); a parameter with fewer than two dimensions, with a projected
-    axis no longer than the rank, with an axis shorter than `min_dim`, or in a group whose rank is
-    None is not projected: with the Adam rule it gets `torch.optim.AdamW`'s step.
+    and `process_group` may stand in a parameter group, beside the numbers that its parts read
+    (`momentum`, `limiter`, ..., see `parts.numbers`). A parameter with fewer than two dimensions,
+    with a projected axis no longer than the rank, with an axis shorter than `min_dim`, or in a
+    group whose rank is None is not projected: with the Adam rule it gets `torch.optim.AdamW`'s
+    step.
 
     Args:
         params: a module, whose embeddings, heads, norms and biases are not projected, as

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -50,7 +50,7 @@ class Signature(NamedTuple):
 
     def derives(self, other: Signature) -> bool:
         """Return whether what is derived from one holds for the other."""
-        if not alike(self[1:3], other[1:3]):
+        if not equal(self[1:3], other[1:3]):
             return False
         if self.numbers == other.numbers:
             return True
@@ -59,7 +59,7 @@ class Signature(NamedTuple):
         return not sites and all((one is None) == (two is None) for one, two in pairs)
 
 
-def alike(one: Any, two: Any) -> bool:
+def equal(one: Any, two: Any) -> bool:
     """Return whether two are equal; arrays, of which it is not known, are not."""
     try:
         return bool(one == two)
@@ -67,7 +67,7 @@ def alike(one: Any, two: Any) -> bool:
         return False
 
 
-def signature(group: Group, read: Iterable[str]) -> Signature | None:
+def signature(group: Group, read: Collection[str]) -> Signature | None:
     """Return the signature of a group; None where a setting has been taken out.
 
     Args:
@@ -75,8 +75,7 @@ def signature(group: Group, read: Iterable[str]) -> Signature | None:
         read: numbers that its parts read.
     """
     try:
-        held = [(key, group[key]) for key in read]
-        numbers = {key: x if type(x) in PLAIN else id(x) for key, x in held}
+        numbers = {k: x if type(x := group[k]) in PLAIN else id(x) for k in read} if read else {}
         return Signature(rates_in(group), structure_of(group), list(group), numbers)
     except KeyError:
         return None
@@ -150,9 +149,9 @@ class Prepared:
         """Check a group whose settings are not those of before."""
         known, where = self._known.get(index), f" in group {index}"
         now = None if known is None else signature(group, known.numbers)
-        if alike(known, now) and now is not None:
+        if equal(known, now) and now is not None:
             return
-        if known is not None and now is not None and alike(known[1:3], now[1:3]):
+        if known is not None and now is not None and equal(known[1:3], now[1:3]):
             check_values(group, where, least_lr=-math.inf)
         else:
             found = placed(group, where, self._defaults, had(self._known, index))
@@ -204,12 +203,13 @@ class Prepared:
             return False
         before = self._known[index]
         now = signature(group, before.numbers)
-        if now is None or not before.derives(now):
-            return False
         if len(group["params"]) != len(entries):
             return False
-        if not alike(now, before):
-            self._check(index, group)
+        if equal(now, before):
+            return True
+        if now is None or not before.derives(now):
+            return False
+        self._check(index, group)
         return True
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..numbers import Number
+from ..numbers import Number, check_numbers
 from ..types import Group, Job, Moments
 from ._matrix import OfMatrices
 
@@ -38,6 +38,9 @@ class RowNormalized(OfMatrices):
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
     unprojected: ClassVar[bool] = True
     numbers: ClassVar[Mapping[str, Number]] = {"momentum": Number.decay("momentum")}
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     def direction(
         self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group

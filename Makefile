@@ -5,13 +5,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 DEVICE ?= $(if $(wildcard /dev/nvidia0),cuda,cpu)
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-long mutants lint bench gpu clean
 
 demo: .venv/demo.done
 	$(BIN)/lowrank-optim demo $(ARGS)
 
 test: .venv/test.done
-	$(BIN)/python -m pytest -q -n auto $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m "not long" $(ARGS)
+
+# What is too long for every change; CONTRIBUTING says when to run it.
+test-long: .venv/test.done
+	$(BIN)/python -m pytest -q -n auto -m long $(ARGS)
+
+# Whether the suite finds the faults of tests/mutants/faults.py.
+mutants: .venv/test.done
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: .venv/test.done .venv/lint.done
 	$(BIN)/ruff check .

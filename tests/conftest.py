@@ -16,7 +16,11 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker("slow")
     if HAS_GPU:
         return
     for item in items:

@@ -67,11 +67,17 @@ def test_bad_settings_are_refused(settings, message):
     assert model.tall.grad is not None
 
 
-def test_without_its_optimizer_or_handle_a_hook_does_nothing():
-    (_, _), (model, optimizer) = pair(CASES[0])
+@pytest.mark.parametrize("removed", [False, True])
+def test_without_its_optimizer_or_handle_a_hook_does_nothing(removed):
+    model = Model()
+    optimizer = CASES[0].build(model.parameters())
+    handle = optimizer.step_in_backward()
     before = weights(model)
-    del optimizer
-    gc.collect()
+    if removed:
+        handle.remove()
+    else:
+        del optimizer
+        gc.collect()
     loss_of(model, 0).backward()
     assert model.tall.grad is not None
     assert_same(weights(model), before)

@@ -49,15 +49,15 @@ def test_clipping_by_the_step_before():
     """Factor min(1, max / n) with n the last norm of all, or the gradient's own if larger."""
     (model, ordinary), (other, layerwise) = pair(CASES[0], max_norm=3.0)
     before = 0.0
-    for step in range(4):
-        loss_of(model, step).backward()
+    for step, scale in enumerate((1.0, 1.0, 30.0, 0.1)):
+        loss_of(model, step, scale).backward()
         norms = [float(param.grad.norm()) for param in model.parameters()]
         for param, norm in zip(model.parameters(), norms, strict=True):
             param.grad *= min(1.0, 3.0 / (max(before, norm) + 1e-6))
         before = sum(norm**2 for norm in norms) ** 0.5
         ordinary.step()
         ordinary.zero_grad()
-        loss_of(other, step).backward()
+        loss_of(other, step, scale).backward()
         layerwise.step()
         assert float(layerwise.grad_norm) == pytest.approx(before, rel=1e-5)
     for name, value in weights(model).items():

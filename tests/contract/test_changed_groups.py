@@ -222,6 +222,21 @@ def test_refreshes_are_spread_over_the_optimizer():
     assert [site and site.phase for site in sites] == [0, 1, 2, 0, 3, 9, 5, None, 6]
 
 
+def test_each_matrix_is_refreshed_in_its_phase():
+    params = [a_matrix() for _ in range(3)]
+    optimizer = GaLoreAdamW(params, rank=2, update_proj_gap=6)
+    moved = [[] for _ in params]
+    for step in range(14):
+        before = [optimizer.state[param].get("basis", torch.zeros(())).clone() for param in params]
+        for place, param in enumerate(params):
+            param.grad = gradient(param, step, place)
+        optimizer.step()
+        for param, old, steps in zip(params, before, moved, strict=True):
+            if not torch.equal(optimizer.state[param]["basis"], old):
+                steps.append(step)
+    assert moved == [[0, 6, 12], [0, 2, 8], [0, 4, 10]]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_keywords_of_torch_are_taken(preset):
     def build(**more):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.cases import CASES, GAP, RANK, Model, assert_same, train, weights
+from helpers.pairwise import in_turn
 from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 
 KEYS = {
@@ -61,12 +62,8 @@ def is_plain(value):
 
 STOPS, END = (GAP - 2, GAP, GAP + 1, 2 * GAP), 3 * GAP + 1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-ROTATED = [
-    (case, dtype)
-    for place, case in enumerate(CASES)
-    for dtype in (DTYPES[0], DTYPES[1 + place % 3])
-]
-"""Every method in float32 and in one other dtype."""
+ROTATED = in_turn(CASES, *DTYPES, every=CASES[:1])
+"""Every method in one dtype or another."""
 
 
 @pytest.mark.parametrize(("case", "dtype"), ROTATED, ids=str)

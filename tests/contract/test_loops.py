@@ -14,8 +14,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from helpers.cases import CASES, GAP, RANK, assert_same, weights
+from helpers.cases import CASES, GAP, RANK, Case, assert_same, weights
 from helpers.loops import FEW, Net, assert_same_run, batches, fit, halving, loss_of, trained
+from helpers.pairwise import in_turn
 from lowrank_optim import GaLoreAdamW, param_groups
 
 ONE_FACTOR = {
@@ -200,7 +201,7 @@ def test_a_parameter_that_is_unfrozen_and_added_late_is_resumed(case):
     assert float(other.state[resumed.mix.weight]["step"]) == STEPS + 2
 
 
-@each_case
+@pytest.mark.parametrize("case", CASES[::2], ids=str)
 def test_bf16_weights_rounded_at_random_resume_bit_identically(case):
     stop = GAP + 1
     whole, resumed = Net(torch.bfloat16), Net(torch.bfloat16)
@@ -226,9 +227,11 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-@each_case
-@pytest.mark.parametrize("options", [NESTED, FLAT], ids=["nested", "flat"])
-@pytest.mark.parametrize("as_rate", [float, torch.tensor], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    ("case", "options", "as_rate"),
+    in_turn(CASES, (NESTED, float), (FLAT, torch.tensor), (FLAT, float), (NESTED, torch.tensor)),
+    ids=lambda value: str(value) if isinstance(value, Case) else "",
+)
 def test_asking_for_the_state_dict_before_training_leaves_no_trace(case, options, as_rate):
     """It takes a step with gradients of zero and a rate of 0."""
     rate = as_rate(case.settings.get("lr", 1e-2))
@@ -244,12 +247,14 @@ def test_asking_for_the_state_dict_before_training_leaves_no_trace(case, options
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.parametrize("case", FEW, ids=str)
 @pytest.mark.parametrize(
-    ("options", "as_rate"),
-    [(NESTED, torch.tensor), (FLAT, torch.tensor), (FLAT, float), (FULL, float)],
-    ids=["nested-tensor", "flat-tensor", "flat-float", "full-float"],
-)
+    ("case", "options", "as_rate"),
+    in_turn(
+        FEW, (NESTED, torch.tensor), (FLAT, torch.tensor), (FLAT, float), (FULL, float),
+        every=FEW[:1],
+    ),
+    ids=lambda value: str(value) if isinstance(value, Case) else "",
+)  # fmt: skip
 def test_a_distributed_checkpoint_on_disk_resumes(case, options, as_rate, tmp_path):
     """Into the state dict of a fresh optimizer that has loaded its own, as Accelerate makes it."""
     whole, resumed = Net(), Net()

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from helpers.cases import CASES, GAP, RANK, Model, assert_same, gradient, train, weights
+from helpers.pairwise import in_turn
 from lowrank_optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.engine.sites import sites_of
 from lowrank_optim.parts.types import Shared
@@ -220,9 +221,14 @@ def test_channels_last_convolutions_are_written_back(dtype):
     torch.testing.assert_close(straight, other)
 
 
-@each_case
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("stop", [0, GAP, GAP + 1])
+@pytest.mark.parametrize(
+    ("case", "flat", "stop"),
+    in_turn(
+        CASES, (False, 0), (True, GAP), (False, GAP + 1), (True, 0), (False, GAP), (True, GAP + 1),
+        every=[CASES[1]],
+    ),
+    ids=str,
+)  # fmt: skip
 def test_distributed_checkpoint_state_dicts_resume_bit_identically(case, flat, stop):
     """`get/set_optimizer_state_dict`, which take an initial step of their own, on bf16 weights."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)

@@ -9,10 +9,21 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils.fsdp_utils import fsdp2_switch_optimizer_parameters
 
-from helpers.cases import CASES, GAP, gradient
-from helpers.loops import FEW, Net, assert_same_run, batches, fit, halving, loss_of, states, trained
+from helpers.cases import GAP, gradient
+from helpers.loops import (
+    FEW,
+    KINDS,
+    Net,
+    assert_same_run,
+    batches,
+    fit,
+    halving,
+    loss_of,
+    states,
+    trained,
+)
 
-each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_case = pytest.mark.parametrize("case", KINDS, ids=str)
 few_cases = pytest.mark.parametrize("case", FEW, ids=str)
 STEPS = 2 * GAP + 2
 

@@ -136,7 +136,14 @@ def same(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES, ids=range(len(RECIPES)))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(text, marks=[pytest.mark.long] * (place > 0))
+        for place, text in enumerate(RECIPES)
+    ],
+    ids=range(len(RECIPES)),
+)
 def test_recipe_trains(recipe, tmp_path):
     """Both ranks end with the same weights; a recipe that saves goes on from what it saved."""
     ends = run(recipe, tmp_path / "run")
@@ -152,7 +159,7 @@ def test_recipe_trains(recipe, tmp_path):
         assert same(again[0][0], ends[0][0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_as_if_it_had_not_been_killed(ranks, tmp_path):
     """One rank dies between backward and step, in the next life the other before it saves."""
     whole = ranks.run(2, killed_worker.train, tmp_path)[0]

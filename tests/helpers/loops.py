@@ -19,6 +19,12 @@ FEW = [
     if case.name in ("galore-power-rotate", "galore-8bit", "dct", "fira", "frugal", "apollo")
 ]
 """One case of each method and one of small states, for loops that take long to set up."""
+KINDS = FEW + [
+    case
+    for case in CASES
+    if case.name in ("muon-8bit", "ldadam", "auto-rank", "frugal-blocks", "racs", "lion")
+]
+"""And one of each kind of state."""
 
 
 class Net(nn.Module):

@@ -77,7 +77,7 @@ def output(process):
     return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels_fit_the_devices(run):
     script = [str(ROOT / "benchmarks" / "compiled.py"), "--json", "--jobs", "1", "--arch"]
     both = [run(*script, "90"), run(*script, "80", "--only", EARLIER)]

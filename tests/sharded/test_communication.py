@@ -53,8 +53,10 @@ def steps(method, layout):
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4"])
+@pytest.mark.parametrize(
+    ("layout", "method"),
+    [*(("fsdp-2", method) for method in METHODS), ("fsdp-4", "galore"), ("fsdp-4", "fira-dct")],
+)
 def test_bytes_are_those_of_the_formula(ranks, method, layout):
     _, _, refresh, number = METHODS[method]
     for calls in ranks.run(int(layout[-1]), steps, method, layout):

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from helpers.pairwise import in_turn
 from helpers.parallel import (
     GAP,
     METHODS,
@@ -29,7 +30,6 @@ STEPS = 3 * GAP + 1
 WIDE = torch.float64
 SMALL = ("galore", "galore-power-rotate", "frugal-none")
 """Methods that need no more than the projected gradient, and move their subspace now and then."""
-each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def run(method, shares=True, in_backward=None, hook=False):
@@ -49,8 +49,10 @@ def run(method, shares=True, in_backward=None, hook=False):
     return found
 
 
-@each_method
-@pytest.mark.parametrize(("count", "shares"), [(2, True), (2, False), (4, True)])
+@pytest.mark.parametrize(
+    ("method", "count", "shares"),
+    in_turn(METHODS, (2, True), (2, False), (4, True), every=["fira"]),
+)
 def test_training_equals_that_of_one_process(ranks, method, count, shares):
     reference = trained(method, STEPS, WIDE)
     for found in ranks.run(count, run, method, shares):
@@ -140,7 +142,7 @@ def test_updates_that_need_more_are_refused(ranks, method, message):
     ranks.run(2, refused, method, message)
 
 
-@each_method
+@pytest.mark.parametrize("method", tuple(METHODS)[::3])
 def test_updates_in_the_backward_pass_are_those_of_step(ranks, method):
     ordinary = ranks.run(2, run, method)
     in_buckets = ranks.run(2, run, method, True, {})

@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from helpers.pairwise import crossed, in_turn
 from helpers.parallel import (
     GAP,
     METHODS,
@@ -31,8 +32,7 @@ from helpers.sharded import same_everywhere
 
 STEPS = 3 * GAP + 1
 WIDE = torch.float64
-each_method = pytest.mark.parametrize("method", METHODS)
-few_methods = pytest.mark.parametrize("method", ["galore-power-rotate", "dct", "fira", "fira-8bit"])
+FEW = ["galore-power-rotate", "dct", "fira", "fira-8bit"]
 
 
 def run(method, kind, dtype=WIDE, in_backward=None, steps=STEPS):
@@ -48,8 +48,10 @@ def run(method, kind, dtype=WIDE, in_backward=None, steps=STEPS):
     return found, None if optimizer.grad_norm is None else float(optimizer.grad_norm)
 
 
-@each_method
-@pytest.mark.parametrize(("count", "kind"), [(2, "fsdp"), (4, "fsdp"), (4, "hybrid")])
+@pytest.mark.parametrize(
+    ("method", "count", "kind"),
+    in_turn(METHODS, (2, "fsdp"), (4, "fsdp"), (4, "hybrid"), every=["fira"]),
+)
 def test_training_equals_that_of_one_process(ranks, method, count, kind):
     reference = trained(method, STEPS, WIDE)
     for found, _ in ranks.run(count, run, method, kind):
@@ -72,7 +74,7 @@ def clipped_by_hand(method, max_norm):
     return weights_of(model), before
 
 
-@few_methods
+@pytest.mark.parametrize("method", ["galore-power-rotate", "fira-8bit"])
 def test_updates_in_the_backward_pass_are_those_of_step(ranks, method):
     """To the bit, on both ranks; with clipping, to rounding."""
     ordinary = ranks.run(2, run, method, "fsdp")
@@ -153,13 +155,11 @@ def tensor_parallel(method, sharded, in_backward):
     return weights_of(model)
 
 
-@few_methods
-@pytest.mark.parametrize(("count", "sharded"), [(2, False), (4, True)])
-@pytest.mark.parametrize("in_backward", [False, True])
-def test_tensor_parallelism_alone_and_with_fsdp2(ranks, method, count, sharded, in_backward):
+@crossed(method=FEW, sharded=[False, True], in_backward=[False, True])
+def test_tensor_parallelism_alone_and_with_fsdp2(ranks, method, sharded, in_backward):
     model = Net(WIDE, 16)
     train(model, optimizer_of(model, method), range(STEPS))
-    for found in ranks.run(count, tensor_parallel, method, sharded, in_backward):
+    for found in ranks.run(4 if sharded else 2, tensor_parallel, method, sharded, in_backward):
         assert difference(found, weights_of(model)) < 1e-12
 
 

@@ -72,7 +72,7 @@ def shapes_iterated_on(layout):
     return found
 
 
-@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4", "hybrid", "nested", "columns", "ddp"])
+@pytest.mark.parametrize("layout", ["fsdp-2", "hybrid", "nested", "ddp"])
 def test_each_matrix_is_iterated_on_whole_and_by_one_process(ranks, layout):
     count = 2 if layout == "ddp" else size_of(layout)
     answers = ranks.run(count, shapes_iterated_on, layout)

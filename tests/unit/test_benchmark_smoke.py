@@ -227,6 +227,7 @@ def a_ledger(script, path, *methods, task="smoke", text="none"):
     return ledger
 
 
+@pytest.mark.long
 def test_sensitivity(script, work, tmp_path, monkeypatch):
     sensitivity, path = script("sensitivity"), tmp_path / "pretrain.csv"
     text = script("pretraining.data").load(256, 2 << 20, work).name
@@ -317,6 +318,7 @@ def test_least_axis(script, capsys):
     assert int(rows[0][-1]) > 1.5 * int(rows[1][-1])
 
 
+@pytest.mark.long
 def test_compiled():
     """In a process of its own: the kernels of this one may be interpreted."""
     pytest.importorskip("triton", reason="kernels need triton")

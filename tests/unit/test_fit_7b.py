@@ -152,6 +152,7 @@ def test_a_case_in_a_process_of_its_own(fit, tiny, monkeypatch):
     assert (row["outcome"], row["device"]) == ("trained", "cpu"), row
 
 
+@pytest.mark.long
 def test_the_computed_table_of_the_readme_is_the_plan(fit):
     """Weights, states, what lies beside, and the sum, in GiB."""
     rows = re.findall(

@@ -128,14 +128,14 @@ def test_a_wrong_resume_is_seen(by_hand, fault):
     assert_seen(*by_hand[fault])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_runs_of_frameworks_end_as_those_left_alone(frameworks):
     status, rows = frameworks["frameworks"]
     assert [row["loop"] for row in rows] == ["trainer", "lightning"]
     assert_identical(status, rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fault", ["dropout of trainer", "dropout of lightning"])
 def test_a_wrong_resume_in_a_framework_is_seen(frameworks, fault):
     assert_seen(*frameworks[fault])

@@ -261,7 +261,7 @@ def test_cards_go_by_several_names():
         card_of("!")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_readme_shows_what_the_command_prints(capsys):
     (given, shown) = re.search(
         r"```bash\nlowrank-optim (memory .*?)\n```\n.*?```text\n(.*?)```", README, re.S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_optim
+from helpers.pairwise import crossed, in_turn
 from helpers.peak import Peak
 from lowrank_optim import LowRank, estimate_memory, state_bytes
 from lowrank_optim import methods as presets
@@ -62,10 +64,12 @@ def stepped(optimizer):
     return optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("state", STATES, ids=str)
-@pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("make", [Odd, small_llama])
+@crossed(
+    name=OURS,
+    state=STATES,
+    dtype=[torch.float32, torch.bfloat16, torch.float64],
+    make=[Odd, small_llama],
+)
 def test_our_state_is_that_after_a_step(make, name, state, dtype):
     model = make().to(dtype)
     needs = needs_of(OURS[name], model.to("meta"), 7, state)
@@ -99,7 +103,7 @@ def test_state_of_others_is_that_after_a_step(make, dtype):
     assert needs_of(METHODS["adamw8bit"], model, 7, None).state == sum(tensors.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("state", STATES, ids=str)
 @pytest.mark.parametrize("name", OURS)
 def test_state_of_llama_60m_is_that_after_a_step(name, state):
@@ -143,9 +147,15 @@ def by_hand(name, size, rank, state):
     return total
 
 
-@pytest.mark.parametrize("state", STATES, ids=str)
-@pytest.mark.parametrize("name", OURS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("name", "size", "state"),
+    [
+        *in_turn(OURS, *itertools.product(SIZES, STATES), every=["galore"]),
+        *((name, "llama-1b", None) for name in OURS if name != "galore"),
+        *((name, "llama-7b", "8bit") for name in OURS if name != "galore"),
+    ],
+    ids=str,
+)
 def test_state_of_presets_is_what_the_methods_say(size, name, state):
     model = build(size, torch.bfloat16)[0]
     rank = 1024 if model.config.hidden_size >= 4096 else 128

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from helpers.pairwise import crossed
 from helpers.peak import Peak
 from lowrank_optim import LowRank, estimate_memory, state_bytes
 from lowrank_optim.engine.memory import shared_bytes
@@ -63,9 +64,7 @@ def measured(model, optimizer, batch, seq, layerwise=False):
     return kept + first, kept + peak.peak
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("vocab", [320, 3200], ids=lambda size: f"vocab {size}")
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@crossed(dtype=[torch.float32, torch.bfloat16], vocab=[320, 3200], checkpointing=[False, True])
 def test_activations_are_those_of_a_real_pass(dtype, vocab, checkpointing):
     real = llama(dtype, vocab=vocab, checkpointing=checkpointing)
     tokens = torch.zeros(3, 80, dtype=torch.int64)
@@ -179,7 +178,8 @@ def test_dropout_keeps_a_mask_of_booleans():
     assert found.live.max() == pytest.approx(values * (4 + 1 + 4 + 4), rel=0.01)
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_largest_batch_fits_and_the_next_does_not(layerwise):
     given = {"optimizer": "galore", "seq": 64, "rank": 64, "gpu": "2GiB", "layerwise": layerwise}
     row = estimate_memory("60m", **given)["galore"]

@@ -119,8 +119,8 @@ def test_descent_goes_down_as_long_as_that_helps():
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"method": "adamw", "gap": 1}, {"state": "8bit"}, {"weights": "bfloat16"},
-     {"method": "dct", "gap": 1}, {"change": "on_refresh='rotate', state_free_scale=0.25"}],
+    [{"method": "dct", "gap": 1, "weights": "bfloat16"}, {"state": "8bit"},
+     {"change": "on_refresh='rotate', state_free_scale=0.25"}],
     ids=str,
 )  # fmt: skip
 def test_a_run_that_was_stopped_equals_the_one_left_alone(work, tmp_path, change):
@@ -165,6 +165,7 @@ def test_two_seeds_see_other_batches_and_a_step_always_the_same():
     assert not torch.equal(one, train.batch(tokens, task, 0, 6))
 
 
+@pytest.mark.long
 def test_everything_end_to_end_and_nothing_twice(work, tmp_path, capsys):
     """Tuning, seeds, the recipe's parts, times, report: what the README's commands do, small."""
     pretrain, house = (importlib.import_module(name) for name in ("pretrain", "house_recipe"))

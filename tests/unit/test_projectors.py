@@ -88,7 +88,7 @@ def test_down_undoes_up_and_both_are_the_products(projector, problem):
 
 
 @given(problem=problems(), decay=st.floats(0.3, 0.9), moved=st.floats(0.0, 1.0))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_power_captures_what_svd_does(problem, decay, moved):
     """On spectra that decay by a tenth or more a column: from nothing, and from another basis.
 

@@ -207,6 +207,19 @@ def test_a_model_whose_methods_raise_is_sorted(error):
     assert sorted_of(nn.ModuleDict({"inner": Raises(error)}))["projected"] == {"inner.body.weight"}
 
 
+class Declares(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.emit = nn.Linear(9, 7), nn.Linear(7, 5)
+
+    def get_output_embeddings(self):
+        return self.emit
+
+
+def test_what_a_model_declares_is_its_head_whatever_its_name():
+    assert sorted_of(Declares())["projected"] == {"body.weight"}
+
+
 def test_models_that_have_no_input_embeddings_are_sorted():
     model = on_meta(
         Wav2Vec2ForCTC, Wav2Vec2Config, num_hidden_layers=1, hidden_size=64, num_attention_heads=4,

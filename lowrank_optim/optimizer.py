@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import groups, settings
-from .checkpoints import load as checkpoint
+from .checkpoints import load
 from .checkpoints.versions import BEFORE, STATE_VERSION
 from .engine import memory
 from .engine.members import check_param, name_alike, named
@@ -418,7 +418,7 @@ class LowRank(Optimizer):
             if isinstance(param, Tensor) and param not in self._session.members:
                 del self.state[param]
         try:
-            return checkpoint.portable(self._session, super().state_dict())
+            return load.portable(self._session, super().state_dict())
         finally:
             self.state.update(kept)
 
@@ -435,7 +435,7 @@ class LowRank(Optimizer):
                 projector, rule, residual, side or on_refresh, is of another optimizer, or holds
                 values that no run leaves, such as NaN. Nothing is changed then.
         """
-        checkpoint.load(self, state_dict)
+        load.load(self, state_dict)
 
     def summary(self) -> str:
         """Return a table: what is projected, what is not and why, and the state beside AdamW's."""

@@ -28,10 +28,9 @@ from ..settings import (
     numbers_in,
     plan_of,
 )
-from . import states as saved_state
 from .differences import news
 from .pairing import check_form, ids_of, paired
-from .states import Saved
+from .states import Saved, check, take
 from .versions import BEFORE, STATE_VERSION, current
 
 LIVE = (*STRUCTURE, "state_dtype", "impl", "capturable", "foreach", "fused", "shard_basis")
@@ -75,7 +74,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True
             group.clear()
             group.update(loaded | rest)  # in the order of before: a checkpoint is the same text
         for saved in checkpoint[0].states:
-            saved_state.take(saved, optimizer.state[saved.param])
+            take(saved, optimizer.state[saved.param])
 
     if not isinstance(state_dict, Mapping):
         raise SettingError(f"a {type(state_dict).__name__} is no state dict of an optimizer")
@@ -195,7 +194,7 @@ def states_in(
             raise SettingError(f"the ranks of {name} differ: {ranks}")
         if held[param]:
             found.append(Saved(name, param, site, held[param], merged, plan))
-            saved_state.check(found[-1])
+            check(found[-1])
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .parts.checks import SettingError
-from .parts.rank import MIN_DIM, AutoRank, rank_of, subspace_of
+from .parts.rank import MIN_DIM, AutoRank, rank_asked, rank_of, subspace_of
 from .roles import roles_of
 from .settings import part_of, plan_of
 
@@ -90,13 +90,13 @@ def sorted_groups(
     """Return what `param_groups` does, and its warning; too high a rank raises only if `strict`."""
     rest = lr if rest_lr is None else rest_lr
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
-    share = rank_of(rank)
+    share = rank_asked({"rank": rank, **settings})
     whole = "projector" in settings and part_of("projector", settings["projector"]).whole
     full = isinstance(share, float) and share == 1
     return arranged(
         [(name, param) for name, param in model.named_parameters() if param.requires_grad],
         model,
-        {"rank": share, "min_dim": min_dim, **_rate(lr), **decay, **settings},
+        {"rank": rank, "min_dim": min_dim, **_rate(lr), **decay, **settings},
         {"rank": None, **_rate(rest), **decay},
         (share, settings.get("side", "auto"), whole and not full, full),
         min_dim,

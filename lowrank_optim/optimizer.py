@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import groups, settings
-from .checkpoints import load as checkpoint
+from .checkpoints import load
+from .checkpoints.versions import BEFORE, STATE_VERSION
 from .engine import memory
 from .engine.members import check_param, name_alike, named
 from .engine.session import Session
@@ -35,9 +36,11 @@ class LowRank(Optimizer):
     With G the gradient, its shorter axis last, P the projector's orthonormal basis and N the rule's
     direction on R = G P:  W <- (1 - lr wd) W - lr (scale N P^T + residual).
     The named methods (`GaLoreAdamW`, ...) are settings of this class. Every setting but `params`
-    may stand in a parameter group; a parameter with fewer than two dimensions, with a projected
-    axis no longer than the rank, with an axis shorter than `min_dim`, or in a group whose rank is
-    None is not projected: with the Adam rule it gets `torch.optim.AdamW`'s step.
+    and `process_group` may stand in a parameter group, beside the numbers that its parts read
+    (`momentum`, `limiter`, ..., see `parts.numbers`). A parameter with fewer than two dimensions,
+    with a projected axis no longer than the rank, with an axis shorter than `min_dim`, or in a
+    group whose rank is None is not projected: with the Adam rule it gets `torch.optim.AdamW`'s
+    step.
 
     Args:
         params: a module, whose embeddings, heads, norms and biases are not projected, as
@@ -148,7 +151,7 @@ class LowRank(Optimizer):
             **{key: given_here[key] for key in settings.CHECKS if key in given_here},
             "skipped_steps": 0,
             "grad_norm": None,
-            "state_version": checkpoint.STATE_VERSION,
+            "state_version": STATE_VERSION,
         }
         chosen = {"foreach": foreach, "fused": fused}
         defaults.update((key, value) for key, value in chosen.items() if value is not None)
@@ -182,7 +185,7 @@ class LowRank(Optimizer):
         super().__setstate__(state)
         # Torch adds this when a state is loaded: flat checkpoints need the same keys at all times.
         self.defaults.pop("differentiable", None)
-        self.defaults = {**checkpoint.BEFORE, **self.defaults}
+        self.defaults = {**BEFORE, **self.defaults}
         fresh = "_session" not in self.__dict__
         if fresh:
             self._session = Session(self)
@@ -198,8 +201,8 @@ class LowRank(Optimizer):
         where = f" in group {index}"
         group = dict(param_group)
         settings.translate(group, where)
-        settings.check_keys(group, where)
-        group = {**self.defaults, **group}
+        defaults = {key: settings.default_of(key, value) for key, value in self.defaults.items()}
+        group = settings.placed({**defaults, **group}, where, self.defaults)
         settings.check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
@@ -217,6 +220,7 @@ class LowRank(Optimizer):
             raise
         self._session.note_members()
         self._session.members.check(self.param_groups)
+        self._session.note_checked(index)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -414,7 +418,7 @@ class LowRank(Optimizer):
             if isinstance(param, Tensor) and param not in self._session.members:
                 del self.state[param]
         try:
-            return checkpoint.portable(super().state_dict())
+            return load.portable(self._session, super().state_dict())
         finally:
             self.state.update(kept)
 
@@ -431,7 +435,7 @@ class LowRank(Optimizer):
                 projector, rule, residual, side or on_refresh, is of another optimizer, or holds
                 values that no run leaves, such as NaN. Nothing is changed then.
         """
-        checkpoint.load(self, state_dict)
+        load.load(self, state_dict)
 
     def summary(self) -> str:
         """Return a table: what is projected, what is not and why, and the state beside AdamW's."""

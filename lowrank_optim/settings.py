@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,10 +29,17 @@ from .parts.checks import (
     text_of,
 )
 from .parts.feeds import FEEDS, Feed
+from .parts.numbers import (
+    Number,
+    bare_text,
+    numbers_of,
+    said_by,
+    with_numbers,
+)
 from .parts.plan import Plan
 from .parts.projectors import PROJECTORS
 from .parts.protocols import Projector, Residual, Rule
-from .parts.rank import AutoRank, rank_of
+from .parts.rank import AutoRank, rank_asked, rank_of
 from .parts.residuals import RESIDUALS
 from .parts.rules import RULES
 from .parts.storage import DTYPES, FEED_STORAGES, STORAGES
@@ -59,9 +67,10 @@ def rank(key: str, value: Any, where: str) -> int | float | str | None:
     )
     if isinstance(value, (str, AutoRank)):
         try:
-            return text_of(rank_of(value))
+            rank_of(value)
         except (TypeError, ValueError):
             raise fail(where, key, value, wanted) from None
+        return value if isinstance(value, str) else text_of(value)
     if not is_real(value):
         raise fail(where, key, value, wanted)
     whole = isinstance(value, numbers.Integral)
@@ -155,6 +164,124 @@ RATES = ("lr", "betas", "eps", "weight_decay", "scale", "maximize", "skipped_ste
 """Settings that change nothing but numbers of a step."""
 
 
+WITH_NUMBERS = (*PARTS, "rank")
+"""Settings that stand for parts with numbers."""
+
+
+def readers_of_numbers() -> dict[str, list[str]]:
+    """Return for each number of our parts what reads it, as it is written in a group."""
+    found: dict[str, list[str]] = {key: ['rank="auto"'] for key in AutoRank.numbers}
+    for setting, registry in PARTS.items():
+        for each in registry.values():
+            for key in numbers_of(each):
+                found.setdefault(key, []).append(f"{setting}={type(each).__name__}(...)")
+    return found
+
+
+NUMBERS = readers_of_numbers()
+"""Keys of the numbers of our parts, and what reads them."""
+
+DERIVED = tuple(key for key, number in AutoRank.numbers.items() if number.derived)
+"""Those of them from which more follows than a number of a step."""
+
+
+def reading(group: Group) -> list[tuple[str, Any, Any]]:
+    """Return (setting, what it says, part) of all parts that a group's steps read numbers of.
+
+    Where nothing is projected, that is the rule of such parameters alone.
+    """
+    rule = part_of("rule", group["rule"])
+    plain = [("rule", "", rule.plain)] if rule.plain is not rule else []
+    if group["rank"] is None:
+        return plain or [("rule", group["rule"], rule)]
+    return [*((key, group[key], part_of(key, group[key])) for key in WITH_NUMBERS), *plain]
+
+
+def default_of(key: str, value: Any) -> Any:
+    """Return what a group gets for a setting of the constructor: parts without their numbers.
+
+    The numbers follow by `placed`, where the group does not say otherwise.
+    """
+    if key not in WITH_NUMBERS or not isinstance(value, str) or value in names_of(key):
+        return value
+    return without_numbers(key, part_of(key, value))
+
+
+def names_of(key: str) -> Container[str]:
+    """Return the names that a setting may have in place of a part."""
+    return PARTS.get(key, ("auto",))
+
+
+def without_numbers(key: str, part: Any) -> str:
+    """Return the text of one of our parts that says nothing of its numbers."""
+    return "auto" if key == "rank" else bare_text(part)
+
+
+def placed(
+    group: Group, where: str, defaults: Group, before: Sequence[Group] = ()
+) -> dict[str, Any]:
+    """Return a group with the keys of ours, and the numbers of its parts beside them.
+
+    A part of ours stands in a group as text without numbers, one of a user's own as it is. Each
+    number is, in this order: that of its own key; what the part here says, an object or a text with
+    numbers; the constructor's, where its part is of the same kind; the default of the class.
+
+    Args:
+        group: complete but for numbers.
+        where: names it in a message.
+        defaults: the constructor's settings.
+        before: what this group, or those that it may come from, had when they were last looked at.
+            A number that is there unchanged has not been asked for: it gives way to what a new part
+            says, and goes with a part that is gone.
+
+    Raises:
+        SettingError: a number that is said twice and not alike, or that nothing in the group reads.
+    """
+    group = dict(group)
+    translate(group, where)
+    for key in WITH_NUMBERS:
+        group[key] = CHECKS[key](key, group[key], where)
+    parts = reading(group)
+    read = {key: each for _, _, part in parts for key, each in numbers_of(part).items()}
+
+    def asked(key: str) -> bool:
+        return key in group and not any(key in old and old[key] == group[key] for old in before)
+
+    for key, each in read.items():
+        for other in set(each.also) & group.keys() - read.keys():
+            if asked(key):
+                raise SettingError(
+                    f"both {key!r} and {other!r}{where}: they are the same, keep one"
+                )
+            group[key] = group.pop(other)
+        if key in group:
+            group[key] = each.check(key, group[key], where)
+    for setting, value, part in parts:
+        said, source = said_by(value, part), part
+        if isinstance(value, str):
+            made = part_of(setting, defaults[setting])
+            alike = (made, getattr(made, "plain", None))
+            source = next((other for other in alike if type(other) is type(part)), part)
+        elif not before or any(old.get(setting) is value for old in before):
+            said = {}
+        for key, each in numbers_of(part).items():
+            if key in said:
+                if asked(key) and group[key] != said[key]:
+                    raise SettingError(
+                        f"{key}={group[key]!r}{where}, and {setting}={value!r} says {said[key]!r}: "
+                        f'keep one, as in {setting}="{without_numbers(setting, part)}"'
+                    )
+                group[key] = said[key]
+            elif key not in group:
+                group[key] = getattr(source, each.field)
+        if said and isinstance(value, str):
+            group[setting] = without_numbers(setting, part)
+    for key in [key for key in group if key in NUMBERS and key not in read and not asked(key)]:
+        del group[key]
+    check_keys(group, where, read)
+    return group
+
+
 def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> None:
     """Check every setting of a group and bring it to its normal form, in place.
 
@@ -173,6 +300,13 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
         plan = plan_of(group)
     except ValueError as error:
         raise SettingError(f"{error}{where}") from None
+    for key, each in numbers_in(group).items():
+        if key in group:
+            group[key] = each.check(key, group[key], where)
+    try:
+        asked = rank_asked(group)
+    except ValueError as error:
+        raise SettingError(f"rank={group['rank']!r}{where}: {error}") from None
     if group["capturable"] and not plan.projector.captures:
         raise SettingError(
             f"capturable=True{where} does not go with the projector "
@@ -184,17 +318,24 @@ def check_values(group: dict[str, Any], where: str, least_lr: float = 0.0) -> No
             f"capturable=True{where} does not go with the feed {type(plan.feed).__name__}, which "
             "reads the number of updates on the host"
         )
-    share = rank_of(group["rank"])
-    if isinstance(share, AutoRank):
+    if isinstance(asked, AutoRank):
         check_auto(plan, where)
-    elif group["state_budget"] is not None and share is not None:
-        raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={share}')
-    if plan.takes_turns and isinstance(share, int):
-        raise fail(where, "rank", share, "a float in (0, 1], the share of matrices that are active")
+    elif group["state_budget"] is not None and asked is not None:
+        raise SettingError(f'state_budget{where} belongs to rank="auto", not to rank={asked}')
+    if plan.takes_turns and isinstance(asked, int):
+        raise fail(where, "rank", asked, "a float in (0, 1], the share of matrices that are active")
     if group.get("foreach") and group.get("fused"):
         raise SettingError(f"foreach=True and fused=True{where}: take one of them, or neither")
     if group.get("foreach") and isinstance(group["lr"], Tensor):
         raise SettingError(f"foreach=True{where}: with lr a tensor, torch's AdamW needs fused=True")
+
+
+def numbers_in(group: Group) -> dict[str, Number]:
+    """Return the numbers that the steps of a group read, by key."""
+    plan, rank = plan_of(group), rank_of(group["rank"])
+    if rank is None:
+        return plan.plain_numbers
+    return {**plan.numbers, **plan.plain_numbers, **numbers_of(rank)}
 
 
 def check_auto(plan: Plan, where: str) -> None:
@@ -218,7 +359,7 @@ def plan_of(group: Group) -> Plan:
     Raises:
         SettingError: parts that do not go together, or a value set later that is none of ours.
     """
-    return _plan(
+    plan = _plan(
         group["feed"],
         group["rule"],
         group["projector"],
@@ -227,6 +368,19 @@ def plan_of(group: Group) -> Plan:
         group["side"],
         group["on_refresh"],
     )
+    other = tuple(
+        (key, group[key])
+        for key, absent in plan.optional.items()
+        if key in group and (group[key] is None) != absent
+    )
+    return _with_structure(plan, other) if other else plan
+
+
+@lru_cache(maxsize=256)
+def _with_structure(plan: Plan, numbers: tuple[tuple[str, Any], ...]) -> Plan:
+    """Return a plan whose parts know which of their numbers are None."""
+    there = dict(numbers)
+    return replace(plan, **{key: with_numbers(getattr(plan, key), there) for key in PARTS})
 
 
 @lru_cache(maxsize=256)
@@ -262,6 +416,8 @@ def _plan(
 def part_of(key: str, value: Any) -> Any:
     """Return the part that a name, a text or an object in a group stands for."""
     value = CHECKS[key](key, value, "")
+    if key == "rank":
+        return rank_of(value)
     registry = PARTS[key]
     if not isinstance(value, str):
         return value
@@ -272,10 +428,7 @@ def described(group: Group) -> dict[str, str]:
     """Return the structural settings as text that a checkpoint can hold."""
     plan = plan_of(group)
     return {
-        "feed": text_of(plan.feed),
-        "rule": text_of(plan.rule),
-        "projector": text_of(plan.projector),
-        "residual": text_of(plan.residual),
+        **{key: bare_text(getattr(plan, key)) for key in PARTS},
         "side": plan.side,
         "on_refresh": plan.on_refresh,
     }
@@ -296,11 +449,13 @@ FOREIGN = {
     "proj": 'use \'projector\' ("svd", "power", "random", ...)',
     "scale_type": "use ApolloAdamW, with rank 1 for one factor a tensor",
     "density": "use 'rank' with a float: the share of the projected axis",
-    "limiter": "pass it to the constructor, or put residual=NormScaled(limiter=...) in the group",
     "state_free": "pass it to the constructor, or put residual=StateFree(...) in the group",
-    "state_free_scale": "pass it to the constructor, or put residual=StateFree(...) in the group",
+    "length": "pass it to the constructor, or put rule=Muon(...) or Orthogonal(...) in the group",
+    "momentum_dtype": "pass it to the constructor, or put feed=ErrorFeedback(...) in the group",
+    "error_dtype": "pass it to the constructor, or put feed=GeneralErrorFeedback(...) in the group",
+    "process_group": "pass it to the constructor, it is that of the whole optimizer",
 }
-"""Keys that other packages, or our presets, read elsewhere: silence would be a trap."""
+"""Keys that other packages, or our constructors, read elsewhere: silence would be a trap."""
 
 
 NOT_OFFERED = ("amsgrad", "differentiable")
@@ -328,22 +483,34 @@ def translate(group: dict[str, Any], where: str) -> None:
         group["side"] = PROJ_TYPES[kind]
 
 
-def check_keys(group: Group, where: str) -> None:
+def check_keys(group: Group, where: str, read: Collection[str] = ()) -> None:
     """Raise SettingError for a group key that looks like a misspelt or misplaced setting.
 
     Any other unknown key is left alone, as torch does: trainers keep their own things there, also
     under names that have that of a setting in them, such as `lr_scale` and `init_weight_decay`.
+
+    Args:
+        group: its keys are looked at, and values of some.
+        where: names it in a message.
+        read: the numbers that parts of the group read.
     """
     for key in group:
-        if key in CHECKS or key in KNOWN_KEYS:
+        if key in CHECKS or key in KNOWN_KEYS or key in read:
             continue
+        if key in NUMBERS:
+            near = nearest(key)
+            raise SettingError(
+                f"group key {key!r}{where} is not read by what the group has: it is a number of "
+                f"{' and '.join(NUMBERS[key])}"
+                + (f"; did you mean {near!r}?" if near else ", take one of them or remove the key")
+            )
         if key in FOREIGN:
             raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
         if key in NOT_OFFERED:
             if group[key]:
                 raise SettingError(f"{key}=True{where}: {key} is not offered")
             continue
-        near = nearest(key)
+        near = nearest(key, read)
         if near is not None and not set(near.split("_")) < set(key.lower().split("_")):
             raise SettingError(f"unknown group key {key!r}{where}: did you mean {near!r}?")
 
@@ -357,11 +524,20 @@ def check_unknown(keywords: dict[str, Any], name: str) -> None:
     """
     for key in keywords:
         near = nearest(key)
-        hint = FOREIGN.get(key) or (f"did you mean {near!r}?" if near else "it has no such setting")
+        hint = (
+            FOREIGN.get(key)
+            or number_hint(key)
+            or (f"did you mean {near!r}?" if near else "it has no such setting")
+        )
         raise TypeError(f"{name}() got an unexpected keyword argument {key!r}: {hint}")
 
 
-def nearest(key: str) -> str | None:
-    """Return the setting whose name is nearly that of a key, if there is one."""
-    near = difflib.get_close_matches(key.lower(), CHECKS, n=1, cutoff=0.8)
+def number_hint(key: str) -> str:
+    """Return where a number of parts may be given; "" for any other key."""
+    return f"put it into a group that has {' or '.join(NUMBERS[key])}" if key in NUMBERS else ""
+
+
+def nearest(key: str, read: Iterable[str] = ()) -> str | None:
+    """Return the setting, or number that is read, whose name is nearly that of a key, if any."""
+    near = difflib.get_close_matches(key.lower(), [*CHECKS, *read], n=1, cutoff=0.8)
     return near[0] if near else None

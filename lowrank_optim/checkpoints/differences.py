@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from ..parts.types import Group
-from ..settings import CHECKS, described
+from ..settings import CHECKS, described, numbers_in
 
 COUNTS = ("skipped_steps",)
 """What is among the settings and counts steps: a checkpoint has more of them."""
 
 SCHEDULED = ("lr", "weight_decay", "betas")
-"""What schedules change; they leave "initial_lr" in the group."""
+"""What schedules change, beside numbers of parts; they leave "initial_lr" in the group."""
 
 
 def news(groups: Sequence[Group], saved: Sequence[Group], live: Sequence[str]) -> str:
@@ -36,8 +36,10 @@ def news(groups: Sequence[Group], saved: Sequence[Group], live: Sequence[str]) -
 
 def from_checkpoint(own: Group, saved: Group, live: Sequence[str]) -> Iterator[str]:
     """Yield the settings that were others here."""
-    scheduled = SCHEDULED if "initial_lr" in own or "initial_lr" in saved else ()
-    for key in CHECKS:
+    numbers = numbers_in(own)
+    known = "initial_lr" in own or "initial_lr" in saved
+    scheduled = (*SCHEDULED, *numbers) if known else ()
+    for key in (*CHECKS, *numbers):
         if key in saved and key in own and key not in (*live, *COUNTS, *scheduled):
             here, there = plain(own[key]), plain(saved[key])
             if here != there:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..engine.members import name_of
-from ..engine.session import session_of
+from ..engine.session import Session, session_of
 from ..engine.sites import sites_of
 from ..functional.views import Shape
 from ..parts.checks import SettingError, is_real
@@ -25,26 +25,22 @@ from ..settings import (
     check_values,
     class_in,
     described,
+    numbers_in,
     plan_of,
 )
-from . import states as saved_state
 from .differences import news
 from .pairing import check_form, ids_of, paired
-from .states import Saved
-
-STATE_VERSION = 1
-"""Version of the layout of a state; a number in every group of a checkpoint."""
+from .states import Saved, check, take
+from .versions import BEFORE, STATE_VERSION, current
 
 LIVE = (*STRUCTURE, "state_dtype", "impl", "capturable", "foreach", "fused", "shard_basis")
 """Settings that stay as they are here: what the state means, and how this machine steps it."""
 
-BEFORE = {"min_dim": 1}
-"""What a checkpoint of this package means that was written before there was such a setting."""
 
-
-def portable(state_dict: dict[str, Any]) -> dict[str, Any]:
+def portable(session: Session, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Return a state dict whose groups hold text where they held objects."""
-    groups = [{**group, **described(group)} for group in state_dict["param_groups"]]
+    groups = session.placed(state_dict["param_groups"])
+    groups = [{**g, **described(g), "state_version": STATE_VERSION} for g in groups]
     return {**state_dict, "param_groups": groups}
 
 
@@ -60,7 +56,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True
         state_dict: the checkpoint, which is not changed.
         tells: whether to warn, at the caller's caller, of settings that were others here.
     """
-    live = [dict(group) for group in optimizer.param_groups]
+    live = session_of(optimizer).placed(optimizer.param_groups)
     checkpoint: list[Checked] = []
 
     def check_and_keep(_: Any, incoming: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True
             group.clear()
             group.update(loaded | rest)  # in the order of before: a checkpoint is the same text
         for saved in checkpoint[0].states:
-            saved_state.take(saved, optimizer.state[saved.param])
+            take(saved, optimizer.state[saved.param])
 
     if not isinstance(state_dict, Mapping):
         raise SettingError(f"a {type(state_dict).__name__} is no state dict of an optimizer")
@@ -118,9 +114,9 @@ def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
     ours = any("projector" in group for group in state_dict["param_groups"])
     try:
         own = paired(optimizer.param_groups, state_dict)
-        for index, (group, saved) in enumerate(
-            zip(optimizer.param_groups, own["param_groups"], strict=True)
-        ):
+        here = session_of(optimizer).placed(optimizer.param_groups)
+        for index, (group, there) in enumerate(zip(here, own["param_groups"], strict=True)):
+            saved = current(there, group)
             check_structure(group, saved, index)
             merged = merged_settings(group, saved, f" in group {index} of the checkpoint")
             taken = {k: merged.get(k, v) for k, v in saved.items() if k not in LIVE}
@@ -142,12 +138,6 @@ def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
 
 def check_structure(group: Group, saved: Group, index: int) -> None:
     """Raise SettingError if a group of a checkpoint was made with other parts than ours."""
-    version = saved.get("state_version", STATE_VERSION)
-    if not isinstance(version, int) or version != STATE_VERSION:
-        raise SettingError(
-            f"the checkpoint has state_version {version}, this package reads {STATE_VERSION}: "
-            "upgrade lowrank-optim"
-        )
     for key, value in described(group).items():
         if key in saved and class_in(str(saved[key])) != class_in(value):
             raise SettingError(
@@ -155,8 +145,17 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
+    plan, numbers = plan_of(group), numbers_in(group)
+    for key in (key for key in plan.optional if key in numbers and key in saved):
+        if (saved[key] is None) != (group[key] is None):
+            raise SettingError(
+                f"the checkpoint was made with {key}={saved[key]} in group {index}, this optimizer "
+                f"has {group[key]}: with and without one, other things are kept. Build it with the "
+                "checkpoint's setting to resume, or start without its optimizer state"
+            )
     names = {key: saved[key] is not False for key in NOT_OFFERED if key in saved}
-    check_keys({**dict.fromkeys(saved), **names}, f" in group {index} of the checkpoint")
+    where = f" in group {index} of the checkpoint"
+    check_keys({**dict.fromkeys(saved), **names}, where, numbers)
 
 
 def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
@@ -195,7 +194,7 @@ def states_in(
             raise SettingError(f"the ranks of {name} differ: {ranks}")
         if held[param]:
             found.append(Saved(name, param, site, held[param], merged, plan))
-            saved_state.check(found[-1])
+            check(found[-1])
     return found
 
 

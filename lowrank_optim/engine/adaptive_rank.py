@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 from ..functional import compute_dtype, down, row_norms
 from ..parts.checks import SettingError
 from ..parts.plan import Plan
-from ..parts.rank import AutoRank, rank_of
+from ..parts.rank import AutoRank, rank_asked
 from ..parts.types import Group, Matrix, Site, State
 from ..sharding.layout import Layout
 from .state import init_state
@@ -205,7 +205,7 @@ def narrow(
         before: what they had; in place of it, in `learnt` and in the state, comes what is kept.
         group, plan: theirs.
     """
-    auto = rank_of(group["rank"])
+    auto = rank_asked(group)
     assert isinstance(auto, AutoRank)
     site = matrices[0].site
     assert site.most is not None

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..functional.views import matrix_shape
 from ..parts.checks import SettingError
 from ..parts.types import Group
+from ..settings import default_of
 from ..sharding.collectives import several
 
 
@@ -77,7 +78,8 @@ class Members:
         """
         for index, group in enumerate(groups):
             for key, value in defaults.items():
-                group.setdefault(key, value)
+                if key not in group:
+                    group[key] = default_of(key, value)
             if "params" not in group:
                 raise SettingError(f"group {index} has no 'params'")
             if not isinstance(group["params"], list):

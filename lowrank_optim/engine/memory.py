@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..functional.views import matrix_shape
-from ..parts.rank import rank_of, subspace_of
+from ..parts.rank import rank_asked, subspace_of
 from ..parts.types import Group, State
 from ..settings import check_values, plan_of
 from ..sharding.local import here, is_distributed
@@ -56,11 +56,11 @@ def adamw_bytes(param: Tensor) -> int:
 
 def checked(optimizer: Optimizer) -> Iterator[Group]:
     """Yield the groups with their settings as the next step will read them, also just changed."""
-    session_of(optimizer).note_members()
-    for index, group in enumerate(optimizer.param_groups):
-        settings = dict(group)
-        check_values(settings, f" in group {index}", least_lr=-math.inf)
-        yield settings
+    session = session_of(optimizer)
+    session.note_members()
+    for index, group in enumerate(session.placed(optimizer.param_groups)):
+        check_values(group, f" in group {index}", least_lr=-math.inf)
+        yield group
 
 
 def rows(optimizer: Optimizer) -> list[dict[str, Any]]:
@@ -123,7 +123,7 @@ def left_plain(optimizer: Optimizer) -> list[str]:
     found: Counter[str] = Counter()
     for group in checked(optimizer):
         plan, rank = plan_of(group), group["rank"]
-        rule = (rank_of(rank), group["side"], plan.projector.whole, plan.full)
+        rule = (rank_asked(group), group["side"], plan.projector.whole, plan.full)
         for param, site in sites_of(group, plan, session_of(optimizer).shared):
             shape = tuple(param.shape)
             plain = site is None and rank is not None and matrix_shape(shape) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from operator import itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -17,7 +17,7 @@ from ..parts.checks import SettingError
 from ..parts.plan import Plan
 from ..parts.rank import AutoRank, rank_of
 from ..parts.types import Group, Shared, State
-from ..settings import CHECKS, RATES, check_keys, check_values, plan_of, translate
+from ..settings import CHECKS, DERIVED, RATES, check_values, numbers_in, placed, plan_of
 from ..sharding.layout import Each
 from .members import Members, name_of
 from .refresh import Watch
@@ -29,26 +29,69 @@ Seen = tuple[Any, ...]
 
 
 STRUCTURE = [key for key in CHECKS if key not in RATES]
-numbers_of, structure_of = itemgetter(*RATES), itemgetter(*STRUCTURE)
+rates_in, structure_of = itemgetter(*RATES), itemgetter(*STRUCTURE)
+
+
+PLAIN = frozenset({bool, int, float, type(None)})
+"""Types of numbers, which are known again by themselves; what else is there is by its address."""
 
 
 class Signature(NamedTuple):
     """What tells whether a setting has been replaced since it was checked.
 
-    `rates` are numbers that nothing is derived from, `structure` is the rest and the keys there.
+    `rates` are numbers that nothing is derived from, `numbers` those of the parts, `structure` is
+    the rest and `keys` the keys there.
     """
 
     rates: Any
     structure: Any
     keys: list[str]
+    numbers: dict[str, Any]
+
+    def derives(self, other: Signature) -> bool:
+        """Return whether what is derived from one holds for the other."""
+        if not equal(self[1:3], other[1:3]):
+            return False
+        if self.numbers == other.numbers:
+            return True
+        pairs = zip(self.numbers.values(), other.numbers.values(), strict=True)
+        sites = any(self.numbers.get(key) != other.numbers.get(key) for key in DERIVED)
+        return not sites and all((one is None) == (two is None) for one, two in pairs)
 
 
-def signature(group: Group) -> Signature | None:
-    """Return the signature of a group; None where a setting has been taken out."""
+def equal(one: Any, two: Any) -> bool:
+    """Return whether two are equal; arrays, of which it is not known, are not."""
     try:
-        return Signature(numbers_of(group), structure_of(group), list(group))
+        return bool(one == two)
+    except (RuntimeError, ValueError):
+        return False
+
+
+def signature(group: Group, read: Collection[str]) -> Signature | None:
+    """Return the signature of a group; None where a setting has been taken out.
+
+    Args:
+        group: the settings.
+        read: numbers that its parts read.
+    """
+    try:
+        numbers = {k: x if type(x := group[k]) in PLAIN else id(x) for k in read} if read else {}
+        return Signature(rates_in(group), structure_of(group), list(group), numbers)
     except KeyError:
         return None
+
+
+def signed(group: Group) -> Signature:
+    """Return the signature of a group that has been checked."""
+    found = signature(group, numbers_in(group))
+    assert found is not None
+    return found
+
+
+def had(known: Mapping[int, Signature], index: int) -> list[dict[str, Any]]:
+    """Return what a group had when it was last checked; what all groups had, for a new one."""
+    some = [known[index]] if index in known else known.values()
+    return [{**dict(zip(STRUCTURE, one.structure, strict=True)), **one.numbers} for one in some]
 
 
 class Prepared:
@@ -66,7 +109,8 @@ class Prepared:
         shared: Shared,
         copies: Any,
         states: Mapping[Any, State],
-        before: Prepared | None = None,
+        known: dict[int, Signature],
+        defaults: Group,
     ) -> None:
         """Check what has changed and derive the rest.
 
@@ -76,11 +120,12 @@ class Prepared:
             shared: tensors common to several of them.
             copies: the process group on whose members ordinary tensors are the same, or None.
             states: by parameter.
-            before: what was derived from the groups as they were.
+            known: signatures of the groups as they were last checked, by place; kept up to date.
+            defaults: settings of the constructor.
         """
         self.groups: list[tuple[dict[str, Any], Plan, list[Entry]]] = []
         self.each: list[Each] = []
-        self._signatures: list[Signature] = [] if before is None else before._signatures[:]
+        self._known, self._defaults = known, defaults
         self._seen: list[list[Seen]] = []
         self._lasts = True
         position = 0
@@ -102,14 +147,18 @@ class Prepared:
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
         """Check a group whose settings are not those of before."""
-        if self._signatures[index : index + 1] != [signature(group)]:
-            where = f" in group {index}"
-            translate(group, where)
-            check_keys(group, where)
+        known, where = self._known.get(index), f" in group {index}"
+        now = None if known is None else signature(group, known.numbers)
+        if equal(known, now) and now is not None:
+            return
+        if known is not None and now is not None and equal(known[1:3], now[1:3]):
             check_values(group, where, least_lr=-math.inf)
-            checked = signature(group)
-            assert checked is not None
-            self._signatures[index:] = [checked, *self._signatures[index + 1 :]]
+        else:
+            found = placed(group, where, self._defaults, had(self._known, index))
+            check_values(found, where, least_lr=-math.inf)
+            group.clear()
+            group.update(found)
+        self._known[index] = signed(group)
 
     @cached_property
     def entries(self) -> dict[Tensor, Entry]:
@@ -152,11 +201,15 @@ class Prepared:
         group, _, entries = self.groups[index]
         if len(groups) != len(self.groups) or groups[index] is not group:
             return False
-        now, before = signature(group), self._signatures[index]
-        if now is None or now[1:] != before[1:] or len(group["params"]) != len(entries):
+        before = self._known[index]
+        now = signature(group, before.numbers)
+        if len(group["params"]) != len(entries):
             return False
-        if now.rates != before.rates:
-            self._check(index, group)
+        if equal(now, before):
+            return True
+        if now is None or not before.derives(now):
+            return False
+        self._check(index, group)
         return True
 
 
@@ -221,6 +274,7 @@ class Session:
         self.in_backward: InBackward | None = None
         self.grad_norm: Tensor | None = None
         self._prepared: Prepared | None = None
+        self._known: dict[int, Signature] = {}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -254,7 +308,11 @@ class Session:
         if self._prepared is None or not self._prepared.keeps_up(groups):
             self.note_members()
             self.members.check(groups)
-            self._prepared = self._derived()
+            self._prepared = None  # what was checked stays known, also where a group is refused
+            self._prepared = Prepared(
+                groups, self.members, self.shared, self.process_group, self.state,
+                self._known, self.optimizer.defaults,
+            )  # fmt: skip
         return self._prepared
 
     def prepared_for(self, param: Tensor) -> Prepared:
@@ -265,9 +323,17 @@ class Session:
             return self.prepared()
         return known
 
-    def _derived(self) -> Prepared:
-        copies, before = self.process_group, self._prepared
-        return Prepared(self.groups, self.members, self.shared, copies, self.state, before)
+    def note_checked(self, index: int) -> None:
+        """Note that a group has been checked as it is."""
+        self._known[index] = signed(self.groups[index])
+
+    def placed(self, groups: Groups) -> Groups:
+        """Return copies of the groups, or of what is saved of them, with numbers in place."""
+        defaults, known = self.optimizer.defaults, self._known
+        return [
+            placed(group, f" in group {index}", defaults, had(known, index))
+            for index, group in enumerate(groups)
+        ]
 
     def loaded(self) -> None:
         """Forget what was derived from states, which have been replaced."""

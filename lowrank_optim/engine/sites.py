@@ -11,7 +11,7 @@ from torch import Tensor
 from ..functional import compute_dtype
 from ..parts.checks import SettingError
 from ..parts.plan import Plan
-from ..parts.rank import AutoRank, rank_of, subspace_of, width_of
+from ..parts.rank import AutoRank, rank_asked, subspace_of, width_of
 from ..parts.types import Group, Shared, Site, State
 from ..sharding.layout import Layout, layout_of
 from .adaptive_rank import set_ranks
@@ -51,7 +51,7 @@ def sites_of(
             is the least.
     """
     params: list[Tensor] = group["params"]
-    rank = rank_of(group["rank"])
+    rank = rank_asked(group)
     side, seed, gap = (group[key] for key in ("side", "seed", "update_proj_gap"))
     whole = plan.projector.whole
     rule = (rank, side, whole, plan.full, group["min_dim"])

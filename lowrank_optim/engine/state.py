@@ -13,6 +13,7 @@ from torch import Tensor
 from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.protocols import Storage
+from ..parts.rank import rank_asked
 from ..parts.storage import forms
 from ..parts.types import COUNTED, Group, Site, State
 from ..settings import PARTS
@@ -115,13 +116,13 @@ def template(
     return state
 
 
-FIXED = ("rank", "min_dim", "shard_basis", "capturable")
-"""Settings beside those of a plan on which a state depends."""
+FIXED = ("min_dim", "shard_basis", "capturable")
+"""Settings beside the rank and those of a plan on which a state depends."""
 
 
 def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
     """Return what the states of a group depend on."""
-    return (plan, *(group[key] for key in FIXED))
+    return (plan, rank_asked(group), *(group[key] for key in FIXED))
 
 
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:

@@ -6,8 +6,8 @@ import ast
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import is_dataclass
+from collections.abc import Callable, Container, Iterable
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
@@ -37,31 +37,29 @@ def is_real(value: Any) -> bool:
     return True
 
 
-def check_share(name: str, value: Any, below: float = 1.0) -> None:
-    """Raise ValueError unless a value is a number from 0 and below another."""
-    if not is_real(value) or not 0 <= value < below:
-        end = "" if below == math.inf else f" and below {below:g}"
-        raise ValueError(f"{name} must be a number from 0{end}, got {value!r}")
+def is_count(value: Any) -> bool:
+    """Return whether a value is an int of at least 1."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+def text_of(part: Any, without: Container[str] = ()) -> str:
+    """Return an object as `Name(settings)`, or `Name()` where its text might hold an address.
 
-
-def text_of(part: Any) -> str:
-    """Return an object as `Name(settings)`, or `Name()` where its text might hold an address."""
-    return repr(part) if is_dataclass(part) else f"{type(part).__name__}()"
-
-
-def made_from(text: str, kinds: Iterable[type]) -> Any:
-    """Return the object that `text_of` gave as text, of one of some dataclasses; None if of none.
-
-    Raises:
-        ValueError: a value that the class refuses.
-        TypeError: a setting that it does not have.
+    Args:
+        part: the object.
+        without: settings that are left out.
     """
+    if not is_dataclass(part):
+        return f"{type(part).__name__}()"
+    if not without:
+        return repr(part)
+    shown = (field.name for field in fields(part) if field.repr and field.name not in without)
+    words = ", ".join(f"{name}={getattr(part, name)!r}" for name in shown)
+    return f"{type(part).__qualname__}({words})"
+
+
+def read_text(text: str) -> tuple[str, dict[str, Any]] | None:
+    """Return the name and the settings in a text of `text_of`; None if it is none."""
     try:
         call = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -75,9 +73,21 @@ def made_from(text: str, kinds: Iterable[type]) -> Any:
             values[str(word.arg)] = math.inf if endless else ast.literal_eval(word.value)
         except ValueError:
             return None
-    for kind in kinds:
-        if kind.__name__ == call.func.id:
-            return kind(**values)
+    return call.func.id, values
+
+
+def made_from(text: str, kinds: Iterable[type]) -> Any:
+    """Return the object that `text_of` gave as text, of one of some dataclasses; None if of none.
+
+    Raises:
+        ValueError: a value that the class refuses.
+        TypeError: a setting that it does not have.
+    """
+    if (found := read_text(text)) is not None:
+        name, values = found
+        for kind in kinds:
+            if kind.__name__ == name:
+                return kind(**values)
     return None
 
 

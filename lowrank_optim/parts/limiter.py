@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from .checks import is_real
 from .types import Site, State
 
 FIRST = 3.0
@@ -54,11 +53,3 @@ def limiter_state(
     if growth is None:
         return {}
     return {key: torch.full(batch, math.inf, dtype=site.dtype, device=site.device)}
-
-
-def check_limiter(growth: float | None) -> None:
-    """Raise ValueError unless `growth` is None or a number of at least 1."""
-    if growth is None:
-        return
-    if not is_real(growth) or not growth >= 1:
-        raise ValueError(f"limiter must be None or a number of at least 1, got {growth!r}")

@@ -8,6 +8,7 @@ from functools import cached_property
 from ..functional import MOMENTS, Want
 from ..sharding.layout import Each
 from .kinds import NOT_NEGATIVE, Kind
+from .numbers import Number, numbers_of
 from .protocols import Feed, Projector, Residual, Rule, Storage
 from .storage import STORAGES
 from .types import COUNTED, Group
@@ -64,6 +65,28 @@ class Plan:
         for part in (self.projector, self.rule, self.residual):
             kinds.update(getattr(part, "kinds", {}))  # a part of a user's own may not say
         return kinds
+
+    @cached_property
+    def numbers(self) -> dict[str, Number]:
+        """The numbers that parts read from the group of what is projected, by key."""
+        parts = (self.feed, self.rule, self.projector, self.residual)
+        return {key: number for part in parts for key, number in numbers_of(part).items()}
+
+    @cached_property
+    def optional(self) -> dict[str, bool]:
+        """The numbers that may be None, which changes what is kept, and whether they are here."""
+        parts = (self.feed, self.rule, self.projector, self.residual)
+        return {
+            key: getattr(part, number.field) is None
+            for part in parts
+            for key, number in numbers_of(part).items()
+            if number.good(None)
+        }
+
+    @cached_property
+    def plain_numbers(self) -> dict[str, Number]:
+        """Those that are read for parameters which are not projected."""
+        return dict(numbers_of(self.rule.plain))
 
     @property
     def full(self) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
 
 from ..functional.views import Shape, is_wide, matrix_shape
-from .checks import is_real, made_from
+from .checks import SettingError, made_from
+from .numbers import Number, check_numbers, with_numbers
 
 MIN_DIM = 128
 """Default of `min_dim`, as of optax's Adafactor (`min_dim_size_to_factor`): on shorter matrices a
@@ -63,8 +66,9 @@ class AutoRank:
     a stack have the largest of theirs in common.
 
     Args:
-        share: of the energy, in (0, 1].
+        share: of the energy, in (0, 1]; `rank_share` of a group.
         least, most: bounds, as shares of the projected axis in (0, 1]; never below 2 columns.
+            `rank_least` and `rank_most` of a group.
 
     Raises:
         ValueError: a value out of its range.
@@ -78,14 +82,16 @@ class AutoRank:
     share: float = 0.8
     least: float = 1 / 16
     most: float = 1 / 2
+    numbers: ClassVar[Mapping[str, Number]] = {
+        "rank_share": Number.portion("share"),
+        "rank_least": Number.portion("least", derived=True),
+        "rank_most": Number.portion("most", derived=True),
+    }
 
     def __post_init__(self) -> None:
-        for name in ("share", "least", "most"):
-            value = getattr(self, name)
-            if not is_real(value) or not 0 < value <= 1:
-                raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+        check_numbers(self)
         if self.least > self.most:
-            raise ValueError(f"least={self.least} is more than most={self.most}")
+            raise SettingError(f"least={self.least} is more than most={self.most}")
 
     def bounds(self, cols: int) -> tuple[int, int]:
         """Return the least and the largest rank in columns."""
@@ -104,6 +110,12 @@ def rank_of(setting: Rank | str) -> Rank:
         ValueError: a text that is none.
     """
     return _auto_rank(setting) if isinstance(setting, str) else setting
+
+
+def rank_asked(group: Mapping[str, Any]) -> Rank:
+    """Return the rank that a group asks for, with the numbers that it has for an `AutoRank`."""
+    rank = rank_of(group["rank"])
+    return with_numbers(rank, group) if isinstance(rank, AutoRank) else rank
 
 
 @lru_cache(maxsize=256)

@@ -11,10 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine import backend as dispatch
-from ..engine import feed as feeding
-from ..engine import launches as fused
-from ..engine import memory, update
+from ..engine import backend, feed, launches, memory, update
 from ..engine.refresh import at_a_time, move_subspaces
 from ..engine.state import init_state, template
 from ..functional import Factor
@@ -96,7 +93,7 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
     """Return what an optimizer of this package takes, whose parameters are on "meta".
 
     Its own code says so: state by `predicted_bytes`; a refresh, the change of moments that goes
-    with it and shared bases by running them, and launches of kernels by the sizes that `fused`
+    with it and shared bases by running them, and launches of kernels by the sizes that `launches`
     cuts them by.
     """
     bases = workspace = 0
@@ -118,7 +115,7 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             job = Job(param, param, {}, site, position, layout, param)
             kinds.setdefault(kind, []).append(job)
         everyone = sorted(chain(*kinds.values()), key=lambda job: job.position)
-        room = fused.at_once(everyone)
+        room = launches.at_once(everyone)
         for jobs in kinds.values():
             site = site_of(jobs[0])
             together = min(len(jobs), at_a_time(site, jobs[0].layout.matrices, plan))
@@ -128,7 +125,7 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
             if len(some) < together:
                 more = max(0, several - single) // (len(some) - 1)
                 several += (together - len(some)) * more
-            own = max(single, step_workspace(some[:1], 1, fused.at_once(some[:1]), group, plan))
+            own = max(single, step_workspace(some[:1], 1, launches.at_once(some[:1]), group, plan))
             alone.update((job.leaf, own) for job in jobs)  # type: ignore[misc]
             beside = step_workspace(some, len(jobs), room, group, plan)
             workspace = max(workspace, several, beside)
@@ -177,7 +174,7 @@ def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: P
     no kernel for a plan, plain torch does the step, of as many parameters at once as a rule looks
     at whole.
     """
-    if dispatch.missing(plan, True) is None:
+    if backend.missing(plan, True) is None:
         return launch_workspace(jobs[0], count, room, group, plan)
     layout, site = jobs[0].layout, site_of(jobs[0])
     held = 1
@@ -194,7 +191,7 @@ def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: P
 
 def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
     """Return what a later step of parameters makes that are fed at once: of the first ones."""
-    first = next(feeding.servings(jobs, plan), [])
+    first = next(feed.servings(jobs, plan), [])
     some = [with_state(job, group, plan) for job in first]
     for job in some:
         site_of(job).step = 1
@@ -204,8 +201,8 @@ def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
 def launch_workspace(job: Job, count: int, room: int, group: Group, plan: Plan) -> int:
     """Return what the kernels' launches for `count` parameters like this one make, in bytes."""
     _, view = oriented(job.param, job.layout.wide)
-    parts = list(fused.parts_of(job, view, None, group, plan))
-    each = fused.held_bytes(parts[0], plan)
+    parts = list(launches.parts_of(job, view, None, group, plan))
+    each = launches.held_bytes(parts[0], plan)
     return each * min(count * len(parts), max(1, room // max(1, each)))
 
 

@@ -254,7 +254,7 @@ TOLD = {
     ),
     "rates": ({"lr": 0.1, "betas": (0.8, 0.9)}, {}, r"lr 0\.1 \(here 0\.001\), betas \(0\.8,"),
     "machine": ({"impl": "eager"}, {"foreach": True}, None),
-    "limiter": ({"limiter": 1.01}, {"limiter": 1.5}, r"here residual NormScaled\(limiter=1\.5"),
+    "limiter": ({"limiter": 1.01}, {"limiter": 1.5}, r"checkpoint limiter 1\.01 \(here 1\.5"),
 }  # fmt: skip
 
 

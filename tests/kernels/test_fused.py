@@ -233,7 +233,7 @@ def test_run_time_numbers_on_the_device_do_not_change_a_fused_step(name, device)
 
 def test_matrices_of_one_shape_share_launches(monkeypatch, device):
     from lowrank_optim import kernels
-    from lowrank_optim.engine import launches as fused
+    from lowrank_optim.engine import launches as stepping
 
     launches = []
     for name in ("project_moments", "lift_write"):
@@ -252,12 +252,12 @@ def test_matrices_of_one_shape_share_launches(monkeypatch, device):
     ]  # fmt: skip
     launches.clear()
     a_matrix = 3 * 12 * 2 * 4  # the basis lies in the state
-    monkeypatch.setattr(fused, "AT_ONCE", 2 * a_matrix)
+    monkeypatch.setattr(stepping, "AT_ONCE", 2 * a_matrix)
     optimizer.step()
     assert [count for name, count in launches if name == "lift_write"] == [2, 2, 1, 1]
     launches.clear()
-    monkeypatch.setattr(fused, "AT_ONCE", 1)
-    monkeypatch.setattr(fused, "SHARE", 2)
+    monkeypatch.setattr(stepping, "AT_ONCE", 1)
+    monkeypatch.setattr(stepping, "SHARE", 2)
     optimizer.step()
     assert [count for name, count in launches if name == "lift_write"] == [3, 2, 1]
 
@@ -297,7 +297,7 @@ def test_kernels_in_the_backward_pass(name, accumulate, device):
 
 def test_bases_of_few_matrices_are_held_at_once(monkeypatch, device):
     """What a projector gathers for a matrix goes before those of the next launch are made."""
-    from lowrank_optim.engine import launches as fused
+    from lowrank_optim.engine import launches as stepping
 
     held, most = weakref.WeakSet(), []
 
@@ -312,7 +312,7 @@ def test_bases_of_few_matrices_are_held_at_once(monkeypatch, device):
     optimizer = DCTAdamW(params, rank=3, projector=Counted(), impl="triton")
     for param in params:
         param.grad = torch.randn_like(param)
-    monkeypatch.setattr(fused, "AT_ONCE", 2 * 3 * (12 * 4 + 7 * 6))
+    monkeypatch.setattr(stepping, "AT_ONCE", 2 * 3 * (12 * 4 + 7 * 6))
     optimizer.step()
     assert len(most) >= 6
     assert max(most) <= 4

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from ...functional import reach
-from ..checks import check_share
+from ..numbers import Number, check_numbers
 from ..protocols import Carried, Fed
 from ..types import Group, Moments
 
@@ -23,7 +24,8 @@ class ErrorFeedback:
     Dion's and Trion's, with P = I heavy-ball momentum.
 
     Args:
-        keep: share of the used part that stays, in [0, 1).
+        keep: share of the used part that stays, in [0, 1); a group whose rule has no momentum of
+            its own may call it `momentum`.
         dtype: how E is stored: "bfloat16", "8bit", "4bit", another `state_dtype`, or None for that
             of the moments. E is as large as the weight.
 
@@ -42,9 +44,10 @@ class ErrorFeedback:
     on_refresh: ClassVar[tuple[str, ...] | None] = None
     full: ClassVar[bool] = False
     captures: ClassVar[bool] = True
+    numbers: ClassVar[Mapping[str, Number]] = {"keep": Number.decay("keep", also=("momentum",))}
 
     def __post_init__(self) -> None:
-        check_share("keep", self.keep)
+        check_numbers(self)
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
         """Return G + E, with E cut off where the sum might overflow."""
@@ -55,4 +58,5 @@ class ErrorFeedback:
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:
         """Return (1 - keep) A P."""
-        return low * (1 - self.keep)
+        keep: float = group["keep"]
+        return low * (1 - keep)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from ..checks import is_real
+from ..numbers import Number
 from ..protocols import Carried, Fed
 from ..types import Group, Moments
 from .error_feedback import ErrorFeedback
@@ -39,21 +40,20 @@ class GeneralErrorFeedback(ErrorFeedback):
     rho: float = 0.908
     needs: ClassVar[tuple[str, ...]] = ("exp_avg",)
     captures: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not is_real(self.rho) or not 0 <= self.rho <= 1:
-            raise ValueError(f"rho must be a number in [0, 1], got {self.rho!r}")
+    numbers: ClassVar[Mapping[str, Number]] = {
+        "keep": Number.decay("keep"),
+        "rho": Number.share("rho"),
+    }
 
     def feed(self, grad: Tensor, held: Moments, carried: Carried, group: Group) -> Fed:
         """Return A, B and A + b1 / (1 - b1) M P^T."""
         fed = super().feed(grad, held, carried, group).grad
         if carried.seen == 0:
             return Fed(fed, fed, {"error": fed})
-        decay = group["betas"][0]
+        beta1, rho = group["betas"][0], group["rho"]
         momentum = carried.lift(carried.moment("exp_avg"))
-        lesson = momentum * (self.rho / (1 - decay**carried.seen))
-        lesson.add_(fed, alpha=1 - self.rho)
+        lesson = momentum * (rho / (1 - beta1**carried.seen))
+        lesson.add_(fed, alpha=1 - rho)
         return Fed(fed, lesson, {"error": momentum.mul_(ratio(group)).add_(fed)})
 
     def taken(self, low: Tensor, moments: Moments, group: Group) -> Tensor:
@@ -63,5 +63,5 @@ class GeneralErrorFeedback(ErrorFeedback):
 
 def ratio(group: Group) -> float:
     """Return b1 / (1 - b1)."""
-    decay: float = group["betas"][0]
-    return decay / (1 - decay)
+    beta1: float = group["betas"][0]
+    return beta1 / (1 - beta1)

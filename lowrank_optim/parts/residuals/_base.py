@@ -10,6 +10,7 @@ from torch import Tensor
 from ...functional import Norms
 from ..kinds import NORM, Kind
 from ..limiter import limiter_state
+from ..numbers import Number, check_numbers
 from ..types import Group, Site, State
 
 
@@ -17,6 +18,7 @@ class Stateless:
     """A residual that keeps nothing, and updates every row for itself."""
 
     kinds: ClassVar[Mapping[str, Kind]] = {}
+    numbers: ClassVar[Mapping[str, Number]] = {}
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -42,6 +44,10 @@ class Limited(Stateless):
 
     limiter: float | None
     kinds: ClassVar[Mapping[str, Kind]] = {"residual_norm": NORM}
+    numbers: ClassVar[Mapping[str, Number]] = {"limiter": Number.growth("limiter")}
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
     @property
     def keys(self) -> tuple[str, ...]:

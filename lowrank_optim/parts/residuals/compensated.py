@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...functional import Norms, Want, inverse
-from ..checks import check_share
 from ..kinds import NOT_NEGATIVE, Kind
-from ..limiter import check_limiter, first_norm, limit
+from ..limiter import first_norm, limit
+from ..numbers import Number
 from ..types import Group, Site, State, Update
 from ._base import Limited
 
@@ -34,7 +34,7 @@ class Compensated(Limited):
     number.
 
     Args:
-        factor: the paper's alpha_c.
+        factor: the paper's alpha_c, `compensation` of a group.
         beta: decay of p, in [0, 1).
         limiter: largest growth of the norm in one step; None for no limit.
 
@@ -50,11 +50,11 @@ class Compensated(Limited):
     beta: float = 0.9
     limiter: float | None = 1.01
     kinds: ClassVar[Mapping[str, Kind]] = {**Limited.kinds, "residual_sq": NOT_NEGATIVE}
-
-    def __post_init__(self) -> None:
-        check_limiter(self.limiter)
-        check_share("factor", self.factor, math.inf)
-        check_share("beta", self.beta)
+    numbers: ClassVar[Mapping[str, Number]] = {
+        **Limited.numbers,
+        "compensation": Number.factor("factor", also=("factor",)),
+        "beta": Number.decay("beta"),
+    }
 
     @property
     def want(self) -> Want:
@@ -79,8 +79,8 @@ class Compensated(Limited):
         energy = (whole_row - norms.low.square()).clamp_min_(0)
         counted = torch.maximum(energy, whole_row * NOISE)
         p: Tensor = state["residual_sq"]
-        p.copy_(torch.where(p == 0, counted, p.lerp(counted, 1 - self.beta)))
-        if self.limiter is None:
+        p.copy_(torch.where(p == 0, counted, p.lerp(counted, 1 - group["beta"])))
+        if group["limiter"] is None:
             return None
         return (energy * self._inverse(p, norms)).sum(-2) * (site.cols - site.rank)
 
@@ -95,11 +95,11 @@ class Compensated(Limited):
     ) -> Update:
         """Return k as the factor of N, c_i as that of G and -c_i as that of R."""
         assert norms is not None
-        scale = group["scale"] * self.factor
+        scale = group["scale"] * group["compensation"]
         rest = self._inverse(state["residual_sq"], norms).sqrt_()
         rest.mul_(scale * math.sqrt(site.cols - site.rank))
         if sums is not None:
-            rest = rest * limit(sums[..., 0].sqrt(), state, self.limiter, first_norm(site))
+            rest = rest * limit(sums[..., 0].sqrt(), state, group["limiter"], first_norm(site))
         return Update(direction=group["scale"], low=-rest, grad=rest)
 
     def _inverse(self, p: Tensor, norms: Norms) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...functional import Norms, Want
-from ..limiter import check_limiter, first_norm, limit
+from ..limiter import first_norm, limit
 from ..types import Group, Site, State, Update
 from ._base import Limited
 from ._norms import measured, phi_of
@@ -41,7 +41,7 @@ class GradScaled(Limited):
     per: str = "auto"
 
     def __post_init__(self) -> None:
-        check_limiter(self.limiter)
+        super().__post_init__()
         if self.per not in ("auto", "row", "tensor"):
             raise ValueError(f'per must be "auto", "row" or "tensor", got {self.per!r}')
 
@@ -55,7 +55,7 @@ class GradScaled(Limited):
         assert norms is not None
         if self._by_matrix(site):
             return torch.cat([part.square().sum(-2) for part in norms], dim=-1)
-        if self.limiter is None:
+        if group["limiter"] is None:
             return None
         scale: float = group["scale"]
         norms = measured(norms)
@@ -79,10 +79,10 @@ class GradScaled(Limited):
             factor = root * phi_of(whole)
             phi = factor[..., None, None].expand_as(norms.grad)
             norm = factor * whole.grad * uncorrected
-            return Update(grad=phi * limit(norm, state, self.limiter, first))
+            return Update(grad=phi * limit(norm, state, group["limiter"], first))
         phi = root * phi_of(measured(norms))
         if sums is not None:
-            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, self.limiter, first)
+            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, group["limiter"], first)
         return Update(grad=phi)
 
     def _by_matrix(self, site: Site) -> bool:

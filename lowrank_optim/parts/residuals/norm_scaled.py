@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...functional import Norms, Want
-from ..limiter import check_limiter, first_norm, limit
+from ..limiter import first_norm, limit
 from ..types import Group, Site, State, Update
 from ._base import Limited
 from ._norms import measured, phi_of
@@ -41,7 +41,7 @@ class NormScaled(Limited):
     form: str = "code"
 
     def __post_init__(self) -> None:
-        check_limiter(self.limiter)
+        super().__post_init__()
         if self.form not in ("code", "paper"):
             raise ValueError(f'form must be "code" or "paper", got {self.form!r}')
 
@@ -52,7 +52,7 @@ class NormScaled(Limited):
 
     def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
         """Return |S|^2, one number a matrix, before bias correction is taken out of it."""
-        if self.limiter is None:
+        if group["limiter"] is None:
             return None
         assert norms is not None
         kept, norms = self._kept(group), measured(norms)
@@ -76,7 +76,7 @@ class NormScaled(Limited):
         phi = phi_of(measured(norms))
         if sums is not None:
             norm, first = sums[..., 0].sqrt() * uncorrected, first_norm(site) * uncorrected
-            phi = phi * limit(norm, state, self.limiter, first)
+            phi = phi * limit(norm, state, group["limiter"], first)
         return Update(direction=group["scale"], low=phi * -self._kept(group), grad=phi)
 
     def _kept(self, group: Group) -> float:

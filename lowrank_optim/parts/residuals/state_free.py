@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from ...functional import Norms, Want
-from ..checks import check_share
+from ..numbers import Number, check_numbers
 from ..types import Group, Site, State, Update
 from ._base import Stateless
 
@@ -22,7 +23,8 @@ class StateFree(Stateless):
 
     Args:
         form: "sign", "sgd" or "none".
-        scale: c, the factor of the state-free part, relative to the learning rate.
+        scale: c, the factor of the state-free part, relative to the learning rate;
+            `state_free_scale` of a group.
 
     Raises:
         ValueError: an unknown form, or a negative scale.
@@ -33,11 +35,12 @@ class StateFree(Stateless):
 
     form: str = "sign"
     scale: float = 1.0
+    numbers: ClassVar[Mapping[str, Number]] = {"state_free_scale": Number.factor("scale")}
 
     def __post_init__(self) -> None:
         if self.form not in ("sign", "sgd", "none"):
             raise ValueError(f'state_free must be "sign", "sgd" or "none", got {self.form!r}')
-        check_share("state_free_scale", self.scale, math.inf)
+        check_numbers(self)
 
     @property
     def want(self) -> Want:
@@ -55,7 +58,8 @@ class StateFree(Stateless):
     ) -> Update:
         """Return k as the factor of N and c as that of the sign, or c of G and -c of R."""
         if self.form == "sign":
-            return Update(direction=group["scale"], sign=self.scale)
+            return Update(direction=group["scale"], sign=group["state_free_scale"])
         if self.form == "sgd":
-            return Update(direction=group["scale"], low=-self.scale, grad=self.scale)
+            c: float = group["state_free_scale"]
+            return Update(direction=group["scale"], low=-c, grad=c)
         return Update(direction=group["scale"])

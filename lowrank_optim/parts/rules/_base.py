@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..kinds import Kind
+from ..numbers import Number
 from ..protocols import Rule
 from ..types import Group, Job, Moments, Site, State
 
@@ -18,6 +19,7 @@ class Elementwise:
     keys: ClassVar[tuple[str, ...]] = ()
     row_keys: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[Mapping[str, Kind]] = {}
+    numbers: ClassVar[Mapping[str, Number]] = {}
     whole: ClassVar[bool] = False
     unprojected: ClassVar[bool] = False
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...functional import newton_schulz
 from ...sharding.whole_matrices import of_whole_matrices
-from ..checks import check_count, check_share
 from ..kinds import NOT_NEGATIVE, Kind
+from ..numbers import Number, check_numbers
 from ..types import Group, Job, Moments, Site, State
 from ._matrix import OfMatrices, zeros
 
@@ -50,25 +50,26 @@ class Orthogonal(OfMatrices):
 
     length: str = "original"
     iterations: int = 5
+    numbers: ClassVar[Mapping[str, Number]] = {"iterations": Number.count("iterations")}
 
     def __post_init__(self) -> None:
         if self.length not in LENGTHS:
             raise ValueError(f"length must be one of {', '.join(LENGTHS)}, got {self.length!r}")
-        check_count("iterations", self.iterations)
+        check_numbers(self)
 
     def complete(
         self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group
     ) -> list[Tensor]:
         """Return the orthogonal factors, each found by one of the processes that share it."""
-        factors = self.orthogonal(directions, jobs)
+        factors = self.orthogonal(directions, jobs, group)
         size = self.size(jobs[0])
         return [factor.mul_(size) for factor in factors.unbind()]
 
-    def orthogonal(self, directions: Sequence[Tensor], jobs: Sequence[Job]) -> Tensor:
+    def orthogonal(self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group) -> Tensor:
         """Return NS(R) of all matrices, `(len(jobs), ..., rows, rank)`."""
         dtype = directions[0].dtype
         products = torch.bfloat16 if dtype == torch.float32 else dtype
-        function = partial(newton_schulz, iterations=self.iterations, dtype=products)
+        function = partial(newton_schulz, iterations=group["iterations"], dtype=products)
         return of_whole_matrices(function, torch.stack(list(directions)), jobs[0].layout)
 
     def size(self, job: Job) -> float:
@@ -106,17 +107,19 @@ class Muon(Orthogonal):
     momentum: float = 0.95
     nesterov: bool = True
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_share("momentum", self.momentum)
+    numbers: ClassVar[Mapping[str, Number]] = {
+        **Orthogonal.numbers,
+        "momentum": Number.decay("momentum"),
+        "nesterov": Number.choice("nesterov"),
+    }
 
     def direction(
         self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
     ) -> Tensor:
         """Update the moment in place and return what is to be orthogonalised."""
-        moment = moments["exp_avg"].mul_(self.momentum).add_(grad)
-        return torch.add(grad, moment, alpha=self.momentum) if self.nesterov else moment
+        momentum: float = group["momentum"]
+        moment = moments["exp_avg"].mul_(momentum).add_(grad)
+        return torch.add(grad, moment, alpha=momentum) if group["nesterov"] else moment
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class NorMuon(Muon):
         self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group
     ) -> list[Tensor]:
         """Return N of each matrix; v of each job in place."""
-        factors = self.orthogonal(directions, jobs)
+        factors = self.orthogonal(directions, jobs, group)
         layout, decay = jobs[0].layout, group["betas"][1]
         axis = -2 if layout.wide else -1
         squares = factors.square()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ...functional import inverse
 from ...sharding.collectives import Team
-from ..checks import check_count, check_share
 from ..kinds import NORM, NOT_NEGATIVE, Kind
-from ..limiter import check_limiter, first_norm, limit, limiter_state
+from ..limiter import first_norm, limit, limiter_state
+from ..numbers import Number, check_numbers
 from ..types import Group, Job, Site, State, site_of
 from ._matrix import OfMatrices, zeros
 
@@ -58,18 +58,21 @@ class RowColumnScaled(OfMatrices):
         "row_scale": NOT_NEGATIVE,
         "update_norm": NORM,
     }
+    numbers: ClassVar[Mapping[str, Number]] = {
+        "beta": Number.decay("beta"),
+        "iterations": Number.count("iterations"),
+        "limiter": Number.growth("limiter"),
+    }
 
     def __post_init__(self) -> None:
-        check_limiter(self.limiter)
-        check_share("beta", self.beta)
-        check_count("iterations", self.iterations)
+        check_numbers(self)
 
     def init(self, batch: tuple[int, ...], rows: int, site: Site) -> State:
         """Return Q of the rows that are held, S, and the norm of each matrix."""
         return {
             "row_scale": zeros((*batch, rows, 1), site),
             "column_scale": zeros((*batch, 1, site.cols), site),
-            **limiter_state(batch, site, self.limiter or 1.0, "update_norm"),
+            **limiter_state(batch, site, 1.0, "update_norm"),
         }
 
     def complete(
@@ -79,25 +82,25 @@ class RowColumnScaled(OfMatrices):
         team, site = jobs[0].layout.team, site_of(jobs[0])
         grads = torch.stack(list(directions))
         most = torch.finfo(site.dtype).max / (site.layout.rows * site.layout.cols)
-        rows, columns = rank_one(grads.square().clamp_(max=most), self.iterations, team)
-        row_scale = self._averaged("row_scale", rows, jobs)
-        column_scale = self._averaged("column_scale", columns, jobs)
+        rows, columns = rank_one(grads.square().clamp_(max=most), group["iterations"], team)
+        row_scale = self._averaged("row_scale", rows, jobs, group["beta"])
+        column_scale = self._averaged("column_scale", columns, jobs, group["beta"])
         grads = grads * inverse(row_scale).sqrt_() * inverse(column_scale).sqrt_()
-        if self.limiter is not None:
+        if (limiter := group["limiter"]) is not None:
             before = torch.stack([job.state["update_norm"] for job in jobs])
             bound = torch.where(before < math.inf, math.inf, OUTLYING)[..., None, None]
             grads.clamp_(-bound, bound)
             norm = team.sum_(grads.square().sum((-2, -1))).sqrt_()
             held = {"update_norm": before}
-            grads *= limit(norm, held, self.limiter, first_norm(site), "update_norm")
+            grads *= limit(norm, held, limiter, first_norm(site), "update_norm")
             for job, value in zip(jobs, before.unbind(), strict=True):
                 job.state["update_norm"].copy_(value)
         return list(grads.unbind())
 
-    def _averaged(self, key: str, new: Tensor, jobs: Sequence[Job]) -> Tensor:
+    def _averaged(self, key: str, new: Tensor, jobs: Sequence[Job], beta: float) -> Tensor:
         """Return the averages of the jobs with a new value in them, in place."""
         held = torch.stack([job.state[key] for job in jobs])
-        held = torch.where(held == 0, new, held.lerp(new, 1 - self.beta))
+        held = torch.where(held == 0, new, held.lerp(new, 1 - beta))
         for job, value in zip(jobs, held.unbind(), strict=True):
             job.state[key].copy_(value)
         return held

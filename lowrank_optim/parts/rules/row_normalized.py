@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..checks import check_share
+from ..numbers import Number, check_numbers
 from ..types import Group, Job, Moments
 from ._matrix import OfMatrices
 
@@ -37,15 +37,17 @@ class RowNormalized(OfMatrices):
     momentum: float = 0.95
     slots: ClassVar[tuple[str, ...]] = ("exp_avg",)
     unprojected: ClassVar[bool] = True
+    numbers: ClassVar[Mapping[str, Number]] = {"momentum": Number.decay("momentum")}
 
     def __post_init__(self) -> None:
-        check_share("momentum", self.momentum)
+        check_numbers(self)
 
     def direction(
         self, grad: Tensor, moments: Moments, count: int | Tensor, group: Group
     ) -> Tensor:
         """Update the moment in place and return it."""
-        return moments["exp_avg"].mul_(self.momentum).add_(grad, alpha=1 - self.momentum)
+        momentum: float = group["momentum"]
+        return moments["exp_avg"].mul_(momentum).add_(grad, alpha=1 - momentum)
 
     def complete(
         self, directions: Sequence[Tensor], jobs: Sequence[Job], group: Group

@@ -164,7 +164,7 @@ def small(*asked: tuple[str, int]) -> Callable[[Ledger], str]:
                 spec, searched = found.spec, len(measured(ledger, base(task, name, steps)))
                 lines.append([
                     f"{task}, {steps}", method.label,
-                    "-" if method.whole or name == "adamw" else f"{spec.rank:g}",
+                    "-" if method.record.whole or name == "adamw" else f"{spec.rank:g}",
                     "8-bit" if spec.state == "8bit" else spec.state,
                     spread(list(found.losses.values())),
                     "-" if name == "adamw" else signed(found.above(adamw)),

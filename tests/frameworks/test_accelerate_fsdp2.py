@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from helpers.fsdp2_on_cpu import joined_to_accelerate
 from helpers.parallel import GAP, Net, batch, difference, loss_of, optimizer_of, weights
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("galore-power-rotate", "dct", "fira-8bit", "fira-cut", "frugal", "apollo")
 FORMS = ("SHARDED_STATE_DICT", "FULL_STATE_DICT")
 COUNTS = (1, 2, 4)
@@ -97,7 +99,6 @@ def resume(method: str, folder: Path, form: str) -> dict[str, Tensor]:
         return weights(run[1][0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_goes_on_on_any_number_of_ranks(ranks, tmp_path, method):
     """One method in every form on every number, the others in one form on one number each."""

@@ -12,6 +12,8 @@ from helpers.hf_runs import SETTINGS, arguments, logged, trainer
 from lowrank_optim import FiraAdamW
 from lowrank_optim.integrations.huggingface import LogGradNorm, trainer_optimizer
 
+pytestmark = pytest.mark.slow
+
 
 def in_several(folder, fsdp, layerwise, **settings):
     """Train in this process, one of several; return losses, norms and what there is at the end."""

@@ -27,6 +27,8 @@ from helpers.places import ROOT, TESTS
 from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, param_groups
 from lowrank_optim.integrations.huggingface import LogGradNorm, trainer_optimizer
 
+pytestmark = pytest.mark.slow
+
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -370,7 +372,6 @@ def test_resume_when_trainer_is_given_a_class(preset, tmp_path):
     assert_resumes(tmp_path, make, [2, 4])
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_as_if_it_had_not_been_killed(tmp_path):
     """Killed in another process, at a step of chance after the first checkpoint."""
     step = random.SystemRandom().randint(3, 10)

@@ -24,7 +24,7 @@ few_cases = pytest.mark.parametrize("case", FEW, ids=str)
 CLIP = 0.5
 EPOCH = 6
 STEPS = 2 * EPOCH
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*LeafSpec")]
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
@@ -175,7 +175,6 @@ def train_until_killed(folder):
     run(Module(FEW[0]), gradient_clip_val=CLIP, callbacks=[saves, Killed()])
 
 
-@pytest.mark.slow
 def test_a_killed_run_resumes_bit_identically(tmp_path):
     code = "import sys, test_lightning; test_lightning.train_until_killed(sys.argv[1])"
     path = os.pathsep.join(map(str, (ROOT, TESTS, TESTS / "frameworks")))

@@ -12,6 +12,8 @@ import torch
 from helpers import killed_worker
 from helpers.places import RECIPES, ROOT, TESTS
 
+pytestmark = pytest.mark.slow
+
 PRELUDE = """
 import os
 import sys
@@ -135,7 +137,6 @@ def same(left, right):
     return left == right
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [

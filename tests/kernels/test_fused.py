@@ -19,7 +19,7 @@ from lowrank_optim.engine.backend import refusal
 from lowrank_optim.settings import plan_of
 
 pytest.importorskip("triton", reason="kernels need triton")
-pytestmark = pytest.mark.usefixtures("tall_tiles")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tall_tiles")]
 STEPS = 2 * GAP + 1
 FEW = GAP + 2
 """Steps where moments are rounded: over one refresh, for interpreted kernels are slow."""
@@ -103,7 +103,6 @@ def test_columns_of_matrices_of_unlike_age(device):
     assert (one - other).abs().mean() < 3e-2 * other.abs().mean()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "state_dtype", "rounding"),
     [
@@ -214,7 +213,6 @@ def test_counts_on_the_device_do_not_change_the_step(case):
         torch.testing.assert_close(param, getattr(results[1], name), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fira-dct", "frugal"])
 def test_run_time_numbers_on_the_device_do_not_change_a_fused_step(name, device):
     (case,) = (case for case in CASES if case.name == name)
@@ -262,7 +260,6 @@ def test_matrices_of_one_shape_share_launches(monkeypatch, device):
     assert [count for name, count in launches if name == "lift_write"] == [3, 2, 1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "accumulate"),
     [("fira-8bit", None), ("apollo", None), ("frugal", "full"), ("galore-power", "projected")],

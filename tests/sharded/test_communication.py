@@ -11,6 +11,8 @@ from helpers.sharded import cut, mesh_of
 from helpers.wire import counted
 from lowrank_optim import ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW
 
+pytestmark = pytest.mark.slow
+
 ROWS, COLS, RANK, MATRICES, GAP = 14, 10, 4, 3, 3
 FLAG = PEAK = NUMBER = 4
 """Bytes of a flag, of a largest value, of a number a matrix."""

@@ -26,6 +26,8 @@ from helpers.wire import counted
 from lowrank_optim import GaLoreAdamW, projected_all_reduce
 from lowrank_optim.parts.projectors import svd
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3 * GAP + 1
 WIDE = torch.float64
 SMALL = ("galore", "galore-power-rotate", "frugal-none")

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from helpers.parallel import Net, batch, loss_of
 from lowrank_optim import FrugalAdamW, GaLoreAdamW
 
+pytestmark = pytest.mark.slow
+
 MESSAGE = "is a flat piece of .* Shard with FSDP2"
 
 

@@ -30,6 +30,8 @@ from helpers.parallel import (
 from helpers.parallel import weights as weights_of
 from helpers.sharded import same_everywhere
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3 * GAP + 1
 WIDE = torch.float64
 FEW = ["galore-power-rotate", "dct", "fira", "fira-8bit"]

@@ -25,6 +25,8 @@ from lowrank_optim import (
 )
 from lowrank_optim.engine.memory import shared_bytes
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = BENCHMARKS / "scaling.py"
 RANK = 8
 OURS = {

@@ -26,6 +26,8 @@ from helpers.sharded import (
 from lowrank_optim import FiraAdamW, FrugalAdamW, GaLoreAdamW, predicted_bytes, state_bytes
 from lowrank_optim.engine import two_phase as halves
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2 * GAP + 1
 """Each matrix moves its subspace two or three times."""
 PRESETS = ("galore", "dct", "fira", "frugal", "apollo")
@@ -83,14 +85,12 @@ def assert_close(answers, tolerance):
         assert not far
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_numbers_of_one_process(ranks, layout):
     args = (some_cases(layout), layout, torch.float64, "right", "right")
     assert_close(ranks.run(size_of(layout), differences, *args), 1e-12)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4"])
 def test_in_float32_too_with_states_in_8_bits(ranks, layout):
     cases = [case for case in CASES if case.name in PRESETS and layout == MAIN]
@@ -170,7 +170,6 @@ def states_here(cases):
     return [state_here(case) for case in cases]
 
 
-@pytest.mark.slow
 def test_state_is_shared_out_and_the_rest_is_the_same_everywhere(ranks):
     """Parts add up to what one process has: bytes on a rank are total / ranks but for odd rows."""
     cases = [case for case in CASES if case.name in (*CORE, *FEW)] + EIGHT
@@ -320,7 +319,6 @@ def cut_bases(layout, dtype):
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4", "hybrid", "nested", "rows-columns"])
 def test_a_basis_may_be_cut_and_put_together_for_use(ranks, layout):
     assert_close(ranks.run(size_of(layout), cut_bases, layout, torch.float64), 1e-12)

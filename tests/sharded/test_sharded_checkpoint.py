@@ -28,6 +28,8 @@ from helpers.parallel import (
 )
 from lowrank_optim import GaLoreAdamW
 
+pytestmark = pytest.mark.slow
+
 COUNTS = (1, 2, 4)
 STOP, END = GAP + 1, 2 * GAP + 2
 DTYPE = torch.float64

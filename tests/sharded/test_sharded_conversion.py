@@ -13,6 +13,8 @@ from helpers.sharded import run_case, size_of, whole
 from lowrank_optim.parts.checks import SettingError
 from lowrank_optim.sharding.local import here
 
+pytestmark = pytest.mark.slow
+
 ROUTES = [(None, "8bit"), ("8bit", None), ("bfloat16", "8bit"), ("8bit", "bfloat16")]
 SIDE = {"side": "right"}
 CASE = next(case for case in CASES if case.name == "galore-power")

@@ -11,6 +11,8 @@ from lowrank_optim import RACS, MuonW, NorMuonW, TrionW
 from lowrank_optim.engine import update
 from lowrank_optim.parts.rules import muon
 
+pytestmark = pytest.mark.slow
+
 METHODS = [
     lambda params: MuonW(params),
     lambda params: NorMuonW(params),

@@ -22,6 +22,8 @@ from helpers.places import TESTS
 from lowrank_optim.demo.corpus import load_corpus
 from lowrank_optim.demo.train import Settings
 
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = {
     "fit_7b": "test_fit_7b.py",
     "house_recipe": "test_pretraining.py",

@@ -14,6 +14,8 @@ import pytest
 
 from helpers.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 SEED = "94730"
 """Two kills in 60 steps, all between steps 6 and 36: after a checkpoint, long before the end."""
 COMMON = """

@@ -13,6 +13,8 @@ import pytest
 from helpers.cases import PRESETS
 from helpers.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 OPTIONAL = ["transformers", "rich", "matplotlib", "bitsandbytes", "scipy", "triton", "hypothesis"]
 USE = """
 import importlib.abc, importlib.machinery, sys
@@ -122,7 +124,6 @@ def test_kernels_are_found_in_the_wheel_and_in_a_bare_checkout(wheel, tmp_path, 
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.slow
 def test_import_is_cheap_and_takes_nothing_along():
     """Under 0.3 s of processor time beyond torch: the best of three, for machines are shared."""
     runs = []

@@ -21,6 +21,8 @@ from lowrank_optim.planner.cards import CARDS, RESERVE, card_of
 from lowrank_optim.planner.estimate import METHODS
 from lowrank_optim.planner.models import build, without_values
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["memory", "--model", "60m", "--rank", "64", "--seq", "32"]
 FACTORIES = """
 import torch

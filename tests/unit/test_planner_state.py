@@ -24,6 +24,8 @@ from lowrank_optim.planner.estimate import METHODS
 from lowrank_optim.planner.models import MODELS, build
 from lowrank_optim.planner.needs import needs_of, refresh_workspace, with_state
 
+pytestmark = pytest.mark.slow
+
 OURS = {name: method for name, method in METHODS.items() if method.optimizer}
 STATES = [None, torch.bfloat16, "8bit"]
 SIZES = ["llama-60m", "llama-130m", "llama-350m", "llama-1b", "llama-7b", "llama-13b"]

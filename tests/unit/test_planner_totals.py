@@ -18,6 +18,8 @@ from lowrank_optim.planner.phases import weight_bytes
 from lowrank_optim.planner.search import Traces
 from lowrank_optim.planner.trace import trace
 
+pytestmark = pytest.mark.slow
+
 RANK = 16
 
 
@@ -178,7 +180,6 @@ def test_dropout_keeps_a_mask_of_booleans():
     assert found.live.max() == pytest.approx(values * (4 + 1 + 4 + 4), rel=0.01)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_the_largest_batch_fits_and_the_next_does_not(layerwise):
     given = {"optimizer": "galore", "seq": 64, "rank": 64, "gpu": "2GiB", "layerwise": layerwise}

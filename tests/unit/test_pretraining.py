@@ -23,6 +23,8 @@ sys.path.insert(0, str(FOLDER))
 from pretraining import data, methods, runner, search, train, tune
 from pretraining.ledger import Ledger, spec_of
 
+pytestmark = pytest.mark.slow
+
 SPEC = methods.Spec("smoke", "lowrank", "final", 0, 12, 3e-3, 1e-2, 0.9, 0.99, gap=5)
 
 

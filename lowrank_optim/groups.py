@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .parts.checks import SettingError
 from .parts.rank import MIN_DIM, AutoRank, rank_asked, rank_of, subspace_of
 from .roles import roles_of
-from .settings import part_of, plan_of
+from .settings.plans import plan_of
+from .settings.values import part_of
 
 Named = Sequence[tuple[str, Tensor]]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import groups, settings
+from . import groups
 from .checkpoints import load
 from .checkpoints.versions import BEFORE, STATE_VERSION
 from .engine import memory
@@ -23,6 +23,10 @@ from .layerwise.hooks import InBackward, check_accumulable
 from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
+from .settings.keys import check_keys, check_unknown, translate
+from .settings.numbers import default_of, placed
+from .settings.plans import check_values
+from .settings.values import CHECKS
 
 if TYPE_CHECKING:
     from torch.nn.parallel import DistributedDataParallel
@@ -144,18 +148,18 @@ class LowRank(Optimizer):
         differentiable: bool = False,
         **unknown: Any,
     ) -> None:
-        settings.check_unknown(unknown, type(self).__name__)
-        settings.check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        check_unknown(unknown, type(self).__name__)
+        check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
         given_here = locals()
         defaults: dict[str, Any] = {
-            **{key: given_here[key] for key in settings.CHECKS if key in given_here},
+            **{key: given_here[key] for key in CHECKS if key in given_here},
             "skipped_steps": 0,
             "grad_norm": None,
             "state_version": STATE_VERSION,
         }
         chosen = {"foreach": foreach, "fused": fused}
         defaults.update((key, value) for key, value in chosen.items() if value is not None)
-        settings.check_values(defaults, "")
+        check_values(defaults, "")
         self._session = Session(self, process_group)
         given, message = groups.given(params, defaults)
         if message:
@@ -200,10 +204,10 @@ class LowRank(Optimizer):
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
-        settings.translate(group, where)
-        defaults = {key: settings.default_of(key, value) for key, value in self.defaults.items()}
-        group = settings.placed({**defaults, **group}, where, self.defaults)
-        settings.check_values(group, where)
+        translate(group, where)
+        defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
+        group = placed({**defaults, **group}, where, self.defaults)
+        check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
         for name, param in named(group["params"], where):

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..parts.types import Group
-from ..settings import CHECKS, described, numbers_in
+from ..settings.plans import described, numbers_in
+from ..settings.values import CHECKS
 
 COUNTS = ("skipped_steps",)
 """What is among the settings and counts steps: a checkpoint has more of them."""

@@ -18,7 +18,7 @@ from ..parts.projectors import Random
 from ..parts.residuals import Drop, GradScaled, NormScaled
 from ..parts.rules import Adam
 from ..parts.types import Group, Site, State
-from ..settings import PROJ_TYPES
+from ..settings.keys import PROJ_TYPES
 from .states import unkind, values_of
 
 

@@ -20,7 +20,7 @@ from ..functional import Noise, compute_dtype, stream_of
 from ..parts.checks import SettingError
 from ..parts.storage import moments_of, shape_of, store_moments
 from ..parts.types import Site, State
-from ..settings import check_values, plan_of
+from ..settings.plans import check_values, plan_of
 from .foreign import (
     APOLLO,
     ONLY_THERE,

@@ -17,17 +17,9 @@ from ..parts.checks import SettingError, is_real
 from ..parts.plan import Plan
 from ..parts.rank import subspace_of
 from ..parts.types import Group
-from ..settings import (
-    CHECKS,
-    NOT_OFFERED,
-    STRUCTURE,
-    check_keys,
-    check_values,
-    class_in,
-    described,
-    numbers_in,
-    plan_of,
-)
+from ..settings.keys import NOT_OFFERED, check_keys
+from ..settings.plans import check_values, described, numbers_in, plan_of
+from ..settings.values import CHECKS, STRUCTURE, class_in
 from .differences import news
 from .pairing import check_form, ids_of, paired
 from .states import Saved, check, take

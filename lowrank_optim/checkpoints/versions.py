@@ -8,7 +8,8 @@ from typing import Any
 from ..parts.checks import SettingError
 from ..parts.numbers import said_by
 from ..parts.types import Group
-from ..settings import WITH_NUMBERS, class_in, part_of, without_numbers
+from ..settings.numbers import without_numbers
+from ..settings.values import WITH_NUMBERS, class_in, part_of
 
 STATE_VERSION = 2
 """Version of the layout of a state; a number in every group of a checkpoint.

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..functional.views import matrix_shape
 from ..parts.checks import SettingError
 from ..parts.types import Group
-from ..settings import default_of
+from ..settings.numbers import default_of
 from ..sharding.collectives import several
 
 

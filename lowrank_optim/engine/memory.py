@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ..functional.views import matrix_shape
 from ..parts.rank import rank_asked, subspace_of
 from ..parts.types import Group, State
-from ..settings import check_values, plan_of
+from ..settings.plans import check_values, plan_of
 from ..sharding.local import here, is_distributed
 from .backend import reason_of
 from .session import session_of

@@ -9,16 +9,7 @@ from torch import Tensor
 from ..functional import NEAR, WEIGHT, bits_of, compute_dtype, round_into_, row_chunks
 from ..parts.plan import Plan
 from ..parts.storage import load_moments, moments_of, store_moments
-from ..parts.types import (
-    Group,
-    Job,
-    age_of,
-    in_rows,
-    moment_in_rows,
-    noise_of,
-    rates_of,
-    rounds,
-)
+from ..parts.types import Group, Job, age_of, in_rows, moment_in_rows, noise_of, rates_of, rounds
 from .backend import codecs
 
 

@@ -17,7 +17,9 @@ from ..parts.checks import SettingError
 from ..parts.plan import Plan
 from ..parts.rank import AutoRank, rank_of
 from ..parts.types import Group, Shared, State
-from ..settings import CHECKS, DERIVED, RATES, check_values, numbers_in, placed, plan_of
+from ..settings.numbers import placed
+from ..settings.plans import check_values, numbers_in, plan_of
+from ..settings.values import CHECKS, DERIVED, RATES
 from ..sharding.layout import Each
 from .members import Members, name_of
 from .refresh import Watch

@@ -16,7 +16,7 @@ from ..parts.protocols import Storage
 from ..parts.rank import rank_asked
 from ..parts.storage import forms
 from ..parts.types import COUNTED, Group, Site, State
-from ..settings import PARTS
+from ..settings.values import PARTS
 from ..sharding.layout import Layout
 
 

@@ -8,15 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..functional import (
-    Factor,
-    Norms,
-    down,
-    down_some,
-    lift_write,
-    load,
-    row_norms,
-)
+from ..functional import Factor, Norms, down, down_some, lift_write, load, row_norms
 from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.protocols import Rule

@@ -21,7 +21,7 @@ from ..engine.step import Step, open_for, without_autocast
 from ..engine.update import project
 from ..parts.checks import SettingError, fail, is_real
 from ..parts.types import Group, Job
-from ..settings import plan_of
+from ..settings.plans import plan_of
 from ..sharding.collectives import several
 from ..sharding.local import is_distributed, reuse_later
 from .clipping import asked_by_trainer, clipper_called

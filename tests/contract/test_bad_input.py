@@ -23,7 +23,7 @@ from lowrank_optim import (
     StateFree,
     param_groups,
 )
-from lowrank_optim.settings import plan_of
+from lowrank_optim.settings.plans import plan_of
 
 nan = float("nan")
 SETTINGS = {

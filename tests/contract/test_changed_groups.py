@@ -31,7 +31,7 @@ from lowrank_optim import (
 )
 from lowrank_optim.parts.numbers import with_numbers
 from lowrank_optim.parts.rank import rank_asked
-from lowrank_optim.settings import PARTS, part_of
+from lowrank_optim.settings.values import PARTS, part_of
 
 CHANGED = [case for case in CASES if str(case) in ("galore", "dct", "fira", "muon", "trion")]
 

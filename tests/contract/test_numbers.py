@@ -40,7 +40,8 @@ from lowrank_optim import (
     param_groups,
 )
 from lowrank_optim.parts.numbers import Number
-from lowrank_optim.settings import NUMBERS, numbers_in
+from lowrank_optim.settings.plans import numbers_in
+from lowrank_optim.settings.values import NUMBERS
 
 SHAPES = ((13, 7), (5, 11), (3, 8, 5), (11,))
 GAP = 3

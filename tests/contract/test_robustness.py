@@ -17,7 +17,7 @@ from helpers.pairwise import in_turn
 from lowrank_optim import ApolloAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.engine.sites import sites_of
 from lowrank_optim.parts.types import Shared
-from lowrank_optim.settings import plan_of
+from lowrank_optim.settings.plans import plan_of
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 LEARNED = ["svd", "power", "dct"]

@@ -9,7 +9,7 @@ from torch import Tensor
 from lowrank_optim import LowRank
 from lowrank_optim.engine.sites import sites_of
 from lowrank_optim.parts.types import Shared
-from lowrank_optim.settings import plan_of
+from lowrank_optim.settings.plans import plan_of
 
 SHAPES = [(13, 7), (5, 11), (9, 9)]
 RANK, GAP, STEPS = 3, 4, 15

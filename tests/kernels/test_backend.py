@@ -9,7 +9,7 @@ from lowrank_optim import DCTAdamW, LowRank, MuonW, kernels
 from lowrank_optim.engine import backend
 from lowrank_optim.engine.backend import LAUNCHES, missing
 from lowrank_optim.functional import UNIT, down, drop_, lift_
-from lowrank_optim.settings import plan_of
+from lowrank_optim.settings.plans import plan_of
 
 CODED = {
     "muon": lambda params, **more: MuonW(params, state_dtype="8bit", **more),

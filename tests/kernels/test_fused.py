@@ -16,7 +16,7 @@ from helpers.cases import CASES, GAP, Model, gradient
 from helpers.kernels import Small
 from lowrank_optim import DCT, ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.engine.backend import refusal
-from lowrank_optim.settings import plan_of
+from lowrank_optim.settings.plans import plan_of
 
 pytest.importorskip("triton", reason="kernels need triton")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tall_tiles")]

@@ -7,7 +7,7 @@ from torch import nn
 from helpers.cases import CASES, GAP, Model, gradient
 from helpers.kernels import Small
 from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW
-from lowrank_optim.settings import plan_of
+from lowrank_optim.settings.plans import plan_of
 
 
 @pytest.mark.gpu

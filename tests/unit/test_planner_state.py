@@ -79,7 +79,7 @@ def test_our_state_is_that_after_a_step(make, name, state, dtype):
     optimizer = stepped(OURS[name].build(OURS[name].groups(model, 7), state_dtype=state))
     assert needs.state == state_bytes(optimizer)
     assert needs.shared == shared_bytes(optimizer)
-    held = [key for group in optimizer.param_groups for key in lowrank_optim.settings.plan_of(
+    held = [key for group in optimizer.param_groups for key in lowrank_optim.settings.plans.plan_of(
         group).projector.keys]  # fmt: skip
     kept = sum(
         entry[key].numel() * entry[key].element_size()

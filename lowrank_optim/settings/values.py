@@ -1,0 +1,188 @@
+"""Settings of a group: what each may be, and the parts that names and texts stand for."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..parts.checks import (
+    SettingError,
+    as_text,
+    betas,
+    bytes_in,
+    fail,
+    flag,
+    integer,
+    is_real,
+    learning_rate,
+    made_from,
+    number,
+    one_of,
+    text_of,
+)
+from ..parts.feeds import FEEDS
+from ..parts.numbers import numbers_of
+from ..parts.projectors import PROJECTORS
+from ..parts.rank import AutoRank, rank_of
+from ..parts.residuals import RESIDUALS
+from ..parts.rules import RULES
+from ..parts.storage import DTYPES, STORAGES
+
+PARTS: dict[str, dict[str, Any]] = {
+    "feed": FEEDS,
+    "rule": RULES,
+    "projector": PROJECTORS,
+    "residual": RESIDUALS,
+}
+SIDES = ("auto", "left", "right", "reverse")
+ON_REFRESH = ("keep", "reset", "rotate", "align")
+STRUCTURE = ("rank", "feed", "rule", "projector", "residual", "side", "on_refresh")
+"""Settings that decide what the state means: a checkpoint must agree with them."""
+
+
+def rank(key: str, value: Any, where: str) -> int | float | str | None:
+    """Check rank: None, an int from 1, a float in (0, 1], "auto" or an AutoRank, kept as text."""
+    if value is None:
+        return value
+    wanted = (
+        "None, an int of at least 1, a float in (0, 1], a share of the projected axis, "
+        '"auto" or an AutoRank'
+    )
+    if isinstance(value, (str, AutoRank)):
+        try:
+            rank_of(value)
+        except (TypeError, ValueError):
+            raise fail(where, key, value, wanted) from None
+        return value if isinstance(value, str) else text_of(value)
+    if not is_real(value):
+        raise fail(where, key, value, wanted)
+    whole = isinstance(value, numbers.Integral)
+    if not (value >= 1 if whole else 0 < value <= 1):
+        raise fail(where, key, value, wanted)
+    return int(value) if whole else float(value)
+
+
+def state_budget(key: str, value: Any, where: str) -> int | None:
+    """Check state_budget and return it in bytes."""
+    if value is None:
+        return None
+    number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    found = int(value) if number else bytes_in(value) if isinstance(value, str) else None
+    if not found or found < 0:
+        raise fail(where, key, value, 'None, a number of bytes above 0, or a text such as "2GiB"')
+    return found
+
+
+def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any]:
+    """Return a check for a name in a registry, or an object that has the named method.
+
+    One of ours becomes its text, so that groups hold plain data; one of the user's stays.
+    """
+    kinds = kinds_in(registry)
+
+    def check(key: str, value: Any, where: str) -> Any:
+        if isinstance(value, str):
+            if value in registry:
+                return value
+            try:
+                found = made_from(value, kinds)
+            except (TypeError, ValueError) as error:
+                raise SettingError(f"{key}={value!r}{where}: {error}") from None
+            if found is not None:
+                return value
+        elif callable(getattr(value, method, None)) and not isinstance(value, type):
+            if type(value).__hash__ is None:
+                raise fail(where, key, value, "hashable, as a frozen dataclass is")
+            return as_text(value, kinds)
+        names = ", ".join(map(repr, registry))
+        raise fail(where, key, value, f"one of {names}, or an object with a method `{method}`")
+
+    return check
+
+
+def kinds_in(registry: dict[str, Any]) -> list[type]:
+    """Return the classes of the parts in a registry."""
+    return [type(each) for each in registry.values()]
+
+
+def state_dtype(key: str, value: Any, where: str) -> str | None:
+    """Check state_dtype and return it as a name, which a checkpoint can hold."""
+    name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+    if name is not None and (not isinstance(name, str) or name not in STORAGES):
+        names = ", ".join(f"torch.{name}" for name in DTYPES)
+        raise fail(where, key, value, f'None, "8bit" or one of {names}')
+    return name
+
+
+CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
+    "lr": learning_rate,
+    "betas": betas,
+    "eps": number("at least 0", lambda x: 0 <= x < math.inf),
+    "weight_decay": number("at least 0", lambda x: 0 <= x < math.inf),
+    "rank": rank,
+    "min_dim": integer(1),
+    "state_budget": state_budget,
+    "update_proj_gap": integer(1),
+    "scale": number("at least 0", lambda x: 0 <= x < math.inf),
+    "feed": part(FEEDS, "feed"),
+    "projector": part(PROJECTORS, "refresh"),
+    "rule": part(RULES, "direction"),
+    "residual": part(RESIDUALS, "update"),
+    "side": one_of(*SIDES),
+    "on_refresh": one_of(*ON_REFRESH),
+    "state_dtype": state_dtype,
+    "stochastic_rounding": flag,
+    "skip_nonfinite": flag,
+    "maximize": flag,
+    "capturable": flag,
+    "seed": integer(0),
+    "impl": one_of("auto", "eager", "triton"),
+    "stagger": flag,
+    "shard_basis": flag,
+    "skipped_steps": integer(0),
+}
+
+
+RATES = ("lr", "betas", "eps", "weight_decay", "scale", "maximize", "skipped_steps")
+"""Settings that change nothing but numbers of a step."""
+
+
+WITH_NUMBERS = (*PARTS, "rank")
+"""Settings that stand for parts with numbers."""
+
+
+def readers_of_numbers() -> dict[str, list[str]]:
+    """Return for each number of our parts what reads it, as it is written in a group."""
+    found: dict[str, list[str]] = {key: ['rank="auto"'] for key in AutoRank.numbers}
+    for setting, registry in PARTS.items():
+        for each in registry.values():
+            for key in numbers_of(each):
+                found.setdefault(key, []).append(f"{setting}={type(each).__name__}(...)")
+    return found
+
+
+NUMBERS = readers_of_numbers()
+"""Keys of the numbers of our parts, and what reads them."""
+
+DERIVED = tuple(key for key, number in AutoRank.numbers.items() if number.derived)
+"""Those of them from which more follows than a number of a step."""
+
+
+def part_of(key: str, value: Any) -> Any:
+    """Return the part that a name, a text or an object in a group stands for."""
+    value = CHECKS[key](key, value, "")
+    if key == "rank":
+        return rank_of(value)
+    registry = PARTS[key]
+    if not isinstance(value, str):
+        return value
+    return registry[value] if value in registry else made_from(value, kinds_in(registry))
+
+
+def class_in(text: str) -> str:
+    """Return the name in a text of `text_of`: what decides the meaning of the state."""
+    return text.partition("(")[0]

@@ -200,7 +200,7 @@ class LowRank(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its settings are checked first, and nothing is added if one is wrong."""
         if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+            raise TypeError(f"param_group must be a dict, got {type(param_group)}")
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
@@ -232,8 +232,8 @@ class LowRank(Optimizer):
         The first call creates the state of every parameter that requires a gradient. Where that
         call has a learning rate of 0 and nothing but zero gradients, it does no more: frameworks
         make such a call to learn the shape of the state.
-        With `capturable`, a step that is captured in a CUDA graph moves no subspace, but that of
-        DCT with `update_proj_gap=1`: call `step()` outside the graph when a refresh is due.
+        With `capturable`, a step that is captured in a CUDA graph moves no subspace, except DCT's
+        with `update_proj_gap=1`: call `step()` outside the graph when a refresh is due.
         `torch.compile` leaves a step as it is: its graph breaks there.
 
         Args:
@@ -291,7 +291,7 @@ class LowRank(Optimizer):
         """Update one parameter by the gradient it has now, as a fused backward pass does.
 
         For hooks of your own, which call this and free the gradient themselves. State and result
-        are those of `step()`, which need not be called. Name and arguments are those of kohya's
+        are those of `step()`, which need not be called. Name and arguments follow kohya's
         hooks; its stock code puts Adafactor's function in this place and takes no other optimizer.
 
         Args:
@@ -371,7 +371,7 @@ class LowRank(Optimizer):
                 `GradScaler.step`, too late for the step under way: scaled gradients of float32 look
                 like others.
 
-        Reference: the idea is that of Lv et al., "Full Parameter Fine-tuning for Large Language
+        Reference: the idea is from Lv et al., "Full Parameter Fine-tuning for Large Language
             Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer
             updates; both without accumulation, and without clipping or with two passes only.
         """
@@ -430,8 +430,8 @@ class LowRank(Optimizer):
         """Load a state, each tensor on its parameter's device, to go on to the bit.
 
         Where both sides have names of parameters, states go by them, else by place. Numbers of the
-        groups are those of the checkpoint, as in torch. Parts and `state_dtype` are those of this
-        optimizer: moments and bases that were stored in another way are converted, exactly where
+        groups come from the checkpoint, as in torch. Parts and `state_dtype` stay as this optimizer
+        has them: moments and bases that were stored in another way are converted, exactly where
         the storage asked for is the finer one. One warning says which settings differ.
 
         Raises:

@@ -214,7 +214,7 @@ def labelled(matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
 
 
 def declared(model: nn.Module | None) -> Iterator[Tensor]:
-    """Yield the weights of embeddings and heads that modules name, as those of transformers do."""
+    """Yield the weights of embeddings and heads that modules name, as transformers' models do."""
     for module in () if model is None else model.modules():
         for getter in ("get_input_embeddings", "get_output_embeddings"):
             layer = asked(module, getter, call=True)

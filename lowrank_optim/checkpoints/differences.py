@@ -1,4 +1,4 @@
-"""What the settings of a checkpoint and those of an optimizer differ in, in words."""
+"""The settings in which a checkpoint and an optimizer differ, in words for a warning."""
 
 from __future__ import annotations
 

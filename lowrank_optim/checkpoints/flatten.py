@@ -73,7 +73,7 @@ def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
         metadata: as `safetensors.safe_open(...).metadata()` gives it.
 
     Raises:
-        ValueError: the metadata is not that of `flatten_state`, or is damaged, or a tensor is
+        ValueError: the metadata was not made by `flatten_state`, or is damaged, or a tensor is
             missing.
     """
 

@@ -58,7 +58,7 @@ ATTRIBUTES = ("rank", "proj_type", "ortho_matrix")
 """What is read of them."""
 
 ONLY_THERE = ("proj_type", "alpha", "correct_bias", "proj", "scale_type")
-"""Group keys of theirs that are none of ours."""
+"""Group keys of theirs that we do not have."""
 
 KINDS = {"step": COUNT, "exp_avg": NUMBER, "exp_avg_sq": NOT_NEGATIVE}
 """What the state of every parameter has there."""
@@ -144,7 +144,7 @@ def check_entries(name: str, theirs: State, package: Package) -> None:
 
 
 def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
-    """Raise SettingError if a group of theirs is none that `plan` can go on with."""
+    """Raise SettingError if `plan` cannot go on with a group of theirs."""
     if not other.get("correct_bias", True):
         raise SettingError(
             f"correct_bias=False{where} of the checkpoint is not offered: set it to True there to "

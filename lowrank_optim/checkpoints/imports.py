@@ -72,7 +72,7 @@ def import_state(
         ValueError: what cannot be imported: another class, rank, side, grouping or shape,
             `proj_type="full"`, 8-bit and Adafactor states, a checkpoint without state as layer-wise
             training leaves it. The message names the parameter. Nothing is changed then.
-        TypeError: the optimizer is none of ours.
+        TypeError: the optimizer is not one of ours.
     """
     session_of(optimizer, "import_state loads into")
     held = read(source) if isinstance(source, (str, os.PathLike)) else source

@@ -87,7 +87,7 @@ class Checked(NamedTuple):
 
     Attributes:
         settings: those it has, in their normal form, a group each.
-        groups: those of them that are taken, as torch is to load them.
+        groups: the settings that are taken, as torch is to load them.
         states: one for each parameter that has one.
     """
 
@@ -151,7 +151,7 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
 
 
 def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
-    """Return the settings of a group after the load, checked: the checkpoint's, but live ones."""
+    """Return the checked settings of a group after the load: the checkpoint's, except live ones."""
     taken = {**(BEFORE if "projector" in saved else {}), **saved}
     merged = {key: taken.get(key, own) if key not in LIVE else own for key, own in group.items()}
     merged.update({key: group[key] for key in ("params", "param_names") if key in group})
@@ -191,7 +191,7 @@ def states_in(
 
 
 def same_rank(shape: Shape, there: Any, group: Group, plan: Plan) -> bool:
-    """Return whether two settings of `rank`, that of a checkpoint and ours, come to the same."""
+    """Return whether the `rank` of a checkpoint and ours come to the same number of columns."""
     here, least = group["rank"], group["min_dim"]
     if isinstance(there, str) or isinstance(here, str):
         return isinstance(there, str) and isinstance(here, str)

@@ -62,12 +62,12 @@ def ids_of(groups: Iterable[Group]) -> list[Any]:
 def paired(groups: Sequence[Group], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Return a state dict whose groups hold the parameters of these groups, in their order.
 
-    With names on both sides a state goes to the parameter of the same name, else to that of the
-    same place. The settings are those of the group of the same parameters, else of the same place,
+    With names on both sides a state goes to the parameter of the same name, else to the parameter
+    in the same place. Settings come from the group of the same parameters, else of the same place,
     or of the one that holds them all if there are more groups here.
 
     Raises:
-        SettingError: groups of other sizes; a name without a partner, but that of a parameter
+        SettingError: groups of other sizes; a name without a partner, except of a parameter
             which is frozen here, or has no state in the checkpoint.
     """
     saved, state = state_dict["param_groups"], state_dict["state"]

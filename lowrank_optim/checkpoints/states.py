@@ -137,7 +137,7 @@ def check_entry(saved: Saved, key: str, wanted: Any) -> None:
 
 
 def values_of(where: str, value: Any, alone: bool, meta: bool = False) -> Tensor:
-    """Return an entry as a dense tensor of real values; raise SettingError if it is none.
+    """Return an entry as a dense tensor of real values; raise SettingError for anything else.
 
     Args:
         where: what the message calls it.
@@ -181,7 +181,7 @@ def convertible(there: torch.dtype, here: torch.dtype) -> bool:
 
 
 def take(saved: Saved, into: dict[str, Any]) -> None:
-    """Copy a state that has been checked into that of the parameter, as this optimizer keeps it.
+    """Copy a checked state into the state of the parameter, in the form that this optimizer keeps.
 
     Moments are converted to the storage that is asked for: by a cast between plain tensors,
     otherwise decoded and rounded to the nearest code; what lies in that storage keeps its bits. A

@@ -89,7 +89,7 @@ def padded(state: Tensor, width: int, far: int) -> Tensor:
     Args:
         state: `(..., cols, k)`, or integers `(..., k)`.
         width: columns of the result.
-        far: a column that is beyond all others and beyond those of other choices.
+        far: a number above all columns, here and in other choices.
     """
     more = width - state.shape[-1]
     if state.is_floating_point():

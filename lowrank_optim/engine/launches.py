@@ -38,7 +38,7 @@ READ_OFTEN = 1 << 18
 
 
 class Part(NamedTuple):
-    """One matrix of one parameter: all that a launch is given of it, but for its factor.
+    """One matrix of one parameter: all that a launch is given of it, except its factor.
 
     That may have to be made, and so is asked for when its turn has come. `copy` is what `param` is
     a view of where that is no view of the parameter (channels last).

@@ -25,7 +25,7 @@ class Member:
 
     Attributes:
         shape: when it was given to the optimizer.
-        name: that of `param_names`, None without.
+        name: the one in `param_names`; None without names.
         piece: what it is a flat piece of as it is now, None if of nothing.
         wants: what its state has to fit.
         fits: the tensors of its state when they were last found to fit that, see `Step.check`.
@@ -183,7 +183,7 @@ def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict
     """Name parameters by their places where others have names, which torch wants of all or none.
 
     Args:
-        groups: those of the optimizer.
+        groups: the groups of the optimizer.
         group: a new one.
 
     Returns:

@@ -44,7 +44,7 @@ def shared_bytes(optimizer: Optimizer) -> int:
 def predicted_bytes(optimizer: Optimizer) -> int:
     """Return the bytes that the state takes after the first step, from shapes alone.
 
-    With `rank="auto"`, those of the present ranks, before the first step of the largest.
+    With `rank="auto"` it counts the present ranks, and the largest ones before the first step.
     """
     return sum(row["state"] for row in rows(optimizer))
 

@@ -148,7 +148,7 @@ class Prepared:
         stagger(self.groups)
 
     def _check(self, index: int, group: dict[str, Any]) -> None:
-        """Check a group whose settings are not those of before."""
+        """Check a group whose settings have changed."""
         known, where = self._known.get(index), f" in group {index}"
         now = None if known is None else signature(group, known.numbers)
         if equal(known, now) and now is not None:
@@ -368,7 +368,7 @@ def session_of(optimizer: Optimizer, what: str = "this is for") -> Session:
     """Return the session of one of our optimizers.
 
     Raises:
-        TypeError: the optimizer is none of ours; `what` says what needs one.
+        TypeError: the optimizer is not one of ours; `what` says what needs one.
     """
     session = getattr(optimizer, "_session", None)
     if not isinstance(session, Session):

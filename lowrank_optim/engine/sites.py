@@ -46,7 +46,7 @@ def sites_of(
     Args:
         group, plan: of the parameters.
         shared: tensors common to several.
-        copies: the process group on whose members ordinary tensors are the same, if there is one.
+        copies: the process group whose members hold the same ordinary tensors; None without one.
         states: by parameter, for ranks that are chosen as training goes; without a state the rank
             is the least.
     """

@@ -117,7 +117,7 @@ def template(
 
 
 FIXED = ("min_dim", "shard_basis", "capturable")
-"""Settings beside the rank and those of a plan on which a state depends."""
+"""Settings on which a state depends, beside the rank and what a plan holds."""
 
 
 def wants(group: Group, plan: Plan) -> tuple[Any, ...]:

@@ -61,7 +61,7 @@ class Step:
         grad = param.grad
         assert grad is not None
         if layout.mesh is not None and not is_distributed(grad):
-            raise RuntimeError(f"{self.name(entry)} is a DTensor, but its gradient is none")
+            raise RuntimeError(f"{self.name(entry)} is a DTensor, and its gradient is not")
         if grad.layout is not torch.strided:
             raise RuntimeError(
                 f"{self.name(entry)} has a sparse gradient, which cannot be projected: use "

@@ -132,7 +132,7 @@ class Begun(NamedTuple):
 def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
     """Step parameters whose subspaces are in place, in plain torch, small ones together.
 
-    Yields what is left of those of whose rows others hold some, as soon as it waits for a sum.
+    Where other processes hold rows of a matrix, yields the rest of its step, which waits for a sum.
     """
     rates = rates_of(group)
     for some in together_whole(jobs, plan) if plan.rule.whole else few_together(jobs):
@@ -315,7 +315,7 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
 
 
 def in_list(factor: Tensor | float) -> Tensor | float:
-    """Return a factor of one matrix as that of a list of one."""
+    """Return a factor of one matrix as a factor of a list of one matrix."""
     return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
 
 

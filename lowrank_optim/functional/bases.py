@@ -62,7 +62,7 @@ def orthonormal_(x: Tensor, passes: int = 2) -> None:
     d = diag(X^T X)^-1/2,  L L^T = d X^T X d + s I,  X <- X d L^-T;  s = 0 after the first pass
 
     Column j stays in the span of the columns up to j, on its own side of the others. It is
-    products but for a Cholesky decomposition and a triangular inverse of `(..., rank, rank)`, and
+    products, except a Cholesky decomposition and a triangular inverse of `(..., rank, rank)`, and
     waits for no device. The shift s keeps the decomposition from failing where columns are nearly
     dependent. One pass leaves X well conditioned; after two X^T X = I to the dtype's rounding, for
     condition numbers up to about 1e10 of X with columns of unit length. A matrix that is not finite

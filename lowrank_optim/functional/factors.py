@@ -67,7 +67,7 @@ def down_some(
 
 
 def within_reach(low: Tensor, grad: Tensor, factor: Factor) -> Tensor:
-    """Return `G P` with finite values where those of G are, see `down`."""
+    """Return `G P`, finite wherever the row of G is finite, see `down`."""
     if low.device.type != "cpu" or not low.numel():
         return low
     dtype = low.dtype

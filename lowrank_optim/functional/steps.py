@@ -56,9 +56,9 @@ def bits_of(
 ) -> Tensor:
     """Return random bits for a moment or a weight, int32 of its shape.
 
-    Rows are numbered over all axes except the last; those of a `plain` parameter, which is not
-    projected, over the first alone. A vector is one row. `draw` is `random_bits`, or a kernel that
-    does the same.
+    Rows are numbered over all axes except the last. For a `plain` parameter, which is not
+    projected, they are numbered over the first axis alone. A vector is one row. `draw` is
+    `random_bits`, or a kernel that does the same.
     """
     count, rows = 1, 1
     if like.ndim > 1:

@@ -83,7 +83,7 @@ def store(
 def by_rows(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes with the axis that blocks run along last.
 
-    The moments of a projected matrix have blocks along their last axis, those of a whole parameter
-    along all but the first, which is what a sharded parameter is cut along.
+    Moments of a projected matrix have blocks along their last axis. Moments of a parameter that is
+    not projected have blocks along all axes except the first, along which shards are cut.
     """
     return (codes, scale) if codes.ndim == scale.ndim else (codes.flatten(1), scale)

@@ -64,7 +64,7 @@ def trainer_optimizer(
         args: the arguments that Trainer gets too.
         rank: as in the optimizer: an int, or a share of the projected axis.
         rest_lr: learning rate of what is not projected; None for the same. Trainer's schedule
-            scales both, and its log shows that of the projected matrices.
+            scales both, and its log shows the rate of the projected matrices.
         include: regular expression searched in names: of the matrices only these are projected.
         exclude: regular expression searched in names: these are not projected.
         step_in_backward: step each parameter in the backward pass and free its gradient, see
@@ -249,7 +249,7 @@ def _split(
     """Sort groups into projected and plain, decayed and not; those without parameters are left out.
 
     Args:
-        groups: those of `param_groups`.
+        groups: the result of `param_groups`.
         decayed: names of the parameters that weight decay applies to.
         weight_decay: their decay.
     """

@@ -30,7 +30,7 @@ Stepper = weakref.WeakMethod[Callable[[list[Tensor], list[Tensor]], None]]
 """What steps the parameters of a bucket, given them and their averaged gradients."""
 
 STEPPERS: MutableMapping[Any, Stepper] = weakref.WeakKeyDictionary()
-"""What steps a model's buckets: that of the last `step_in_backward` that asked for it."""
+"""What steps a model's buckets, set by the last `step_in_backward` for it."""
 
 
 def hook(function: Hook) -> Hook:
@@ -105,10 +105,10 @@ def projected_all_reduce(optimizer: Optimizer, bucket: Any) -> torch.futures.Fut
     updates that need no more than R = G P (GaLore, DCT, FRUGAL with state_free="none"). A gradient
     becomes the mean of R P^T: the step then projects it to the mean of R again, to rounding, and
     clipping sees the norm of what is used. In a step that moves a matrix's subspace its gradient is
-    averaged whole, as are those of what is not projected.
+    averaged whole, as are gradients of parameters that are not projected.
 
     Args:
-        optimizer: that of the model; its `process_group`, if it has one, is averaged over.
+        optimizer: the model's optimizer; its `process_group`, if it has one, is averaged over.
         bucket: what DDP gives.
 
     Returns:
@@ -117,7 +117,7 @@ def projected_all_reduce(optimizer: Optimizer, bucket: Any) -> torch.futures.Fut
     Raises:
         ValueError: an update that needs the whole gradient, or a subspace that moves every step.
 
-    Reference: the idea is that of Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank
+    Reference: the idea is from Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank
         Gradient Compression for Distributed Optimization", arXiv 1905.13727; here the subspace is
         the optimizer's, and nothing is lost that it would use.
     """

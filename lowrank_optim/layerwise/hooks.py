@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 ACCUMULATE = ("full", "projected")
 STEPPED: MutableMapping[Tensor, RemovableHandle] = WeakTensorKeyDictionary()
-"""The hook that steps a parameter: that of the optimizer that asked for it last."""
+"""The hook that steps a parameter, set by the optimizer that asked for it last."""
 TINY = 1e-6
 """Added to a norm that is divided by, as in `torch.nn.utils.clip_grad_norm_`."""
 
@@ -150,7 +150,7 @@ class InBackward:
             return
         with self._lock, torch.no_grad():
             if self._under_way.enter():
-                session.end_step()  # that of the step whose backward pass has failed
+                session.end_step()  # the step whose backward pass has failed
             step, entry = open_for(session, param)
             if entry is None:  # taken out of its group: from here on it is as any other tensor
                 self._handles.pop(param).remove()

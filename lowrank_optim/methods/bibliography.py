@@ -1,4 +1,4 @@
-"""Papers as records: those of parts are here, those of methods in the files of the methods."""
+"""Papers of parts, as records; papers of methods stand in the files of the methods."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class RACS(LowRank):
     Memory: m + n + 1 values.
 
     Args:
-        lr: of matrices; that of parameters that are not matrices belongs into a group of their own.
+        lr: of matrices; give other parameters a learning rate in a group of their own.
         betas, eps: of AdamW, for parameters that are not matrices.
         scale: the paper's alpha.
         beta: decay of Q and S.

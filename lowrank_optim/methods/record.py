@@ -50,7 +50,7 @@ class Method:
             tuned; others refresh in the demo three times a run.
         settings: what real models are trained with: where decompositions are the paper's, the
             projector whose state is the same and whose workspace is smaller.
-        rates: those of the demo; None where none were searched for: the demo does not offer it.
+        rates: used by the demo; None where none were searched for: the demo does not offer it.
         in_planner, in_demo: whether the planner and the demo show it without being asked.
     """
 

@@ -30,7 +30,7 @@ METHODS = {
         CITED.values(), key=lambda method: (method.whole, method.default_gap is None)
     )
 }
-"""Our methods in the order of tables: those that project, then those of whole matrices."""
+"""Our methods in the order of tables: first the ones that project, then the others."""
 
 COMPARED = {**BASELINES, **METHODS}
 """All of them, what is compared with first."""

@@ -25,7 +25,7 @@ class RMNPW(LowRank):
     Muon's state without its products.  Memory: m n values, a byte each with `state_dtype="8bit"`.
 
     Args:
-        lr: of matrices; that of parameters that are not matrices belongs into a group of their own
+        lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`). Not tuned here: the default is
             that of the authors' code.
         betas, eps: of AdamW, for parameters that are not matrices.

@@ -32,7 +32,7 @@ class TrionW(LowRank):
     for all layers of a width.
 
     Args:
-        lr: of matrices; that of parameters that are not matrices belongs into a group of their own.
+        lr: of matrices; give other parameters a learning rate in a group of their own.
         betas, eps: of AdamW, for parameters that are not matrices.
         momentum: mu.
         momentum_dtype: how M is stored, see `ErrorFeedback`.

@@ -18,7 +18,7 @@ UNITS |= {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def bytes_in(text: str) -> int | None:
-    """Return the bytes that a text such as "24GiB", "24GB" or "24G" stands for, if it is one."""
+    """Return the bytes that a text such as "24GiB", "24GB" or "24G" stands for; None for others."""
     size = SIZE.fullmatch(text)
     unit = "" if size is None else size[2].upper()
     if size is None or unit not in UNITS:
@@ -27,7 +27,7 @@ def bytes_in(text: str) -> int | None:
 
 
 def is_real(value: Any) -> bool:
-    """Return whether a value is a real number that a float can hold; a boolean is none."""
+    """Return whether a value is a real number that a float can hold, and not a boolean."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         return False
     try:
@@ -59,7 +59,7 @@ def text_of(part: Any, without: Container[str] = ()) -> str:
 
 
 def read_text(text: str) -> tuple[str, dict[str, Any]] | None:
-    """Return the name and the settings in a text of `text_of`; None if it is none."""
+    """Return the name and the settings in a text of `text_of`; None for any other text."""
     try:
         call = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -10,7 +10,7 @@ from torch import Tensor
 from .types import Site, State
 
 FIRST = 3.0
-"""The first norm is at most so many times that of an AdamW step, of one a weight.
+"""How many times longer than an AdamW step, of length one a weight, the first update may be.
 
 Gaussian gradients give 0.2 to 2.4 times with each of the methods, in shapes from 9x9 to 256x64; one
 entry a million times the others gave RACS a million.
@@ -42,7 +42,7 @@ def limit(
 
 
 def first_norm(site: Site) -> float:
-    """Return what bounds the first norm of a matrix: `FIRST` times that of ones."""
+    """Return the bound of the first norm of a matrix: `FIRST` times the norm of ones."""
     return FIRST * math.sqrt(site.layout.rows * site.layout.cols)
 
 

@@ -87,7 +87,7 @@ class Projector(Protocol):
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:
-        """Carry the moments from the subspace `before` into that of `state`, in place."""
+        """Carry the moments from the subspace in `before` into the one in `state`, in place."""
 
     def align(self, before: State, state: State) -> None:
         """Turn the new basis inside its own span towards the old one, in place."""
@@ -191,7 +191,7 @@ class Residual(Protocol):
     ) -> Update:
         """Return the factors of the update, from row norms and `sums`; state in place.
 
-        `uncorrected` is that of the rule where norms are wanted, else 1.
+        `uncorrected` is the result of `Rule.uncorrected` where norms are wanted, else 1.
         """
 
 

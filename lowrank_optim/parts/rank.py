@@ -107,7 +107,7 @@ def rank_of(setting: Rank | str) -> Rank:
     """Return what the setting of a group says, which is the text of an `AutoRank` for one.
 
     Raises:
-        ValueError: a text that is none.
+        ValueError: any other text.
     """
     return _auto_rank(setting) if isinstance(setting, str) else setting
 

@@ -55,7 +55,7 @@ class Dense:
         return compute_dtype(like.dtype) if self.name is None else DTYPES[self.name]
 
     def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, size: int = 0) -> State:
-        """Return one tensor; that of a parameter which is not projected has its strides."""
+        """Return one tensor; for a parameter that is not projected, with its strides."""
         if size:
             return {slot: torch.zeros_like(like, dtype=self.dtype(like), requires_grad=False)}
         return {slot: torch.zeros(shape, dtype=self.dtype(like), device=like.device)}
@@ -65,7 +65,7 @@ class Dense:
 class Blockwise8:
     """Moments of one byte a value, in blocks of at most 256 values of a row with a scale each.
 
-    The codes are those of bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
+    Codes follow bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
     of whole parameters that are vectors or have less than 4096 elements, and rows of one value,
     stay float32; a basis is bfloat16. What is decided by size is decided by that of the whole
     parameter, wherever its parts lie.
@@ -80,7 +80,7 @@ class Blockwise8:
     def zeros(self, slot: str, shape: tuple[int, ...], like: Tensor, size: int = 0) -> State:
         """Return `codes` of the moment's shape and `scale`, a number a block.
 
-        A row is the last axis of a projected moment, and all axes but the first of a whole one.
+        A row is the last axis of a projected moment, and all axes except the first of another one.
         """
         if size and (size < LEAST or len(shape) < 2):
             return Dense().zeros(slot, shape, like, size)
@@ -185,7 +185,7 @@ def store_moments(
         moments: their values.
         rule: whose moments they are.
         noise: source of random bits.
-        plain: whether they are those of a parameter that is not projected.
+        plain: whether they belong to a parameter that is not projected.
         carried: whether they were carried into a new subspace, which draws bits of its own.
         ops: who writes the 8-bit format and draws bits, see `Site.ops`.
     """

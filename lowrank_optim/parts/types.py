@@ -72,7 +72,7 @@ class Site:
         turn, turns: place of this matrix among the projected ones of its group, and their number.
         share: the rank as a share of `cols` where it was given so (FRUGAL's density).
         most: the largest rank, where it is chosen anew at each refresh.
-        phase: updates by which its refreshes come later than those of others.
+        phase: by how many updates its refreshes come later than without staggering.
         shared: tensors common to several parameters.
         launches: whether launches of kernels do the step.
         ops: who codes moments, draws bits and scores columns: kernels, or plain torch.
@@ -209,7 +209,7 @@ def in_rows(x: Tensor) -> Tensor:
 
 
 def moment_in_rows(moment: Stored) -> Stored:
-    """Return the moment of a vector as a column; in 8 bits there is none of a vector."""
+    """Return the moment of a vector as a column; vectors have no moments in 8 bits."""
     return in_rows(moment) if isinstance(moment, Tensor) else moment
 
 

@@ -148,7 +148,7 @@ def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
         name: a key of `MODELS` ("60m" is "llama-60m"), a `config.json` of transformers or its
             folder, or `module:factory`: a function that returns a module, or a module and a
             function (model, batch, seq) that returns its loss.
-        dtype: of the weights; those of a factory keep their own.
+        dtype: of the weights; the weights of a factory keep their own.
 
     Returns:
         The model in training mode and its loss.
@@ -182,7 +182,7 @@ def build(name: str, dtype: torch.dtype) -> tuple[nn.Module, Loss]:
 
 
 def _read(path: Path) -> Any:
-    """Return the configuration in a file; raise PlanError if it is none."""
+    """Return the configuration in a file; raise PlanError if there is none."""
     require("transformers", extra="transformers")
     with foreign(f"{path} is no configuration of transformers"):
         settings = json.loads(path.read_text("utf-8"))

@@ -207,7 +207,7 @@ def launch_workspace(job: Job, count: int, room: int, group: Group, plan: Plan) 
 
 
 def with_state(job: Job, group: Group, plan: Plan) -> Job:
-    """Return a job with a state on "meta", but for its counts, and a gradient."""
+    """Return a job with a gradient and a state, all on "meta" except its counts."""
     state = init_state(job.param, job.site, group, plan)
     counts = {key: torch.zeros(()) for key in ("step", "age") if key in state}
     return job._replace(state={**state, **counts}, grad=torch.empty_like(job.param))

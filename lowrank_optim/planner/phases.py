@@ -46,7 +46,7 @@ def weight_bytes(model: nn.Module) -> int:
 def phases_of(trace: Trace, needs: Needs, weights: int, layerwise: bool) -> dict[str, Parts]:
     """Return what lives when the most does, in the forward and backward pass and in the step.
 
-    Layer by layer, a step is that of one parameter, beside the activations that still wait for it.
+    Layer by layer, one parameter is stepped at a time, beside the activations still needed.
     """
     basis = needs.bases + needs.shared
     alone = needs.alone if layerwise else None

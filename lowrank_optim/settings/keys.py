@@ -1,4 +1,4 @@
-"""Keys of a group: those of other packages, and what is said of ones that would be ignored."""
+"""Keys of a group: keys of other packages, and errors for keys that would be ignored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FOREIGN = {
     "length": "pass it to the constructor, or put rule=Muon(...) or Orthogonal(...) in the group",
     "momentum_dtype": "pass it to the constructor, or put feed=ErrorFeedback(...) in the group",
     "error_dtype": "pass it to the constructor, or put feed=GeneralErrorFeedback(...) in the group",
-    "process_group": "pass it to the constructor, it is that of the whole optimizer",
+    "process_group": "pass it to the constructor, it belongs to the whole optimizer",
 }
 """Keys that other packages, or our constructors, read elsewhere: silence would be a trap."""
 
@@ -61,7 +61,7 @@ def check_keys(group: Group, where: str, read: Collection[str] = ()) -> None:
     """Raise SettingError for a group key that looks like a misspelt or misplaced setting.
 
     Any other unknown key is left alone, as torch does: trainers keep their own things there, also
-    under names that have that of a setting in them, such as `lr_scale` and `init_weight_decay`.
+    under names that contain the name of a setting, such as `lr_scale` and `init_weight_decay`.
 
     Args:
         group: its keys are looked at, and values of some.
@@ -112,6 +112,6 @@ def number_hint(key: str) -> str:
 
 
 def nearest(key: str, read: Iterable[str] = ()) -> str | None:
-    """Return the setting, or number that is read, whose name is nearly that of a key, if any."""
+    """Return the setting, or number that is read, whose name is nearly the key; None for none."""
     near = difflib.get_close_matches(key.lower(), [*CHECKS, *read], n=1, cutoff=0.8)
     return near[0] if near else None

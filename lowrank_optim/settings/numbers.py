@@ -55,11 +55,11 @@ def placed(
     """Return a group with the keys of ours, and the numbers of its parts beside them.
 
     A part of ours stands in a group as text without numbers, one of a user's own as it is. Each
-    number is, in this order: that of its own key; what the part here says, an object or a text with
+    number comes from, in this order: its own key; what the part here says, an object or a text with
     numbers; the constructor's, where its part is of the same kind; the default of the class.
 
     Args:
-        group: complete but for numbers.
+        group: complete except for numbers.
         where: names it in a message.
         defaults: the constructor's settings.
         before: what this group, or those that it may come from, had when they were last looked at.

@@ -18,7 +18,7 @@ class Team:
     """The processes that work on one matrix. Alone, by default: then nothing here does anything.
 
     An all-reduce sums each element in one place and copies the result, so that it has the same bits
-    everywhere in a group; copies in several groups (hybrid sharding) take those of the first.
+    everywhere in a group; copies in several groups (hybrid sharding) take the bits of the first.
 
     Attributes:
         parts: process groups whose members hold other rows.
@@ -126,7 +126,7 @@ def chunk(length: int, count: int, place: int) -> tuple[int, int]:
 def exchange(x: Tensor, group: Any, split: int, join: int, length: int) -> Tensor:
     """Cut what a process holds along `split` and give the pieces away for those along `join`.
 
-    Every process sends and receives what it holds, but for its own piece: nothing is gathered.
+    Every process sends and receives what it holds, except its own piece: nothing is gathered.
 
     Args:
         x: what is held, cut along `join` over the group.

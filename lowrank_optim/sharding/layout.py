@@ -105,7 +105,7 @@ class Layout:
 
     @cached_property
     def matrices(self) -> int:
-        """Number of matrices: of a stack, that of the whole."""
+        """Number of matrices in the whole parameter, also where it is a stack that is cut."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @cached_property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def is_distributed(value: Any) -> bool:
-    """Return whether a value is a DTensor, of which there is none before torch has the class."""
+    """Return whether a value is a DTensor, without importing torch's class, which takes time."""
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
     return kind is not None and isinstance(value, kind)

@@ -53,7 +53,7 @@ class Move(NamedTuple):
 def moves_to(
     shape: Shape, mesh: DeviceMesh, given: Placements, axis: int
 ) -> tuple[tuple[Move, ...], Placements]:
-    """Return the exchanges that cut along `axis` what is cut along another, but for a stack's."""
+    """Return the exchanges that cut along `axis` what is cut along another, except for a stack."""
     kept = {axis, 0} if len(shape) == 3 else {axis}
     placements, order = list(given), cuts(given, axis)
     moves = []

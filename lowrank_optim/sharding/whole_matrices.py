@@ -21,7 +21,7 @@ def of_whole_matrices(function: Callable[[Tensor], Tensor], x: Tensor, layout: L
     Args:
         function: of `(k, rows, rank)`, with a result of that shape, matrix by matrix.
         x: `(..., rows held, rank)`.
-        layout: that of the parameters.
+        layout: of the parameters.
     """
     if x.shape[-1] == 0:
         return x

@@ -21,7 +21,7 @@ class WholeMomentum:
     in the basis that it was made in, and is kept at the least that M allows, see `raise_square_`.
 
     Args:
-        dtype: how M is stored, see `ErrorFeedback`; None for that of the other moments.
+        dtype: how M is stored, see `ErrorFeedback`; None: as the other moments are.
 
     Reference: Wang et al., "Conda: Column-Normalized Adam for Training Large Language Models
         Faster", arXiv 2509.24218, at full rank; SOAP, arXiv 2409.11321, keeps its first moment so.

@@ -97,7 +97,7 @@ class IndexTransport:
     def transport(
         self, rule: Rule, moments: Moments, before: State, state: State, site: Site, group: Group
     ) -> None:
-        """Copy the moments of the indices that stay and zero those of new ones, in place."""
+        """Keep the moments of indices that stay and zero the moments of new ones, in place."""
         places = self.places([before], [state])[0]
         for moment in moments.values():
             select_moment(moment, places)

@@ -42,7 +42,7 @@ class Power(Basis):
         iterations: power iterations a refresh, at least 1. With 2, the worst of a small language
             model's gradients lost 2 % of what SVD captures at rank 4, 0.7 % at 32, 0.2 % at 64,
             from nothing or from a basis 200 steps old.
-        plain: do without the random part, but for the first refresh, and without more iterations
+        plain: do without the random part, except at the first refresh, and without more iterations
             for narrow bases: with one iteration, LDAdam's block power step.
 
     Raises:

@@ -10,7 +10,7 @@ TINY = 1e-8
 
 
 def measured(norms: Norms) -> Norms:
-    """Return the norms with those of a row as 0 where one of them overflows.
+    """Return the norms, with all three of a row set to 0 where one of them overflows.
 
     Such a row gets no more than the rule's own direction. In AdamW it would stand still too: an
     average of squares that overflows makes a step of 0.

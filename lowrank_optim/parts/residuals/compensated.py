@@ -93,7 +93,7 @@ class Compensated(Limited):
         group: Group,
         uncorrected: float | Tensor,
     ) -> Update:
-        """Return k as the factor of N, c_i as that of G and -c_i as that of R."""
+        """Return the factors k of N, c_i of G and -c_i of R."""
         assert norms is not None
         scale = group["scale"] * group["compensation"]
         rest = self._inverse(state["residual_sq"], norms).sqrt_()

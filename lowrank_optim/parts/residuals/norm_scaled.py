@@ -71,7 +71,7 @@ class NormScaled(Limited):
         group: Group,
         uncorrected: float | Tensor,
     ) -> Update:
-        """Return k as the factor of N, phi as that of G and -c phi as that of R, both limited."""
+        """Return the factors k of N, phi of G and -c phi of R, the last two limited."""
         assert norms is not None
         phi = phi_of(measured(norms))
         if sums is not None:

@@ -56,7 +56,7 @@ class StateFree(Stateless):
         group: Group,
         uncorrected: float | Tensor,
     ) -> Update:
-        """Return k as the factor of N and c as that of the sign, or c of G and -c of R."""
+        """Return the factors k of N and c of the sign, or k of N, c of G and -c of R."""
         if self.form == "sign":
             return Update(direction=group["scale"], sign=group["state_free_scale"])
         if self.form == "sgd":

@@ -70,8 +70,8 @@ class Adam(Elementwise):
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
         """Call torch's own functional AdamW where parameter, gradient and moments agree in dtype.
 
-        The result is that of `torch.optim.AdamW` to the bit; on a CUDA device, that of its fused
-        form unless the group says otherwise. Half-precision parameters are left undone.
+        The result equals `torch.optim.AdamW` to the bit; on a CUDA device its fused form, unless
+        the group says otherwise. Half-precision parameters are left undone.
         """
         native: list[Job] = []
         undone: list[Job] = []
@@ -110,7 +110,7 @@ class Adam(Elementwise):
 
 
 Piece = tuple[Tensor, ...]
-"""Parameter, gradient, both moments and the step count, or an equal part of each but the last."""
+"""Parameter, gradient, both moments and step count; or equal parts of all except the count."""
 
 
 def call_adamw(pieces: list[Piece], group: Group, foreach: bool | None) -> None:

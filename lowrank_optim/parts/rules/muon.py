@@ -130,7 +130,7 @@ class NorMuon(Muon):
     O' = O / (sqrt(v) + 1e-8),  N = 0.2 sqrt(out in) O' / |O'|_F
 
     b2 is the second of the group's `betas`. A neuron is a row of the weight, wherever the projected
-    axis lies; the length of N is that of an AdamW step.
+    axis lies; N is as long as an AdamW step.
 
     Args:
         momentum, nesterov, iterations: see `Muon`; `length` has no effect.

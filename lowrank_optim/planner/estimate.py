@@ -125,7 +125,8 @@ def estimate_memory(
     the forward and backward pass activations live and gradients come to be; in the step all
     gradients and the workspace live and no activations do. With `layerwise` each gradient is used
     and freed as soon as it is complete. The state comes from the real optimizer, the
-    activations from the real model, both on the "meta" device; see `trace` and `needs` for what is assumed.
+    activations from the real model, both on the "meta" device; see `trace`
+    and `needs` for what is assumed.
 
     Args:
         model: a module, of which a copy without values is planned, or a name as in `build`.

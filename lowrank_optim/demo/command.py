@@ -1,4 +1,4 @@
-"""`lowrank-optim demo`."""
+"""The command `lowrank-optim demo`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of moments whose subspace has moved."""
+"""Moments at a refresh: carried into the new subspace, or reset."""
 
 from __future__ import annotations
 

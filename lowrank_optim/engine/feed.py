@@ -1,4 +1,4 @@
-"""Steps on what a feed makes of gradients: some parameters at a time, because it is full-size."""
+"""Feeds in a step: what is fed is full-size, so only some parameters are fed at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps by kernels: matrices of one shape in one launch, some at a time."""
+"""Launches of the kernels that do a step: many matrices of one shape in each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer knows of its parameters, whoever changes its groups meanwhile."""
+"""The parameters of an optimizer, known by themselves, whoever changes its groups."""
 
 from __future__ import annotations
 

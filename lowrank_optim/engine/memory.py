@@ -1,4 +1,4 @@
-"""What the state of an optimizer takes: from shapes alone, and as it lies in memory."""
+"""Bytes of optimizer state, predicted from shapes and counted; the table of `summary()`."""
 
 from __future__ import annotations
 

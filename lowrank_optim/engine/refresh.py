@@ -1,4 +1,4 @@
-"""When subspaces move."""
+"""Refreshes: when the subspace of a matrix moves, and what happens then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the parameters of a group stand: their sites, their names, and what they must not be."""
+"""Sites: which parameters of a group are projected, along which axis and to what rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state of a parameter: how it is made, and whether it goes with its group as that is now."""
+"""The state of a parameter: making it, and checking that it fits its group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of an optimizer: what is checked first, what is done, what is left for the next."""
+"""One step of an optimizer: check everything, then do the work, then close."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A step in two halves, between which processes add up what depends on all rows of a matrix."""
+"""Steps in two halves with one sum between, for matrices whose rows lie on several processes."""
 
 from __future__ import annotations
 

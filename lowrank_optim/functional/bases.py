@@ -1,4 +1,4 @@
-"""Bases of subspaces."""
+"""Orthonormal bases: Gram matrices, orthonormalisation, signs, and the cosine basis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Adam does with its moments, and how they are carried into a new subspace."""
+"""Adam's moments: the update, and how they are carried into a new subspace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms and products of matrices that are never widened whole."""
+"""Products and norms that never widen a half-precision matrix as a whole."""
 
 from __future__ import annotations
 

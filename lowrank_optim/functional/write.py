@@ -1,4 +1,4 @@
-"""The update of weights: the reference of the second kernel."""
+"""The write of an update into the weights: reference of the kernel `lift_write`."""
 
 from __future__ import annotations
 

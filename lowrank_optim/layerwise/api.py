@@ -1,4 +1,4 @@
-"""What an optimizer offers besides `step()`: to step its parameters one by one."""
+"""Layer-wise updates as an optimizer offers them: start them, step one parameter, measure a norm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loops ask for to clip gradients, which layer-wise updates have used and freed by then."""
+"""Clipping that a loop or trainer asks for, where layer-wise updates have freed the gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every method takes."""
+"""Settings that every method takes, for type checkers."""
 
 from __future__ import annotations
 

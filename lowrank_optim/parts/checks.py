@@ -1,4 +1,4 @@
-"""What single values say, and whether they may."""
+"""Checks of single values, and parts as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keeps the norm of an update from growing fast: one number a matrix, on the device."""
+"""The limiter: it keeps the norm of an update from growing fast, by one number a matrix."""
 
 from __future__ import annotations
 

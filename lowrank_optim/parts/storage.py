@@ -1,4 +1,4 @@
-"""How moments are made, and how they are found in a state."""
+"""Storage of moments: dense, in 8 bits and in 4; and how each is found in a state."""
 
 from __future__ import annotations
 

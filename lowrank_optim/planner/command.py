@@ -1,4 +1,4 @@
-"""`lowrank-optim memory`."""
+"""The command `lowrank-optim memory`."""
 
 from __future__ import annotations
 

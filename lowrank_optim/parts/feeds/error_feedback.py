@@ -1,4 +1,4 @@
-"""What the projection drops is added to the next gradient."""
+"""Error feedback: what the projection drops is added to the next gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Error feedback for the moments too: LDAdam's."""
+"""Generalised error feedback, for the moments too: LDAdam's."""
 
 from __future__ import annotations
 

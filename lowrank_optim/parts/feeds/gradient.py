@@ -1,4 +1,4 @@
-"""The gradient itself."""
+"""The gradient as it is: the default."""
 
 from __future__ import annotations
 

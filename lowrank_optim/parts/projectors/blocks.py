@@ -1,4 +1,4 @@
-"""Whole matrices take turns."""
+"""Block coordinate descent: whole matrices take turns."""
 
 from __future__ import annotations
 

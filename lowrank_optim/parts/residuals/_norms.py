@@ -1,4 +1,4 @@
-"""What the norms of rows give."""
+"""Row norms: what overflows, and the ratio phi."""
 
 from __future__ import annotations
 

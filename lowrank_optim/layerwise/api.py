@@ -1,4 +1,4 @@
-"""Layer-wise updates as an optimizer offers them: start them, step one parameter, measure a norm."""
+"""Layer-wise updates as an optimizer offers them: start, step one parameter, measure a norm."""
 
 from __future__ import annotations
 

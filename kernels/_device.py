@@ -65,8 +65,8 @@ def random_bits(seed, count, stream, row, col, KIND: tl.constexpr, WIDTH: tl.con
     a, b, c, d = tl.philox(
         seed, zero + group[None, :], zero + line[:, None], zero + position, zero + count
     )
-    words = tl.join(tl.join(a, c), tl.join(b, d))
-    halves = tl.join(words & 0xFFFF, words >> 16)
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # (rows, WIDTH / 8, 2, 2): words a to d
+    halves = tl.join(words & 0xFFFF, words >> 16)  # (rows, WIDTH / 8, 2, 2, 2)
     return halves.reshape(row.shape[0], WIDTH).to(tl.int32)
 
 
@@ -91,7 +91,7 @@ def narrow(x, TYPE: tl.constexpr):
 @triton.jit
 def peaks(x):
     """Return the largest value of each row; nan where one is, which `tl.max` would drop."""
-    bad = tl.max((x != x).to(tl.int32), axis=1) > 0
+    bad = tl.max((x != x).to(tl.int32), axis=1) > 0  # (rows,)
     return tl.where(bad, float("nan"), tl.max(x, axis=1))
 
 

@@ -26,7 +26,7 @@ def _bits(
     row = tl.program_id(0) // blocks * HEIGHT + tl.arange(0, HEIGHT)
     col = tl.program_id(0) % blocks * WIDTH
     count = number(step, 0, COUNTED).to(tl.uint32)
-    bits = bits_of(seed, count, tl.load(streams), first + row, col, KIND, WIDTH)
+    bits = bits_of(seed, count, tl.load(streams), first + row, col, KIND, WIDTH)  # (HEIGHT, WIDTH)
     lane = col + tl.arange(0, WIDTH)
     at = row[:, None].to(tl.int64) * cols + lane[None, :]
     tl.store(out + at, bits, mask=(row[:, None] < rows) & (lane[None, :] < cols))

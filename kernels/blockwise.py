@@ -83,7 +83,7 @@ def codes_of(x, scale, tables):
     """Return codes, int32, of a tile of blocks of these scales, rounded to nearest."""
     least = tl.maximum(scale, tl.full(scale.shape, LEAST_SCALE, tl.float32))
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), least)
-    u = x * inverse[:, None]
+    u = x * inverse[:, None]  # x is (blocks, BLOCK), scale (blocks,)
     place = place_of(tl.minimum(tl.abs(u), 1.0), 1)
     guess = tl.where(u < 0, 126 - place, 128 + place)
     above = tl.load(tables + 256 + guess)
@@ -130,7 +130,7 @@ def _quantize(
     col = block * WIDTH + tl.arange(0, WIDTH)
     at = row[:, None] * cols + col[None, :]
     inside = (row[:, None] < rows) & (col[None, :] < cols)
-    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # (HEIGHT, WIDTH): a block a row
     if SQUARES:
         noise = tl.load(bits + at, mask=inside, other=0)
         scale = peaks(value)
@@ -152,8 +152,8 @@ def _dequantize(
     col = block * WIDTH + tl.arange(0, WIDTH)
     at = row[:, None] * cols + col[None, :]
     inside = (row[:, None] < rows) & (col[None, :] < cols)
-    code = tl.load(codes + at, mask=inside, other=0)
-    scale = tl.load(scales + row * blocks + block, mask=row < rows, other=0.0)
+    code = tl.load(codes + at, mask=inside, other=0)  # (HEIGHT, WIDTH)
+    scale = tl.load(scales + row * blocks + block, mask=row < rows, other=0.0)  # (HEIGHT,)
     if SQUARES:
         value = dequantize_squares_tile(code, scale[:, None], tables)
     else:

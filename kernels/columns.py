@@ -37,16 +37,17 @@ def _move(
     k = (tl.program_id(0) // row_tiles).to(tl.int64)
     row = (tl.program_id(0) % row_tiles).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     lane = tl.arange(0, WIDTH)
-    place = tl.load(places + k * rank + lane, mask=lane < rank, other=-1)[None, :]
+    place = tl.load(places + k * rank + lane, mask=lane < rank, other=-1)[None, :]  # (1, WIDTH)
     codes = address(codes_table, k, tl.uint8, ALIGNED)
     scales = address(scales_table, k, tl.float32, ALIGNED)
     found = (row[:, None] < rows) & (place >= 0)
-    code = tl.load(codes + row[:, None] * rank + place, mask=found, other=0)
+    code = tl.load(codes + row[:, None] * rank + place, mask=found, other=0)  # (HEIGHT, WIDTH)
     scale = tl.load(scales + row[:, None] * blocks + place // BLOCK, mask=found, other=0.0)
     if SQUARES:
         value = dequantize_squares_tile(code, scale, table)
     else:
         value = dequantize_tile(code, scale, table)
+    # A row a block of codes, (HEIGHT * WIDTH // BLOCK, BLOCK), each with a scale of its own.
     value = tl.where(found, value, 0.0).reshape(HEIGHT * WIDTH // BLOCK, BLOCK)
     if SQUARES:
         count, stream = number(step, k // batch, COUNTED).to(tl.uint32), tl.load(streams + k)
@@ -57,7 +58,7 @@ def _move(
         scale = peaks(tl.abs(value))
         code = codes_of(value, scale, table)
     tl.debug_barrier()
-    piece = tl.arange(0, HEIGHT * WIDTH // BLOCK)
+    piece = tl.arange(0, HEIGHT * WIDTH // BLOCK)  # number of a block; row and block likewise
     row = (tl.program_id(0) % row_tiles).to(tl.int64) * HEIGHT + piece // (WIDTH // BLOCK)
     block = piece % (WIDTH // BLOCK)
     col = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

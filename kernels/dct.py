@@ -89,12 +89,12 @@ def _scores(
     w_at = w_ptr + a * A + tl.arange(0, A)[None, :]
     m_at = m_ptr + tl.arange(0, B)[:, None] * B + b
     # Parts: real and imaginary for the even entries, then for the odd ones; then what is left over.
-    re_even = tl.load(w_at)
+    re_even = tl.load(w_at)  # (A, A), as all entries of W
     im_even = tl.load(w_at + A * A)
     re_odd = tl.load(w_at + 2 * A * A)
     im_odd = tl.load(w_at + 3 * A * A)
     re_even_low, im_even_low, re_odd_low, im_odd_low = re_even, im_even, re_odd, im_odd
-    m_re = tl.load(m_at)
+    m_re = tl.load(m_at)  # (B, B), as all entries of M
     m_im = tl.load(m_at + B * B)
     m_re_low, m_im_low = m_re, m_im
     if split:
@@ -105,7 +105,7 @@ def _scores(
         m_re_low = tl.load(m_at + 3 * B * B)
         m_im_low = tl.load(m_at + 4 * B * B)
     t_at = t_ptr + a * B + b
-    t_re = tl.load(t_at)
+    t_re = tl.load(t_at)  # (A, B): the twiddle factors between the two products
     t_im = tl.load(t_at + A * B)
 
     # The odd entries are read backwards. Neighbouring threads take every other entry; the two reads
@@ -128,7 +128,7 @@ def _scores(
         odd = _entries(grad + row * row_stride, odd_at, here, exact)
         v, v_low = _parts(tl.reshape(even, (A, B)), first_type, stored)
         u, u_low = _parts(tl.reshape(odd, (A, B)), first_type, stored)
-        y_re = _product(re_even, re_even_low, v, v_low, zero, split)
+        y_re = _product(re_even, re_even_low, v, v_low, zero, split)  # (A, B), as z, p, q and s
         y_im = _product(im_even, im_even_low, v, v_low, zero, split)
         y_re = _product(re_odd, re_odd_low, u, u_low, y_re, split)
         y_im = _product(im_odd, im_odd_low, u, u_low, y_im, split)

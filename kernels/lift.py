@@ -107,7 +107,7 @@ def _write(
 ):  # fmt: skip
     """Do all that follows the products, piece by piece: one at a time has room in registers."""
     if update.shape[1] > PIECE:
-        left, right = halves(update)
+        left, right = halves(update)  # (ROWS, width / 2) each
         kept_left, kept_right = left, right
         if SIGN:
             kept_left, kept_right = halves(kept)
@@ -125,8 +125,9 @@ def _write(
         )  # fmt: skip
     else:
         col = (first + tl.arange(0, update.shape[1])).to(tl.int64)
-        inside = (row[:, None] < rows) & (col[None, :] < cols)
+        inside = (row[:, None] < rows) & (col[None, :] < cols)  # (ROWS, PIECE), as update
         if INDEXED:
+            # (PIECE,): which column of R and N lifts to this one, -1 for none
             place = tl.load(places + k.to(tl.int64) * cols + col, mask=col < cols, other=-1)
             chosen = inside & (place[None, :] >= 0)
             at = (k.to(tl.int64) * rows + row[:, None]) * rank + place[None, :]
@@ -176,7 +177,7 @@ def _lift(
     row = (rest % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = col_tile * COLS
     col = (first + tl.arange(0, COLS)).to(tl.int64)
-    in_rows, in_cols = row[:, None] < rows, col[None, :] < cols
+    in_rows, in_cols = row[:, None] < rows, col[None, :] < cols  # (ROWS, 1), (1, COLS)
     base = k.to(tl.int64) * rows * rank + row[:, None] * rank
     update = tl.zeros((ROWS, COLS), dtype=tl.float32)
     share = a
@@ -191,13 +192,13 @@ def _lift(
             lane = start + tl.arange(0, RANK)
             in_rank = lane[None, :] < rank
             mask = in_rows & in_rank
-            p = tl.load(
+            p = tl.load(  # (RANK, COLS): a piece of P^T
                 f_at + lane[:, None].to(tl.int64) * f_rank,
                 mask=in_cols & (lane[:, None] < rank), other=0.0,
             )  # fmt: skip
             p = narrow(p.to(tl.float32), G_TYPE)
             if LOW or SIGN:
-                low = tl.load(low_in + base + lane[None, :], mask=mask, other=0.0)
+                low = tl.load(low_in + base + lane[None, :], mask=mask, other=0.0)  # (ROWS, RANK)
             if DIRECTION:
                 n = tl.load(direction_in + base + lane[None, :], mask=mask, other=0.0)
                 update = dot(narrow(n.to(tl.float32), G_TYPE), p, update, PRECISION)

@@ -58,10 +58,10 @@ def load_moments(
     """Return a tile of both moments in float32."""
     m_at = address(m_table, k, M_TYPE, ALIGNED) + at
     v_at = address(v_table, k, V_TYPE, ALIGNED) + at
-    m = tl.load(m_at, mask=inside, other=0)
+    m = tl.load(m_at, mask=inside, other=0)  # (HEIGHT, TILE), as `at` and `inside`
     v = tl.load(v_at, mask=inside, other=0)
     if EIGHT:
-        scale_at = row * blocks + block
+        scale_at = row * blocks + block  # (HEIGHT,): one scale a row of the tile
         scale = tl.load(
             address(m_scales, k, tl.float32, False) + scale_at, mask=row < rows, other=0.0
         )
@@ -130,15 +130,15 @@ def _adam(
     k = rest // row_tiles
     row = (rest % row_tiles).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     col = block * TILE
-    cols_here = col + tl.arange(0, TILE)
-    at = row[:, None] * cols + cols_here[None, :]
+    cols_here = col + tl.arange(0, TILE)  # (TILE,); row is (HEIGHT,)
+    at = row[:, None] * cols + cols_here[None, :]  # (HEIGHT, TILE)
     inside = (row[:, None] < rows) & (cols_here[None, :] < cols)
     g = tl.load(address(grads, k, G_TYPE, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
     m, v = load_moments(
         m_table, v_table, m_scales, v_scales, signed_map, square_map,
         k, row, block, blocks, at, inside, rows, M_TYPE, V_TYPE, EIGHT, ALIGNED,
     )  # fmt: skip
-    m, v, direction = adam(
+    m, v, direction = adam(  # (HEIGHT, TILE) each
         g, m, v, beta1, beta2, eps,
         number(correction1, k, COUNTED), number(correction2, k, COUNTED),
     )  # fmt: skip

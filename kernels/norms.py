@@ -27,8 +27,8 @@ def _row_norms(
         col = (start + tl.arange(0, COLS)).to(tl.int64)
         inside = (row[:, None] < rows) & (col[None, :] < cols)
         g = tl.load(at + col[None, :] * g_col, mask=inside, other=0.0).to(tl.float32)
-        total += g * g
-    norm = tl.sqrt_rn(tl.sum(total, axis=1))
+        total += g * g  # (ROWS, COLS)
+    norm = tl.sqrt_rn(tl.sum(total, axis=1))  # (ROWS,)
     tl.store(out + k.to(tl.int64) * rows + row, norm, mask=row < rows)
 
 

@@ -113,7 +113,7 @@ def _moved(
     """Return the new moments of a piece, its direction, where it lies and what of it exists."""
     lane = first + tl.arange(0, low.shape[1])
     inside = (row[:, None] < rows) & (lane[None, :] < rank)
-    at = row[:, None] * rank + lane[None, :]
+    at = row[:, None] * rank + lane[None, :]  # (ROWS, PIECE)
     m, v = load_moments(
         m_table, v_table, m_scales, v_scales, signed_map, square_map,
         k, row, block, blocks, at, inside, rows, M_TYPE, V_TYPE, EIGHT, ALIGNED,
@@ -136,7 +136,7 @@ def _finish(
     A barrier keeps the loads of the next piece, and their registers, behind this one's stores.
     """
     if low.shape[1] > PIECE:
-        left, right = halves(low)
+        left, right = halves(low)  # (ROWS, width / 2) each
         low_left, direction_left = _finish(
             left, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
             low_out, direction_out, k, row, block, blocks, rows, rank, seed, step, stream,
@@ -198,14 +198,14 @@ def _project(
     k = rest // row_tiles
     row = (rest % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = block * RANK
-    lane = first + tl.arange(0, RANK)
+    lane = first + tl.arange(0, RANK)  # (RANK,); row is (ROWS,)
     step_of_cols = tl.arange(0, COLS)
-    g_at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row
+    g_at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row  # (ROWS, 1)
     in_rows = row[:, None] < rows
     in_rank = lane[None, :] < rank
     f_base = address(factors, k, F_TYPE, ALIGNED)
     if INDEXED:
-        column = tl.load(f_base + lane, mask=lane < rank, other=0)
+        column = tl.load(f_base + lane, mask=lane < rank, other=0)  # (RANK,)
         low = tl.load(g_at + column[None, :] * g_col, mask=in_rows & in_rank, other=0.0)
         low = low.to(tl.float32)
     else:
@@ -213,10 +213,10 @@ def _project(
         low = tl.zeros((ROWS, RANK), dtype=tl.float32)
         for start in range(0, cols, COLS):
             col = (start + step_of_cols).to(tl.int64)
-            g = tl.load(
+            g = tl.load(  # (ROWS, COLS)
                 g_at + col[None, :] * g_col, mask=in_rows & (col[None, :] < cols), other=0.0
             )
-            p = tl.load(
+            p = tl.load(  # (COLS, RANK)
                 f_at + col[:, None] * f_col, mask=(col[:, None] < cols) & in_rank, other=0.0
             )
             low = dot(g, narrow(p.to(tl.float32), G_TYPE), low, PRECISION)

@@ -84,7 +84,7 @@ def gather_columns(basis: Tensor, places: Tensor) -> Tensor:
 
 
 def padded(state: Tensor, width: int, far: int) -> Tensor:
-    """Return a basis with zero columns more, or a choice of columns with some that are nowhere.
+    """Return a basis with zero columns appended, or a choice with columns that do not exist.
 
     Args:
         state: `(..., cols, k)`, or integers `(..., k)`.
@@ -105,7 +105,7 @@ def set_ranks(
     plan: Plan,
     states: Mapping[Any, State],
 ) -> None:
-    """Set the ranks of matrices, whose largest is known: as their states have them, or the least.
+    """Set the rank of each matrix: the rank that its state has, or the least where it has no state.
 
     Raises:
         SettingError: the least ranks take more than `state_budget`.
@@ -171,7 +171,7 @@ def size_of(
 def widened(matrix: Matrix, plan: Plan) -> Matrix:
     """Return a matrix whose subspace has room for the largest rank; its state changes.
 
-    What it had stands first. It may have had more, where others share its budget since.
+    The columns that it had come first. It may have had more, if others share its budget since.
     """
     _, state, site = matrix
     assert site.most is not None
@@ -202,8 +202,8 @@ def narrow(
     Args:
         matrices: of one shape, with room for the largest rank.
         learnt: their subspaces.
-        before: what they had; in place of it, in `learnt` and in the state, comes what is kept.
-        group, plan: theirs.
+        before: the subspaces that they had. What is kept replaces them in `learnt` and in states.
+        group, plan: of the matrices.
     """
     auto = rank_asked(group)
     assert isinstance(auto, AutoRank)

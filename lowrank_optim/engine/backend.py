@@ -27,10 +27,10 @@ def kernels() -> ModuleType:
 
 
 def prepare(site: Site, plan: Plan, group: Group, param: Tensor, grad: Tensor) -> None:
-    """Note in a site who steps its parameter, and who codes its moments.
+    """Note in a site whether kernels step its parameter, and whether kernels code its moments.
 
     Raises:
-        RuntimeError: `impl="triton"`, and there is a reason against it.
+        RuntimeError: `impl="triton"`, and kernels cannot do the step.
     """
     site.launches = refusal(plan, group, param, grad) is None
     site.ops = codecs(plan, group, param, grad)
@@ -42,8 +42,8 @@ def refusal(
     """Return why plain torch does the step of a parameter, or None where kernels do it.
 
     Args:
-        plan, group: its own.
-        param, grad: as far as they lie here.
+        plan, group: of the parameter.
+        param, grad: the part that this process holds.
         state: its state, if it is not projected.
 
     Raises:
@@ -66,7 +66,7 @@ def refusal(
 def codecs(plan: Plan, group: Group, param: Tensor, grad: Tensor) -> ModuleType:
     """Return who reads and writes moments in 8 bits and draws bits: kernels, or plain torch.
 
-    That is another question than who does the step: the kernels of formats know no rule.
+    Whether kernels do the step is another question: the kernels of formats know no rule.
     """
     against = not_asked_for(group, param) or unable(plan, param, grad)
     return kernels() if against is None else functional
@@ -81,7 +81,7 @@ def not_asked_for(group: Group, param: Tensor) -> str | None:
 
 
 def unable(plan: Plan, param: Tensor, grad: Tensor) -> str | None:
-    """Return what stands against any kernel for tensors of some kinds, or None."""
+    """Return why no kernel can work on tensors of these dtypes and classes, or None."""
     dtypes = (param.dtype, grad.dtype, plan.storage.dtype(param))
     return _unable(param.device.type, dtypes, type(param), type(grad))
 
@@ -114,7 +114,7 @@ LAUNCHES = {
 
 
 def missing(plan: Plan, projected: bool) -> str | None:
-    """Return what has no kernels, or None where there are launches that do the step."""
+    """Return which part of a plan has no kernel, or None where kernels can do the step."""
     rule = plan.rule if projected else plan.rule.plain
     what = PLAIN if not projected else WHOLE if plan.projector.whole else PART
     if not any(known[0] is type(rule) for known in LAUNCHES):
@@ -146,7 +146,7 @@ def dense(param: Tensor, grad: Tensor, state: State) -> bool:
 
 
 def reason_of(plan: Plan, group: Group, param: Tensor, projected: bool) -> str:
-    """Return how a parameter is stepped, as far as it shows before there is a gradient."""
+    """Return how a parameter will be stepped, as far as is known before there is a gradient."""
     if not projected and isinstance(plan.rule.plain, Adam) and exact(plan, param):
         return "torch's AdamW"
     reason = not_asked_for(group, param)

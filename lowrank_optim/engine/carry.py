@@ -18,8 +18,7 @@ from .adaptive_rank import padded
 class Moved(NamedTuple):
     """A parameter whose subspace has moved: what its projector kept before, and keeps now.
 
-    `rotates` says whether its moments rotate with the subspace; else the first columns stay as they
-    are.
+    `rotates` says whether its moments rotate with the subspace; if not, the first columns stay.
     """
 
     job: Job
@@ -40,9 +39,9 @@ def carry(moved: list[Moved], group: Group, plan: Plan) -> None:
 
 
 def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
-    """Move columns of moments in place if that is all there is to do; return whether it was.
+    """Move columns of moments in place, if nothing else has to be done; return whether it was so.
 
-    It is for subsets of one basis where all moments are in 8 bits. The parameters are of one age.
+    Only for subsets of one basis whose moments are all in 8 bits, of parameters of one age.
     """
     held = [moments_of(each.job.state, plan.slots) for each in moved]
     eight = [[x for x in some.values() if not isinstance(x, Tensor)] for some in held]
@@ -68,8 +67,8 @@ def carry_columns(moved: list[Moved], group: Group, plan: Plan) -> bool:
 def carry_rows(moved: Moved, group: Group, plan: Plan) -> None:
     """Carry the moments of one parameter, some rows at a time, in place.
 
-    The rank may be another than before: then what is missing of either subspace counts as zero, and
-    the moments are others in the state.
+    The rank may have changed. Columns that either subspace lacks then count as zero, and the state
+    gets new moments.
     """
     job, old, new, rotates = moved
     site, rule, noise = site_of(job), plan.rule, noise_before(job, group)

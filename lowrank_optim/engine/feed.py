@@ -33,7 +33,7 @@ def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
 
 
 def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]]:
-    """Return jobs whose gradients are what subspaces learn from, and what is projected."""
+    """Return jobs with what subspaces learn from, and jobs with what is projected, as gradients."""
     lessons, others = [], []
     for job in jobs:
         held = {slot: load_whole(job, slot) for slot in plan.feed.slots}
@@ -44,7 +44,7 @@ def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]
 
 
 def as_it_lies(matrix: Tensor, job: Job) -> Tensor:
-    """Return a matrix that is seen with the projected axis last as the parameter lies."""
+    """Return a matrix, given with the projected axis last, in the orientation of the parameter."""
     return matrix.mT if job.layout.wide else matrix
 
 
@@ -56,7 +56,7 @@ def load_whole(job: Job, slot: str) -> Tensor:
 
 
 def carried_by(job: Job, plan: Plan) -> Carried:
-    """Return the moments as the step before left them."""
+    """Return the moments as the previous step left them."""
     site = site_of(job)
 
     def moment(slot: str) -> Tensor:
@@ -71,7 +71,7 @@ def carried_by(job: Job, plan: Plan) -> Carried:
 
 
 def keep(job: Job, taken: Tensor | None, factor: Factor, noise: Noise) -> None:
-    """Store what a feed keeps of a step, less what was used of it."""
+    """Store what a feed keeps of a step, minus what the step has used."""
     for place, (slot, value) in enumerate((job.kept or {}).items()):
         if taken is not None:
             lift_(value, taken, factor, scale=-1.0)

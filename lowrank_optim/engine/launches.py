@@ -40,8 +40,8 @@ READ_OFTEN = 1 << 18
 class Part(NamedTuple):
     """One matrix of one parameter: all that a launch is given of it, except its factor.
 
-    That may have to be made, and so is asked for when its turn has come. `copy` is what `param` is
-    a view of where that is no view of the parameter (channels last).
+    The factor may have to be computed, and is asked for just before its launch. Where the matrix
+    cannot be a view of the parameter (channels last), `param` is a view of `copy`.
     """
 
     job: Job
@@ -130,7 +130,7 @@ def piece_of(moment: Stored, place: int) -> Stored:
 
 
 def launch_of(part: Part) -> Hashable:
-    """Return what the matrices of one launch have in common, on all processes if they are cut."""
+    """Return the key by which matrices share a launch; sharded ones share it on all processes."""
     tensors, site = (part.param, part.grad), part.job.site
     assert site is not None
     counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
@@ -191,7 +191,7 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 
 def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
-    """Do the first launch of some matrices; the second, after the residual's few numbers, waits."""
+    """Do the first launch for some matrices, and return the second, which needs the residual."""
     site = site_of(parts[0].job)
     ops, want = site.ops, plan.want
     grads, factors = [part.grad for part in parts], factors_of(parts, plan)

@@ -26,7 +26,7 @@ class Member:
     Attributes:
         shape: when it was given to the optimizer.
         name: the one in `param_names`; None without names.
-        piece: what it is a flat piece of as it is now, None if of nothing.
+        piece: what it is a flat piece of now; None for an ordinary parameter.
         wants: what its state has to fit.
         fits: the tensors of its state when they were last found to fit that, see `Step.check`.
     """
@@ -152,11 +152,10 @@ def check_param(param: Tensor, name: str, gone: list[tuple[int, ...]]) -> None:
 
 
 def piece_of_all(param: Tensor, gone: list[tuple[int, ...]]) -> str | None:
-    """Return what a new vector is a flat piece of: of matrices whose place it has taken.
+    """Return which matrix a new vector is a flat piece of, if it has replaced matrices; else None.
 
-    ZeRO puts one vector in place of all parameters of a group, as long as they are together, or
-    that shared out over the processes. The bias of a new layer is shorter than the layers that it
-    comes for.
+    ZeRO replaces all parameters of a group by one vector as long as all of them, or by a share of
+    it on each process. The bias of a new layer is shorter than the layers that it replaces.
     """
     matrices = [shape for shape in gone if matrix_shape(shape)]
     if param.ndim != 1 or not matrices:
@@ -203,7 +202,7 @@ def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict
 
 
 def named(params: Any, where: str) -> list[tuple[str, Tensor]]:
-    """Return the tensors among what a group calls `params`, with what to call each in a message."""
+    """Return the tensors in the `params` of a group, each with its name for messages."""
     listed = [params] if isinstance(params, Tensor) else list(params)
     found = []
     for place, item in enumerate(listed):
@@ -216,7 +215,7 @@ def named(params: Any, where: str) -> list[tuple[str, Tensor]]:
 
 
 def flat_piece(param: Tensor, known: tuple[int, ...] | None = None) -> str | None:
-    """Return what the parameter is a flat piece of, as ZeRO and FSDP1 hand out; None if it is none.
+    """Return what the parameter is a flat piece of, as ZeRO and FSDP1 hand out; None for others.
 
     Args:
         param: the parameter as it is now.
@@ -233,7 +232,7 @@ def flat_piece(param: Tensor, known: tuple[int, ...] | None = None) -> str | Non
 
 
 def flat_error(name: str, piece: str) -> RuntimeError:
-    """Return the error for a flat piece: plain AdamW in its place would be silent."""
+    """Return the error for a flat piece, which would silently get plain AdamW otherwise."""
     return RuntimeError(
         f"{name} is a flat piece of {piece}: rows and columns are gone, so it cannot be projected. "
         "Shard with FSDP2 (torch.distributed.fsdp.fully_shard), which keeps them, or use DDP"

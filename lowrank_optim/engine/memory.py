@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 def tensor_bytes(state: State) -> int:
-    """Return the bytes of the tensors in one parameter's state, as far as they lie here."""
+    """Return the bytes that this process holds of the tensors in one parameter's state."""
     tensors = [here(value) for value in state.values() if isinstance(value, Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -55,7 +55,7 @@ def adamw_bytes(param: Tensor) -> int:
 
 
 def checked(optimizer: Optimizer) -> Iterator[Group]:
-    """Yield the groups with their settings as the next step will read them, also just changed."""
+    """Yield the groups with the settings that the next step will read, including new changes."""
     session = session_of(optimizer)
     session.note_members()
     for index, group in enumerate(session.placed(optimizer.param_groups)):

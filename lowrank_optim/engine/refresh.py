@@ -36,8 +36,8 @@ Waiting = tuple[State, Layout]
 def is_due(site: Site, state: State, group: Group, plan: Plan) -> bool:
     """Return whether the subspace moves in this step.
 
-    It does at the first one, then every `gap` updates, each matrix in a phase of its own. A
-    block's turn may also end between.
+    It moves in the first step, then every `gap` updates, shifted by the phase of the matrix. The
+    turn of a block may also end between two of these.
     """
     if site.step == 0 or (site.step - site.phase) % site.gap == 0:
         return True
@@ -53,7 +53,7 @@ def move_subspaces(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     on the device alone; `pending` says where that is still possible.
 
     Returns:
-        The states of which it is to be found out whether they still wait, with their layouts.
+        The states that may still wait for a subspace, with their layouts.
     """
     due: list[Job] = []
     late: list[Job] = []
@@ -109,7 +109,7 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
 def at_a_time(site: Site, matrices: int, plan: Plan) -> int:
     """Return how many parameters of so many matrices each are moved together by one process.
 
-    What chooses columns makes numbers of columns, no bases.
+    A projector that chooses columns makes numbers of columns instead of bases.
     """
     lanes = (site.most or site.rank) if plan.projector.decomposes else CHOICE
     return max(1, TOGETHER // max(1, site.cols * lanes * matrices))
@@ -118,7 +118,7 @@ def at_a_time(site: Site, matrices: int, plan: Plan) -> int:
 def alike(jobs: Iterable[Job]) -> Iterable[list[Job]]:
     """Return lists of jobs whose matrices are of one shape, dtype and device.
 
-    Parameters that lie on processes in one way are together on all of them.
+    Sharded parameters are grouped by their layout, which gives the same lists on all processes.
     """
     found: dict[Any, list[Job]] = {}
     for job in jobs:
@@ -135,7 +135,7 @@ def grad_of(job: Job) -> Tensor:
 
 
 def move(part: list[tuple[Job, Matrix]], group: Group, plan: Plan) -> None:
-    """Move subspaces and do with the moments what `on_refresh` says, in place."""
+    """Move subspaces, and treat the moments as `on_refresh` says, in place."""
     matrices = [matrix for _, matrix in part]
     changes = matrices[0].site.most is not None
     carries = changes or plan.on_refresh in ("rotate", "align")
@@ -199,7 +199,7 @@ def try_again(part: list[tuple[Job, Matrix]], plan: Plan) -> None:
 
 
 def note_set(matrices: list[Matrix]) -> None:
-    """Note which subspaces a refresh has set: those that had a gradient to learn from."""
+    """Note which subspaces a refresh has set: the ones with a gradient to learn from."""
     waiting = [m for m in matrices if m.state.get("pending") and m.site.gap > 1]
     if not waiting:
         return

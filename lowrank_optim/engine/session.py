@@ -62,7 +62,7 @@ class Signature(NamedTuple):
 
 
 def equal(one: Any, two: Any) -> bool:
-    """Return whether two are equal; arrays, of which it is not known, are not."""
+    """Return whether two values are equal; values that cannot be compared count as different."""
     try:
         return bool(one == two)
     except (RuntimeError, ValueError):
@@ -216,7 +216,7 @@ class Prepared:
 
 
 def seen(param: Tensor) -> Seen:
-    """Return what of a parameter decides how it is worked on."""
+    """Return the properties of a parameter that decide how it is stepped."""
     return id(param), param.requires_grad, param.dtype, param.device, param.shape
 
 

@@ -27,8 +27,8 @@ def init_state(
 
     Args:
         param: the parameter, or what a process holds of it.
-        site, group, plan: its own.
-        size: elements of the whole parameter, if that is more.
+        site, group, plan: of the parameter.
+        size: elements of the whole parameter, if a process holds only a part.
     """
     size = param.numel() if size is None else size
     moments: State = {}
@@ -60,7 +60,7 @@ class Moment(NamedTuple):
 
 
 def moments_to_be(param: Tensor, site: Site | None, plan: Plan, size: int) -> Iterator[Moment]:
-    """Yield the moments that `init_state` makes; its arguments."""
+    """Yield the moments that `init_state` makes for the same arguments."""
     if site is None:
         for slot in plan.rule.plain.slots:
             yield Moment(slot, plan.storage, tuple(param.shape), size or 1)
@@ -73,14 +73,14 @@ def moments_to_be(param: Tensor, site: Site | None, plan: Plan, size: int) -> It
 
 
 def zero_count(device: torch.device) -> Tensor:
-    """Return a step count of none."""
+    """Return a step count of zero."""
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def step_device(param: Tensor, moments: State | None, group: Group, plan: Plan) -> torch.device:
-    """Return where the counts live: with the host, except where a kernel or a graph reads them.
+    """Return where the counts live: on the host, except where a kernel or a graph reads them.
 
-    Those of a parameter on "meta" are real numbers with the host, so that it can be stepped.
+    Counts of a parameter on "meta" are real numbers on the host, so that it can be stepped.
 
     Args:
         param, group, plan: its own.
@@ -99,9 +99,9 @@ def step_device(param: Tensor, moments: State | None, group: Group, plan: Plan) 
 def template(
     param: Tensor, site: Site | None, group: Group, plan: Plan, held: Layout | None = None
 ) -> State:
-    """Return what `init_state` would, on the "meta" device: keys, shapes and dtypes for nothing.
+    """Return the result of `init_state` on the "meta" device: keys, shapes and dtypes, no memory.
 
-    That is the state of the whole parameter, or of what a process holds of it, by its layout.
+    Without `held` it is the state of the whole parameter, else of the part that a process holds.
     """
     meta = torch.device("meta")
     site = None if site is None else replace(site, device=meta)
@@ -126,9 +126,9 @@ def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
 
 
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:
-    """Return what does not fit in the state of a parameter, as the start of a sentence, or None.
+    """Return what in a state does not fit its parameter, as the start of a sentence, or None.
 
-    Keys that belong to no part of any method are a wrapper's own, and left alone.
+    Keys that no method has belong to a wrapper, and are left alone.
     """
     at_times: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
     if site is not None:

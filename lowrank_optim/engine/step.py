@@ -150,7 +150,7 @@ class Step:
     def job(self, entry: Entry, grad: Tensor | None, states: States | None = None) -> Job | None:
         """Create the state of a parameter if it lacks one, and return what there is to do, if any.
 
-        Its site does not know yet how many updates there were, see `set_steps`.
+        `set_steps` must tell its site afterwards how many updates there were.
         """
         param, site, layout, index, _, position, member = entry
         states = self.session.state if states is None else states
@@ -232,12 +232,12 @@ def open_for(session: Session, param: Tensor) -> tuple[Step, Entry | None]:
 
 
 def tensors_of(state: State) -> list[int]:
-    """Return what tells whether tensors of a state have been replaced."""
+    """Return the identities of the tensors in a state, which tell whether one was replaced."""
     return [id(value) for value in state.values() if isinstance(value, Tensor)]
 
 
 def without_autocast(work: Work) -> AbstractContextManager[Any]:
-    """Compute in the dtypes that are written, as torch's optimizers do, also under autocast."""
+    """Return a context without autocast: a step computes in the dtypes that are written."""
     devices = {job.param.device.type for _, _, jobs in work for job in jobs} - {"meta"}
     under_way = [device for device in devices if torch.is_autocast_enabled(device)]
     if not under_way:
@@ -249,7 +249,7 @@ def without_autocast(work: Work) -> AbstractContextManager[Any]:
 
 
 def is_rehearsal(work: Work) -> bool:
-    """Return whether there are gradients, all zero, and every lr is 0. Looks at lr first."""
+    """Return whether every lr is 0 and there are gradients, which are all zero. Checks lr first."""
     rates = [group["lr"] for group, _, jobs in work if jobs]
     if not rates:
         return False

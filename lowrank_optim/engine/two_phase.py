@@ -71,7 +71,7 @@ def portions(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
 
 
 def run(halves: Iterable[Half]) -> None:
-    """Finish steps: at once where nothing is missing, else after one sum for all of a team."""
+    """Finish steps: at once where no sum is needed, else after one sum for each team."""
     waiting: dict[Team, list[Half]] = {}
     for half in halves:
         if half.sums is None or not half.places or half.team.size == 1:
@@ -93,7 +93,7 @@ def first_place(half: Half) -> int:
 def add_up(halves: list[Half], team: Team) -> None:
     """Sum over a team in one collective, in an order that is the same on all processes.
 
-    How matrices are put together here may differ: rows are shared out unevenly.
+    The halves may be composed differently on each process, because rows are shared out unevenly.
     """
     order = sorted(
         (job.position, place, number, row)

@@ -83,8 +83,8 @@ def step_together(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
 def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Waiting]]:
     """Return the projected gradient of a job that has none yet, after its subspace has moved.
 
-    With it comes its state if that may lack a subspace. Where `job.low` is given, the gradient is
-    added to that, in the same subspace.
+    With it comes the state, if that may lack a subspace. Where `job.low` is given, the projected
+    gradient is added to it, in the same subspace.
     """
     site = site_of(job)
     waiting = [] if job.low is not None else move_subspaces([job], group, plan)
@@ -95,7 +95,7 @@ def project(job: Job, group: Group, plan: Plan) -> tuple[Tensor, list[Waiting]]:
 
 
 def shares(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors lie in the same memory, as a projection by the identity does."""
+    """Return whether two tensors share memory, as a gradient and its projection by `UNIT` may."""
     return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
@@ -118,7 +118,7 @@ def divided(jobs: list[Job]) -> tuple[list[Job], list[Job]]:
 class Begun(NamedTuple):
     """A step whose moments are done: the job, its projected gradient and what was made of it.
 
-    `taken` is what leaves that which a feed has kept, see `Feed.taken`.
+    `taken` is what a feed subtracts from what it keeps, see `Feed.taken`.
     """
 
     job: Job
@@ -151,7 +151,7 @@ def begin_eagerly(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
 
 
 def few_together(jobs: list[Job]) -> Iterator[list[Job]]:
-    """Yield jobs in lists of which the gradients have few elements, or of one."""
+    """Yield jobs in lists whose gradients have at most `FEW` elements together, or one by one."""
     some: list[Job] = []
     size = 0
     for job in jobs:
@@ -165,7 +165,7 @@ def few_together(jobs: list[Job]) -> Iterator[list[Job]]:
 
 
 def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
-    """Yield jobs that are `alike` and lie in one way, as many as a rule may work on at once."""
+    """Yield jobs that are `alike` and oriented alike, as many as a rule may work on at once."""
     kinds: dict[tuple[bool, int], list[Job]] = {}
     for job in jobs:
         kind = (job.layout.wide, plan.projector.width(site_of(job)))
@@ -180,7 +180,7 @@ def together_whole(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
 
 
 def begin(jobs: list[Job], group: Group, plan: Plan) -> list[Begun]:
-    """Project gradients and do with the moments what the rule does."""
+    """Project gradients, and let the rule update the moments and make directions."""
     rule, slots = plan.rule, plan.slots
     sites = list(map(site_of, jobs))
     factors = [plan.projector.factor(job.state, job.site) for job in jobs if job.site is not None]
@@ -248,9 +248,9 @@ def directions_of(
 
 
 def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -> bool:
-    """Write parameters whose updates have the same factors; return whether they have.
+    """Write parameters whose updates have equal factors in one call; return whether that was so.
 
-    It is for updates that need no norms, and for what is written as it lies.
+    Only for updates that need no norms, of parameters that are written in place.
     """
     want = plan.want
     if want.norms:
@@ -278,7 +278,7 @@ def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -
 
 
 def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
-    """Do what is left of a step, the residual's sums and the write, or return it to wait."""
+    """Do the rest of a step, the residual's sums and the write; return it where it has to wait."""
     job, want = begun.job, plan.want
     grad, site = grad_of(job), site_of(job)
     norms = None
@@ -322,8 +322,7 @@ def in_list(factor: Tensor | float) -> Tensor | float:
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """Do one step of parameters that are not projected, in place.
 
-    What the rule cannot do whole is done by a kernel, or here in the dtype of the arithmetic, some
-    rows at a time.
+    What the rule leaves undone is done by a kernel, or in plain torch some rows at a time.
     """
     undone = plan.plain.step_plain(jobs, group)
     count(undone)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Team:
-    """The processes that work on one matrix. Alone, by default: then nothing here does anything.
+    """The processes that work on one matrix. By default there is one, and all methods do nothing.
 
     An all-reduce sums each element in one place and copies the result, so that it has the same bits
     everywhere in a group; copies in several groups (hybrid sharding) take the bits of the first.
@@ -59,12 +59,12 @@ class Team:
         return x if sent is x else x.copy_(sent)
 
     def owns(self, number: int) -> bool:
-        """Return whether this process does what is done once, for the matrix of this number."""
+        """Return whether this process does the shared work for the matrix of this number."""
         places = zip(self.groups, self._owner(number), strict=True)
         return all(dist.get_rank(group) == place for group, place in places)
 
     def collect_(self, x: Tensor, number: int) -> None:
-        """Add up what the parts hold, in place, for the owner; with others something is left."""
+        """Add up what the parts hold, in place, for the owner; others are left with partial sums."""
         places = list(zip(self.groups, self._owner(number), strict=True))
         parts, copies = places[: len(self.parts)], places[len(self.parts) :]
         if any(dist.get_rank(group) != place for group, place in copies):
@@ -95,7 +95,7 @@ def several() -> bool:
 
 
 def any_of(flag: bool, teams: Sequence[Team], device: torch.device) -> bool:
-    """Return whether a flag is set on any process of some teams; without teams it is ours."""
+    """Return whether a flag is set on any process of some teams, or here without teams."""
     with_others = [team for team in dict.fromkeys(teams) if team.groups]
     if not with_others:
         return flag
@@ -150,7 +150,7 @@ def exchange(x: Tensor, group: Any, split: int, join: int, length: int) -> Tenso
 
 
 def gathered(part: Tensor, group: Any, axis: int, length: int) -> Tensor:
-    """Return a tensor whole whose chunks along an axis, as `chunk` has them, lie on a group."""
+    """Return the whole tensor whose chunks along an axis, cut as by `chunk`, lie on a group."""
     count = dist.get_world_size(group)
     if count == 1:
         return part

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class Each(NamedTuple):
     """What the entries of a state are kept for: moments for rows, others for matrices.
 
-    `slots` are the names of the moments, `common` those of what a stack has once for all matrices,
-    `cut` those of bases that are cut along their columns' axis, for as long as none is in use.
+    `slots` names the moments, `common` the entries that a stack has once for all of its matrices,
+    `cut` the bases that are cut along `cols` while they are not in use.
     """
 
     slots: Sequence[str]
@@ -69,8 +69,8 @@ class Layout:
         team: the processes that hold other rows, or copies, of the same matrices.
         mesh: the parameter's mesh; None for an ordinary tensor.
         given: the parameter's placements.
-        placements: those it is worked on in.
-        moves: how to come from the one to the other; empty as a rule.
+        placements: the placements in which it is stepped.
+        moves: exchanges from `given` to `placements`; usually empty.
     """
 
     shape: Shape
@@ -286,9 +286,9 @@ class Layout:
 
 
 class HeldState(MutableMapping[str, Any]):
-    """The state of a parameter as a step sees it: of tensors that are cut, what is held here.
+    """The state of a parameter as a step sees it: the part of each tensor that is held here.
 
-    A basis that is cut is put together when it is read, and cut when it is written.
+    A basis that is cut is put together when it is read, and cut again when it is written.
     """
 
     def __init__(self, state: dict[str, Any], layout: Layout, each: Each) -> None:
@@ -335,7 +335,7 @@ def cut_alike(local: Tensor, shape: Shape, like: Tensor) -> Tensor:
 
 
 def mesh_of(param: Tensor) -> tuple[DeviceMesh | None, Placements]:
-    """Return the mesh and the placements of a parameter; none of an ordinary tensor."""
+    """Return the mesh and the placements of a parameter; None and () for an ordinary tensor."""
     if not is_distributed(param):
         return None, ()
     sharded = cast("DTensor", param)

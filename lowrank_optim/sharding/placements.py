@@ -25,7 +25,7 @@ def kinds() -> ModuleType:
 
 
 def is_strided(placement: Any) -> bool:
-    """Return whether a placement stands for a cut made after those of the dimensions behind it."""
+    """Return whether a placement stands for a cut after the cuts of the dimensions behind it."""
     return isinstance(placement, kinds()._StridedShard)
 
 
@@ -40,8 +40,8 @@ class Cut(NamedTuple):
 class Move(NamedTuple):
     """An exchange of columns for rows among the processes of one mesh dimension.
 
-    `axis` is the axis of the parameter that becomes whole; `joined` its length then, and `split`
-    that of the rows before they are shared out.
+    `axis` is the axis of the parameter that becomes whole; `joined` is its length then, and
+    `split` the length of the rows before they are shared out.
     """
 
     dim: int
@@ -103,8 +103,8 @@ def at_axis(placement: Any, axis: int) -> Any:
 def cuts(placements: Sequence[Any], axis: int) -> list[int]:
     """Return the mesh dimensions that cut an axis, the outermost cut first.
 
-    Strided ones stand for cuts made after those of the dimensions behind them (FSDP2 cuts what
-    tensor parallelism has cut).
+    Strided placements stand for cuts made after the dimensions behind them have cut (FSDP2 cuts
+    what tensor parallelism has cut).
     """
     found = [dim for dim, placement in enumerate(placements) if axis_of(placement) == axis]
     strided = [dim for dim in found if is_strided(placements[dim])]

@@ -13,10 +13,10 @@ from .layout import Layout
 
 
 def of_whole_matrices(function: Callable[[Tensor], Tensor], x: Tensor, layout: Layout) -> Tensor:
-    """Return a function of matrices, of which rows are held, as far as those rows go.
+    """Apply a function to whole matrices of which each process holds some rows; return these rows.
 
-    Processes exchange rows for matrices, so that each has some whole, and back: what is sent is
-    what is held, twice. Copies of a process (hybrid sharding, DDP) share the work and gather it.
+    Processes exchange rows for matrices, so that each has some matrices whole, and back. Each sends
+    what it holds, twice. Copies of a process (hybrid sharding, DDP) share the work and gather it.
 
     Args:
         function: of `(k, rows, rank)`, with a result of that shape, matrix by matrix.
@@ -37,7 +37,7 @@ def of_whole_matrices(function: Callable[[Tensor], Tensor], x: Tensor, layout: L
 
 
 def shared_out(function: Callable[[Tensor], Tensor], x: Tensor, copies: Sequence[Any]) -> Tensor:
-    """Return a function of matrices that all members of some groups hold; each does a part."""
+    """Apply a function to matrices that all members of some groups hold; each does a part."""
     if not copies or x.shape[0] == 0:
         return function(x) if x.shape[0] else x
     group, *others = copies

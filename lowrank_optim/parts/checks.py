@@ -77,7 +77,7 @@ def read_text(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def made_from(text: str, kinds: Iterable[type]) -> Any:
-    """Return the object that `text_of` gave as text, of one of some dataclasses; None if of none.
+    """Return the object, of one of some dataclasses, whose `text_of` is the text; None without one.
 
     Raises:
         ValueError: a value that the class refuses.
@@ -92,7 +92,7 @@ def made_from(text: str, kinds: Iterable[type]) -> Any:
 
 
 def as_text(part: Any, kinds: Iterable[type]) -> Any:
-    """Return the text of an object where it says all of it, else the object itself."""
+    """Return the text of an object, if the object can be made from it again; else the object."""
     text = text_of(part)
     return text if made_from(text, kinds) == part else part
 

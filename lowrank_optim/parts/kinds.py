@@ -14,10 +14,10 @@ class Kind:
     """What a checkpoint may hold under a key.
 
     Attributes:
-        wanted: that in words, for a message.
+        wanted: what it may hold, in words, for a message.
         least, most: bounds, themselves allowed.
-        integral: whether only whole numbers are.
-        endless: whether infinity is.
+        integral: whether only whole numbers are allowed.
+        endless: whether infinity is allowed.
         columns: whether the values number columns: below `cols`, and each above the one before it.
     """
 
@@ -29,7 +29,7 @@ class Kind:
     columns: bool = False
 
     def allows(self, values: Tensor, cols: int) -> bool:
-        """Return whether all values are of this kind, by one pass over them for most.
+        """Return whether all values are of this kind; most kinds take one pass over them.
 
         Args:
             values: real, not on "meta".

@@ -28,8 +28,8 @@ def limit(
 
     s > growth * s_prev gives growth * s_prev / s, else 1; s_prev becomes the limited norm, in
     place. It starts as infinity, which stands for a largest norm of `first`. A norm that is zero or
-    not finite leaves it alone: a step without gradient must not stop all later ones. One that
-    overflows gives 0, as in AdamW an average of squares that does.
+    not finite leaves it alone: a step without gradient must not stop all later ones. A norm that
+    overflows gives 0, as an average of squares that overflows does in AdamW.
     """
     if growth is None:
         return 1.0

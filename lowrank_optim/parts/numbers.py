@@ -22,7 +22,7 @@ class Number:
         good: tells whether a value is that.
         kind: its type in a group, where it is not None.
         also: other keys of a group that mean it.
-        derived: whether sites are made from it, so that a change is more than a number of a step.
+        derived: whether sites depend on it, so that a change takes more than a new number.
     """
 
     field: str
@@ -78,7 +78,7 @@ class Number:
 
 
 def numbers_of(part: Any) -> Mapping[str, Number]:
-    """Return what a part declares, by key; a part of a user's own need not declare any."""
+    """Return the numbers that a part declares, by key; a user's own part may declare none."""
     found: Mapping[str, Number] = getattr(part, "numbers", {})
     return found
 
@@ -101,8 +101,9 @@ def said_by(setting: Any, part: Any) -> dict[str, Any]:
     """Return the numbers that a setting itself gives, by key.
 
     Args:
-        setting: a name, which gives none; a text, which gives those in it; an object: all.
-        part: that it stands for.
+        setting: a name, which gives no numbers; a text, which gives the numbers in it; or an
+            object, which gives all.
+        part: what the setting stands for.
     """
     numbers = numbers_of(part)
     if not isinstance(setting, str):

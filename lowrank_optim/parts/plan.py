@@ -59,7 +59,7 @@ class Plan:
 
     @cached_property
     def kinds(self) -> dict[str, Kind]:
-        """What values entries may have; those that are not here may have any finite ones."""
+        """Which values entries of a state may have; other entries may have any finite values."""
         squares = {*self.rule.squares, *self.rule.plain.squares}
         kinds = {**COUNTED, **dict.fromkeys(squares, NOT_NEGATIVE)}
         for part in (self.projector, self.rule, self.residual):
@@ -85,7 +85,7 @@ class Plan:
 
     @cached_property
     def plain_numbers(self) -> dict[str, Number]:
-        """Those that are read for parameters which are not projected."""
+        """The numbers that are read for parameters which are not projected."""
         return dict(numbers_of(self.rule.plain))
 
     @property

@@ -67,8 +67,8 @@ class Blockwise8:
 
     Codes follow bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
     of whole parameters that are vectors or have less than 4096 elements, and rows of one value,
-    stay float32; a basis is bfloat16. What is decided by size is decided by that of the whole
-    parameter, wherever its parts lie.
+    stay float32; a basis is bfloat16. The size that decides is the size of the whole parameter,
+    also where it is sharded.
 
     Reference: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
     """
@@ -128,12 +128,12 @@ def holds(state: State, slot: str) -> bool:
 
 
 def form_of(state: State, slot: str) -> tuple[str, ...]:
-    """Return the keys under which a state has a moment; none if it lacks it."""
+    """Return the keys under which a state has a moment; () if it lacks the moment."""
     return next((keys for keys in forms(slot) if all(key in state for key in keys)), ())
 
 
 def forms(slot: str) -> dict[tuple[str, ...], Storage]:
-    """Return the keys under which a moment may be found, and what makes it so."""
+    """Return the keys under which a moment may be found, and the storage that makes them."""
     return {
         (slot,): Dense(),
         (f"{slot}.codes", f"{slot}.scale"): Blockwise8(),

@@ -33,7 +33,7 @@ Group = Mapping[str, Any]
 class Shared:
     """Tensors that parameters of one optimizer share: derived from numbers, never saved.
 
-    What one step did not ask for is dropped by `sweep` and made again when asked for.
+    `sweep` drops what one step did not ask for; it is made again when it is asked for.
     """
 
     def __init__(self) -> None:
@@ -69,14 +69,15 @@ class Site:
         seed: the optimizer's seed; with `step` it fixes every random draw.
         step: updates of this parameter before this one.
         gap: updates between refreshes.
-        turn, turns: place of this matrix among the projected ones of its group, and their number.
+        turn, turns: place of this matrix among the projected ones of its group, and how many there
+            are.
         share: the rank as a share of `cols` where it was given so (FRUGAL's density).
         most: the largest rank, where it is chosen anew at each refresh.
         phase: by how many updates its refreshes come later than without staggering.
         shared: tensors common to several parameters.
         launches: whether launches of kernels do the step.
-        ops: who codes moments, draws bits and scores columns: kernels, or plain torch.
-        prepared_for: kind of gradient that this was found for.
+        ops: the module that codes moments, draws bits and scores columns: kernels or `functional`.
+        prepared_for: dtype and class of the gradient for which `launches` and `ops` were found.
         wanted: `(..., 1, 1)` booleans, which matrices of a stack a refresh is for; None for all.
         layout: which rows of the parameter this process holds, and how they are seen.
     """
@@ -138,9 +139,9 @@ class Job(NamedTuple):
         position: place of the parameter in the optimizer, from 1.
         layout: which part of the parameter this is.
         leaf: the parameter itself, as the optimizer knows it.
-        low: given where the gradient was projected before, in a subspace that has moved already:
-            then `grad` is no more than the last part of it.
-        kept: given where `grad` is what a feed made of it: what is stored at the end, see `Fed`.
+        low: the projected gradient, if it was accumulated before in a subspace that has moved
+            already; `grad` is then only the last part of it.
+        kept: what a feed stores at the end, if `grad` is what the feed made of it, see `Fed`.
     """
 
     param: Tensor
@@ -198,7 +199,7 @@ def noise_of(job: Job, group: Group) -> Noise:
 
 
 def stream_and_height(job: Job) -> tuple[int, int | None]:
-    """Return the last two numbers of a source of random bits for what is held of a parameter."""
+    """Return stream and height of a source of random bits for the held part of a parameter."""
     layout = job.layout
     return stream_of(job.position, layout.first_row), None if job.site is None else layout.rows
 

@@ -64,7 +64,7 @@ class Team:
         return all(dist.get_rank(group) == place for group, place in places)
 
     def collect_(self, x: Tensor, number: int) -> None:
-        """Add up what the parts hold, in place, for the owner; others are left with partial sums."""
+        """Add up what the parts hold, in place, for the owner; others get partial sums."""
         places = list(zip(self.groups, self._owner(number), strict=True))
         parts, copies = places[: len(self.parts)], places[len(self.parts) :]
         if any(dist.get_rank(group) != place for group, place in copies):

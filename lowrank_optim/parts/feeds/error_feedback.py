@@ -26,8 +26,8 @@ class ErrorFeedback:
     Args:
         keep: share of the used part that stays, in [0, 1); a group whose rule has no momentum of
             its own may call it `momentum`.
-        dtype: how E is stored: "bfloat16", "8bit", "4bit", another `state_dtype`, or None for that
-            of the moments. E is as large as the weight.
+        dtype: how E is stored: "bfloat16", "8bit", "4bit", another `state_dtype`, or None: as
+            the moments are. E is as large as the weight.
 
     Raises:
         ValueError: keep outside of [0, 1).

@@ -18,7 +18,8 @@ class WholeMomentum:
 
     M <- b1 M + (1-b1) G;  P is learnt from M;  the rule sees G P, and M P in place of a first
     moment of its own, which a change of P therefore never makes stale. Adam's second moment stays
-    in the basis that it was made in, and is kept at the least that M allows, see `raise_square_`.
+    in the basis that it was made in, and is raised to the least value that M allows, see
+    `raise_square_`.
 
     Args:
         dtype: how M is stored, see `ErrorFeedback`; None: as the other moments are.

@@ -17,7 +17,7 @@ from ..types import Group, Matrix, Moments, Site, State
 def peaks_of(matrices: Sequence[Matrix]) -> Tensor:
     """Return the largest absolute value of each matrix, `(len(matrices), ..., 1, 1)`.
 
-    In the dtype of the arithmetic; where one is not finite, this is not.
+    It is in the dtype of the arithmetic, and not finite where a value is not finite.
     """
     site = matrices[0].site
     return site.team.max_(torch.stack([peaks(grad).to(site.dtype) for grad, _, _ in matrices]))

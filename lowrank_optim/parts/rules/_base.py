@@ -14,7 +14,7 @@ from ..types import Group, Job, Moments, Site, State
 
 
 class Elementwise:
-    """A rule that needs no more of a matrix than this process holds, and keeps moments alone."""
+    """A rule that works element by element and keeps nothing except moments."""
 
     keys: ClassVar[tuple[str, ...]] = ()
     row_keys: ClassVar[tuple[str, ...]] = ()

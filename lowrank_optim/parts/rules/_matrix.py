@@ -14,7 +14,7 @@ from .adam import Adam
 
 
 class OfMatrices(Linear):
-    """A rule for matrices, without moments; parameters that are not projected are Adam's."""
+    """A rule for whole matrices, without moments; parameters that are not projected get Adam."""
 
     slots: ClassVar[tuple[str, ...]] = ()
     whole: ClassVar[bool] = True

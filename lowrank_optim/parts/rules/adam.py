@@ -138,7 +138,7 @@ def call_adamw(pieces: list[Piece], group: Group, foreach: bool | None) -> None:
 
 
 def goes_in_a_loop(job: Job, group: Group) -> bool:
-    """Return whether torch would step a parameter by itself: on a CPU, where no form is asked."""
+    """Return whether torch steps parameters one by one: on a CPU, where no form is asked for."""
     return job.param.device.type == "cpu" and not group.get("foreach") and not group.get("fused")
 
 

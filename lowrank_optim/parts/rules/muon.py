@@ -146,9 +146,9 @@ class NorMuon(Muon):
     kinds: ClassVar[Mapping[str, Kind]] = {"column_sq": NOT_NEGATIVE, "row_sq": NOT_NEGATIVE}
 
     def init(self, batch: tuple[int, ...], rows: int, site: Site) -> State:
-        """Return v: for each row that is held or, where outputs are the columns, for each column.
+        """Return v, a value for each row that is held or, where columns are outputs, each column.
 
-        The other one is empty.
+        The other entry is empty.
         """
         by_column = int(site.layout.wide)
         return {

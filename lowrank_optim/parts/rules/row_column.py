@@ -29,8 +29,8 @@ class RowColumnScaled(OfMatrices):
     `iterations` times  s <- (G*G)^T q / |q|^2,  q <- (G*G) s / |s|^2,  from q = 1;
     Q <- beta Q + (1-beta) q,  S <- beta S + (1-beta) s;  N_ij = G_ij / sqrt(Q_i S_j)
 
-    with |N|_F limited to `limiter` times its value of the step before. Squares count as what rows
-    cols of them have a finite sum at most.
+    with |N|_F limited to `limiter` times its value of the step before. Squares are cut off so
+    that a sum of rows * cols of them is finite.
 
     Args:
         beta: decay of both vectors, in [0, 1).

@@ -153,8 +153,8 @@ def role_of(one: Seen, state_space: bool) -> str | None:
 def heads(seen: list[Seen], matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
     """Yield the matrices that are output heads by name and place.
 
-    Of names alone, a head with a bias and no weight of its own has a weight that is tied: then the
-    last matrix under its name is another.
+    Where only names are known: a head with a bias and without a weight of its own has a tied
+    weight, and the last matrix under its name is not the head.
     """
     weights = {one.path for one in seen if WEIGHT.search(one.own)}
     biases = {one.path for one in seen if one.own == "bias" and one.module is None}
@@ -188,8 +188,8 @@ def branch(path: Path, depth: int, modules: Modules) -> Path:
 def labelled(matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
     """Yield weights outside numbered layers that give a value for each label of the model.
 
-    Labels are those of `num_labels` and `num_classes`, and the tokens of an embedding of vectors
-    that are shorter than their number.
+    The number of labels is `num_labels`, `num_classes`, or the number of tokens of an embedding
+    that has more tokens than dimensions.
     """
     labels = {}
     tokens = {

@@ -30,7 +30,7 @@ def complain(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Return a text with U+FFFD for control characters and for bytes that were no UTF-8."""
+    """Return a text with U+FFFD for control characters and for bytes that are not UTF-8."""
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 

@@ -20,7 +20,7 @@ SCHEDULED = ("lr", "weight_decay", "betas")
 
 
 def news(groups: Sequence[Group], saved: Sequence[Group], live: Sequence[str]) -> str:
-    """Return what a user should know who has asked for other settings; "" if there is nothing.
+    """Return which settings differ from what the user has asked for, as a sentence; "" for none.
 
     Args:
         groups: as the optimizer was built.
@@ -36,7 +36,7 @@ def news(groups: Sequence[Group], saved: Sequence[Group], live: Sequence[str]) -
 
 
 def from_checkpoint(own: Group, saved: Group, live: Sequence[str]) -> Iterator[str]:
-    """Yield the settings that were others here."""
+    """Yield the settings that the checkpoint changes here."""
     numbers = numbers_in(own)
     known = "initial_lr" in own or "initial_lr" in saved
     scheduled = (*SCHEDULED, *numbers) if known else ()
@@ -48,7 +48,7 @@ def from_checkpoint(own: Group, saved: Group, live: Sequence[str]) -> Iterator[s
 
 
 def as_asked(own: Group, saved: Group) -> Iterator[str]:
-    """Yield the settings that were others in the checkpoint."""
+    """Yield the settings that stay as asked here, and differ from the checkpoint."""
     if "state_dtype" in saved and saved["state_dtype"] != own["state_dtype"]:
         yield f"state_dtype {own['state_dtype']} (in the checkpoint {saved['state_dtype']})"
     for key, text in described(own).items():
@@ -58,7 +58,7 @@ def as_asked(own: Group, saved: Group) -> Iterator[str]:
 
 
 def differ(here: str, there: str) -> bool:
-    """Return whether two texts of one kind of part give a number that both have another value."""
+    """Return whether two texts of one kind of part have different values for a setting of both."""
     found = []
     for text in (here, there):
         try:

@@ -107,7 +107,7 @@ def state_dicts(tree: Any) -> Iterator[dict[str, Any]]:
 
 
 def package_of(others: Sequence[Group]) -> Package:
-    """Return the package that made a checkpoint with these groups."""
+    """Return the package whose checkpoints have such groups."""
     keys = {key for other in others for key in other}
     for package in PACKAGES:
         if package.mark in keys:

@@ -87,7 +87,7 @@ def import_state(
 
 
 def converted(optimizer: Optimizer, saved: dict[str, Any], keep: tuple[str, ...]) -> dict[str, Any]:
-    """Return their state dict as one of ours, on its devices; change nothing."""
+    """Return their state dict in our layout, on the same devices; change nothing."""
     groups, others, held = optimizer.param_groups, saved["param_groups"], saved["state"]
     if not any("step" in theirs for theirs in held.values()):
         raise SettingError(
@@ -147,7 +147,7 @@ def share(sites: list[tuple[Tensor, Site | None]], scale: float, where: str) -> 
 
 
 def state_of(pair: Pair) -> State:
-    """Return the state of one parameter as ours, on the device of theirs."""
+    """Return their state of one parameter in our layout, on the same device."""
     name, param, site, theirs, plan = pair.name, pair.param, pair.site, pair.theirs, pair.plan
     home = theirs["exp_avg"].device
     site = None if site is None else replace(site, device=home)

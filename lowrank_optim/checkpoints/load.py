@@ -86,9 +86,9 @@ class Checked(NamedTuple):
     """What is taken of a checkpoint that fits.
 
     Attributes:
-        settings: those it has, in their normal form, a group each.
+        settings: all settings of the checkpoint in normal form, for each group.
         groups: the settings that are taken, as torch is to load them.
-        states: one for each parameter that has one.
+        states: of all parameters that have a state.
     """
 
     settings: list[dict[str, Any]]

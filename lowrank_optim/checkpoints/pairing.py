@@ -14,7 +14,7 @@ SHOWN = 3
 
 
 def check_form(state_dict: Any) -> None:
-    """Raise SettingError if that is no state dict of an optimizer, with a state a parameter."""
+    """Raise SettingError unless this is a state dict of an optimizer, with states by parameter."""
     if not isinstance(state_dict, Mapping):
         raise SettingError(f"a {type(state_dict).__name__} is no state dict of an optimizer")
     groups, state = state_dict.get("param_groups"), state_dict.get("state")
@@ -50,7 +50,7 @@ def check_form(state_dict: Any) -> None:
 
 
 def is_state(value: Any) -> bool:
-    """Return whether that is what a parameter has."""
+    """Return whether a value is the state of a parameter."""
     return isinstance(value, Mapping) and "step" in value
 
 
@@ -110,9 +110,9 @@ def names_in(groups: Iterable[Group]) -> list[str] | None:
 
 
 def bare_names(names: list[str] | None) -> list[str] | None:
-    """Return names without what wrappers put into them; as they are if that makes two the same.
+    """Return names without the prefixes of wrappers; unchanged if that makes two names equal.
 
-    That is of torch.compile, checkpointing, FSDP and PEFT, and "module." of data parallelism.
+    Wrappers are torch.compile, checkpointing, FSDP and PEFT, and "module." of data parallelism.
     """
     if names is None:
         return None

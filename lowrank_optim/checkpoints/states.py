@@ -55,15 +55,15 @@ class Saved(NamedTuple):
         return template(self.param, self.site, self.group, self.plan)
 
     def moments(self, like: Tensor) -> list[Moment]:
-        """Return its moments, as far as they lie here if `like` is what does."""
+        """Return its moments, as far as they belong to `like`, the held part of the parameter."""
         return list(moments_to_be(like, self.site, self.plan, self.param.numel()))
 
 
 def check(saved: Saved) -> None:
     """Raise SettingError if the state cannot be taken; change nothing.
 
-    What is looked at is keys, shapes, dtypes and, by a reduction a tensor, values. A moment may be
-    stored in another way than here. Keys that belong to no part of any method are a wrapper's own.
+    It checks keys, shapes, dtypes and, by one reduction for each tensor, values. A moment may be
+    stored in another way than here. Keys that no method has belong to a wrapper.
     """
     name, state = saved.name, saved.state
     if saved.site is not None:
@@ -95,7 +95,7 @@ def check(saved: Saved) -> None:
 
 
 def shape_in(saved: Saved, slot: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that a moment must have: as here, or none if its matrix may sit out."""
+    """Return the shape that a moment must have: as here, or empty if its matrix may sit out."""
     projector, site = saved.plan.projector, saved.site
     if site is None or not projector.whole or projector.everything or slot not in saved.plan.slots:
         return shape
@@ -105,7 +105,7 @@ def shape_in(saved: Saved, slot: str, shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def check_entry(saved: Saved, key: str, wanted: Any) -> None:
-    """Raise SettingError if one entry is not like the one that is wanted, or has other values."""
+    """Raise SettingError if an entry has another form than wanted, or values of another kind."""
     name, value, kind = saved.name, saved.state[key], kind_at(saved, key)
     if wanted is None:
         raise SettingError(f"only the checkpoint has {key!r} for {name}")

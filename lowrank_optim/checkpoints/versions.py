@@ -1,4 +1,4 @@
-"""The layout of what is saved, and groups of earlier layouts as they would be saved now."""
+"""Versions of the saved layout: groups of earlier versions are read as they would be saved now."""
 
 from __future__ import annotations
 

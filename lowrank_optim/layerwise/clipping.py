@@ -32,7 +32,7 @@ def asked_by_trainer(closure: Callable[[], Any] | None) -> tuple[float | None, s
 
 
 def clipper_called() -> str | None:
-    """Return the function that clips gradients and stands in a loop that this is called from."""
+    """Return the name of a clipping function that a caller up the stack uses; None without one."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if found := CLIPPERS.intersection(frame.f_code.co_names):

@@ -42,7 +42,7 @@ def hook(function: Hook) -> Hook:
 class Piece(NamedTuple):
     """One parameter of a bucket: its gradient there, and what is sent of it.
 
-    `job` is given where that is the projected gradient.
+    `job` is given where the projected gradient is sent.
     """
 
     grad: Tensor
@@ -69,7 +69,7 @@ def step_by_buckets(model: DistributedDataParallel, stepper: Stepper) -> None:
     """Let a model's buckets be stepped once they are averaged.
 
     Raises:
-        ValueError: the model looks for unused parameters: which these are is known too late.
+        ValueError: the model looks for unused parameters: it is known too late which these are.
         RuntimeError: the model has another communication hook.
     """
     if model.find_unused_parameters:

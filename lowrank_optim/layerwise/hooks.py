@@ -41,9 +41,9 @@ TINY = 1e-6
 
 
 class InBackward:
-    """Steps parameters from hooks that autograd calls, and frees their gradients.
+    """Step parameters from hooks that autograd calls, and free their gradients.
 
-    What `LowRank.step_in_backward` returns: `remove()` goes back to ordinary steps. It is not part
+    `LowRank.step_in_backward` returns this; `remove()` goes back to ordinary steps. It is not part
     of any state; the optimizer is held weakly, so that hooks left on a model do nothing without it.
     """
 
@@ -84,9 +84,9 @@ class InBackward:
         self.attach(session)
 
     def attach(self, session: Session) -> None:
-        """Put a hook on every parameter that requires a gradient and has none yet.
+        """Put a hook on every parameter that requires a gradient and has no hook yet.
 
-        Of several processes, none on ordinary tensors: what a hook would see is not averaged.
+        With several processes ordinary tensors get none: a hook would see unaveraged gradients.
         """
         params = [param for group in session.groups for param in group["params"]]
         for param in set(self._handles) - set(params):
@@ -222,10 +222,10 @@ class InBackward:
         return True
 
     def _count_pass(self, param: Tensor) -> None:
-        """Count a pass, from 1 on where the gradients of those before were set to None meanwhile.
+        """Count a pass; start at 1 again where the gradients of earlier passes were set to None.
 
-        A gradient that is added to grows older; one that is made anew, after an exception in the
-        forward pass and `model.zero_grad()`, say, does not.
+        The version of a gradient grows when it is added to. A gradient that is made anew, as after
+        an exception in the forward pass and `model.zero_grad()`, has version 0.
         """
         assert param.grad is not None
         if not self.projects and not is_distributed(param):
@@ -279,8 +279,8 @@ class InBackward:
     def _coefficient(self, norm: Norm) -> Tensor:
         """Return the factor of a gradient of this norm.
 
-        min(1, max_norm / total), with the measured norm of all gradients, else with the larger one
-        of that of the step before and the gradient's own.
+        min(1, max_norm / total): total is the measured norm of all gradients, or else the larger
+        of the norm in the step before and the gradient's own.
         """
         assert self.max_norm is not None
         session = self._session()

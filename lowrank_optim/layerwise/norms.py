@@ -25,7 +25,7 @@ def norm_of(grad: Tensor, layout: Layout) -> Norm:
 
 
 def total_norm(norms: list[Norm]) -> Tensor | None:
-    """Return the norm of all gradients, on all processes; None for none.
+    """Return the norm of all gradients, on all processes; None without gradients.
 
     One sum over processes for all gradients that are cut in the same way.
     """

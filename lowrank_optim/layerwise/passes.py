@@ -11,11 +11,11 @@ import torch
 
 
 class Passes:
-    """Tells a backward pass that an exception has ended from one that waits for another.
+    """Tell a backward pass that an exception has ended from a pass that waits for another one.
 
-    A pass that has failed never reports its end. Reentrant checkpoints run passes inside a node of
-    one that waits; that one is known by the node, whose graph has one order: nodes run from the
-    last one made to the first.
+    A pass that has failed never reports its end. Reentrant checkpoints run a pass inside a node of
+    an outer pass, which waits meanwhile. The outer pass is known by that node: nodes of a graph run
+    from the last one made to the first.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Passes:
 
 
 def outermost_node() -> Any:
-    """Return the node of a graph that has called for the backward pass under way; None for none."""
+    """Return the node of a graph that runs the backward pass under way; None without a node."""
     node = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -107,7 +107,7 @@ def check_unknown(keywords: dict[str, Any], name: str) -> None:
 
 
 def number_hint(key: str) -> str:
-    """Return where a number of parts may be given; "" for any other key."""
+    """Return a hint where a number of parts may be given; "" for any other key."""
     return f"put it into a group that has {' or '.join(NUMBERS[key])}" if key in NUMBERS else ""
 
 

@@ -18,9 +18,9 @@ from .values import CHECKS, NUMBERS, PARTS, WITH_NUMBERS, part_of
 
 
 def reading(group: Group) -> list[tuple[str, Any, Any]]:
-    """Return (setting, what it says, part) of all parts that a group's steps read numbers of.
+    """Return (setting, its value, part) of all parts whose numbers the steps of a group read.
 
-    Where nothing is projected, that is the rule of such parameters alone.
+    Where nothing is projected, this is only the rule of plain parameters.
     """
     rule = part_of("rule", group["rule"])
     plain = [("rule", "", rule.plain)] if rule.plain is not rule else []
@@ -32,7 +32,7 @@ def reading(group: Group) -> list[tuple[str, Any, Any]]:
 def default_of(key: str, value: Any) -> Any:
     """Return what a group gets for a setting of the constructor: parts without their numbers.
 
-    The numbers follow by `placed`, where the group does not say otherwise.
+    `placed` adds the numbers, unless the group has its own.
     """
     if key not in WITH_NUMBERS or not isinstance(value, str) or value in names_of(key):
         return value

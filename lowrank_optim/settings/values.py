@@ -156,7 +156,7 @@ WITH_NUMBERS = (*PARTS, "rank")
 
 
 def readers_of_numbers() -> dict[str, list[str]]:
-    """Return for each number of our parts what reads it, as it is written in a group."""
+    """Return for each number of our parts the settings of a group that read it."""
     found: dict[str, list[str]] = {key: ['rank="auto"'] for key in AutoRank.numbers}
     for setting, registry in PARTS.items():
         for each in registry.values():
@@ -184,5 +184,5 @@ def part_of(key: str, value: Any) -> Any:
 
 
 def class_in(text: str) -> str:
-    """Return the name in a text of `text_of`: what decides the meaning of the state."""
+    """Return the class name in a text of `text_of`, which decides what the state means."""
     return text.partition("(")[0]

@@ -192,7 +192,8 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
 
 def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     """Do the first launch for some matrices, and return the second, which needs the residual."""
-    site = site_of(parts[0].job)
+    site = parts[0].job.site
+    assert site is not None
     ops, want = site.ops, plan.want
     grads, factors = [part.grad for part in parts], factors_of(parts, plan)
     noises, counts = [part.noise for part in parts], [part.age for part in parts]

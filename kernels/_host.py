@@ -66,7 +66,7 @@ def corrections(
     """Return 1 - b1^t, sqrt(1 - b2^t), and whether they are tensors of one value a matrix.
 
     Raises:
-        ValueError: counts on the host that differ; those of one launch are alike.
+        ValueError: counts on the host that differ within one launch.
     """
     t, counted = numbers(counts)
     if isinstance(t, Tensor):

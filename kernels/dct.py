@@ -23,8 +23,8 @@ TYPES = {
     torch.float16: (tl.float16, tl.float16),
     torch.bfloat16: (tl.bfloat16, tl.bfloat16),
 }
-"""Of each gradient, its type and that of the first product; the second product is in bfloat16,
-for sums of float16 may overflow it."""
+"""Types of a gradient and of the first product. The second product is in bfloat16, because sums of
+float16 may overflow."""
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _scores(
 
     # The odd entries are read backwards. Neighbouring threads take every other entry; the two reads
     # of a line follow each other and meet in the first-level cache. Flat offsets keep the layout of
-    # these loads (an entry a thread) apart from that of the tables, whose loads are wide.
+    # these loads (an entry a thread) apart from the layout of the tables, whose loads are wide.
     spot = tl.arange(0, A * B)
     spot_a = spot // B
     spot_b = spot % B

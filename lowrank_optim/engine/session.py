@@ -35,14 +35,17 @@ rates_in, structure_of = itemgetter(*RATES), itemgetter(*STRUCTURE)
 
 
 PLAIN = frozenset({bool, int, float, type(None)})
-"""Types of numbers, which are known again by themselves; what else is there is by its address."""
+"""Types of numbers that are compared by value; every other one is compared by identity."""
 
 
 class Signature(NamedTuple):
     """What tells whether a setting has been replaced since it was checked.
 
-    `rates` are numbers that nothing is derived from, `numbers` those of the parts, `structure` is
-    the rest and `keys` the keys there.
+    Attributes:
+        rates: numbers that nothing is derived from.
+        structure: all other settings.
+        keys: the keys of the group.
+        numbers: the numbers of its parts.
     """
 
     rates: Any
@@ -239,7 +242,7 @@ class OpenStep(Protocol):
     done: set[Tensor]
 
     def close(self) -> None:
-        """End it."""
+        """End the step."""
 
 
 class InBackward(Protocol):

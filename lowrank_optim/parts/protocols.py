@@ -33,18 +33,21 @@ class Carried(NamedTuple):
 
 
 class Projector(Protocol):
-    """Maps `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
+    """Map `(..., rows, cols)` to `(..., rows, rank)` and back: P has orthonormal columns.
 
-    `on_refresh` lists what can be done with the moments when the subspace moves; `keys` are the
-    names this projector owns in a parameter's state, `kinds` says what values a checkpoint may have
-    there (likewise of a rule and a residual), `common` those of them that a stack has once
-    for all of its matrices, `bases` those that are `(..., cols, rank)`; `learns` says that the
-    subspace comes from the gradient, and `decomposes` that this takes a decomposition, whose bits
-    may differ from machine to machine: then all processes take that of one; `whole` says that it
-    takes a matrix whole or not at all instead of a part of every row, `everything` that it is never
-    not at all: P is the unit matrix; `captures` says what of it a CUDA graph may hold: "refresh"
-    all, "step" the steps between refreshes, "" nothing, because a refresh makes tensors at other
-    addresses.
+    Attributes:
+        keys: names that this projector owns in a parameter's state.
+        kinds: which values a checkpoint may have there; likewise of a rule and a residual.
+        common: the keys that a stack has once for all of its matrices.
+        bases: the keys of tensors `(..., cols, rank)`.
+        on_refresh: what can be done with the moments when the subspace moves.
+        learns: the subspace comes from the gradient.
+        decomposes: it takes a decomposition, whose bits may differ from machine to machine. All
+            processes then use the result of one.
+        whole: it takes a matrix whole or not at all, instead of a part of every row.
+        everything: it always takes the matrix whole; P is the unit matrix.
+        captures: what of it a CUDA graph may hold. "refresh": all; "step": the steps between
+            refreshes; "": nothing, because a refresh makes tensors at other addresses.
     """
 
     keys: ClassVar[tuple[str, ...]]
@@ -153,8 +156,8 @@ class Rule(Protocol):
 class Residual(Protocol):
     """What happens to the part of the gradient that the projection drops.
 
-    `want` says which results of `functional.project_moments` it and its update need; `keys` are
-    the names of its state of one number a matrix, `row_keys` of that of one number a row.
+    `want` says which results of `functional.project_moments` it and its update need. `keys` are
+    the names of its state with one number a matrix, `row_keys` of its state with one number a row.
     """
 
     kinds: ClassVar[Mapping[str, Kind]]
@@ -212,12 +215,14 @@ class Fed(NamedTuple):
 class Feed(Protocol):
     """What is fed to the projector in place of the gradient, and carried to the next step.
 
-    `slots` are full-size tensors `(..., rows, cols)`, row for row like the parameter; a slot that
-    is one of the rule's takes its place: the rule then sees its projection. `dtype` is how they are
-    stored, a `state_dtype`, "4bit", or None for that of the moments. `needs` are moments that the
-    rule must have; `on_refresh` lists what may become of moments beside it when the subspace moves,
-    None for anything; `full` says whether it is of use where the projection drops nothing;
-    `captures` whether a CUDA graph may hold it, which is not so where it reads a count.
+    Attributes:
+        slots: full-size tensors `(..., rows, cols)`, row for row like the parameter. A slot named
+            as a moment of the rule takes its place: the rule then sees its projection.
+        dtype: how they are stored: a `state_dtype`, "4bit", or None, which is as the moments are.
+        needs: moments that the rule must have.
+        on_refresh: what may become of the other moments when the subspace moves; None: anything.
+        full: it is of use also where the projection drops nothing.
+        captures: a CUDA graph may hold it; not so if it reads a step count on the host.
     """
 
     slots: ClassVar[tuple[str, ...]]

@@ -170,7 +170,7 @@ class Matrix(NamedTuple):
 
 
 COUNTED: dict[str, Kind] = {"step": COUNT, "age": COUNT, "pending": FLAG, "unset": FLAG}
-"""What is kept beside moments and what the parts of a plan own: updates, and what still waits."""
+"""Kinds of entries that no part of a plan owns: counts, and flags of matrices that still wait."""
 
 
 Rates = tuple[float | Tensor, float | Tensor]

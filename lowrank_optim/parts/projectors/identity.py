@@ -17,7 +17,7 @@ from ._basis import Basis
 
 @dataclass(frozen=True)
 class Identity(Basis):
-    """P = I: the matrix is its own projection, and the rank counts for nothing."""
+    """P = I: the matrix is its own projection, and the rank is ignored."""
 
     keys: ClassVar[tuple[str, ...]] = ()
     kinds: ClassVar[Mapping[str, Kind]] = {}

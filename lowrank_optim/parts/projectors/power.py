@@ -33,8 +33,8 @@ class Power(Basis):
     Y = G^T (G X) with columns scaled to length 1,  X <- orth(Y + 1e-6 X)
     and P = X. `orth` is Cholesky QR in float64, see `functional.orthonormal_`: no eigh, no svd and
     no qr, so that nothing waits for the device, and column j of P comes from columns up to j of
-    P_old. 4 rows cols rank flops an iteration; narrow bases take no longer than reading G, and
-    have more iterations, because they depend on a single gap of the spectrum. The gradients are
+    P_old. 4 rows cols rank flops an iteration; a narrow basis takes as long as reading G, and
+    has more iterations, because it depends on a single gap of the spectrum. The gradients are
     multiplied one by one; what is of the size of a basis or smaller is done for as many matrices at
     once as `BUDGET` allows.
 

@@ -51,7 +51,7 @@ class Limited(Stateless):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The limiter's norm, if there is one."""
+        """Name of the limiter's norm, if there is a limiter."""
         return () if self.limiter is None else ("residual_norm",)
 
     def init(self, batch: tuple[int, ...], rows: int, site: Site) -> State:

@@ -1,4 +1,4 @@
-"""Alice's residual."""
+"""Alice's residual: the dropped part with its rows brought to one length, and a limiter."""
 
 from __future__ import annotations
 

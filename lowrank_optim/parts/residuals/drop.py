@@ -1,4 +1,4 @@
-"""GaLore's residual: none."""
+"""GaLore's residual: the dropped part stays dropped."""
 
 from __future__ import annotations
 

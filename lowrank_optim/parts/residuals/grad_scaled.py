@@ -1,4 +1,4 @@
-"""APOLLO's residual."""
+"""APOLLO's residual: the whole gradient, scaled by row or matrix, with the norm limiter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fira's residual."""
+"""Fira's residual: the dropped part, scaled row by row, with the norm limiter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FRUGAL's residual."""
+"""FRUGAL's residual: a step without state on the dropped part."""
 
 from __future__ import annotations
 

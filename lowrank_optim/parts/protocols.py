@@ -1,7 +1,7 @@
 """The five parts of a plan, as protocols: feed, projector, rule, residual, storage.
 
 A part may declare numbers that it reads from its group, in `numbers`, see `numbers.py`. Shapes are
-those of `types.py`: `grad` is `(..., rows, cols)` with the projected axis last, `low` is
+as in `types.py`: `grad` is `(..., rows, cols)` with the projected axis last, `low` is
 `(..., rows, rank)`.
 """
 

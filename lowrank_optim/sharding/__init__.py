@@ -1,1 +1,1 @@
-"""Parameters that lie on several processes: the only package that knows DTensor and process groups."""
+"""Parameters on several processes: the only package that knows DTensor and process groups."""

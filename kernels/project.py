@@ -301,8 +301,8 @@ def project_moments(
     contiguous; counts alike, or all on the device. Sums are float32; results are bfloat16 where the
     gradients are, else float32. Norms are summed by tiles, in a fixed order. Norms of the gradients
     take a pass of their own, because the product takes gradients from shared memory, not from
-    registers: with the sums in its loop it took 38 ms a step of LLaMA-7B at rank 1024 on an H200, without 25, and
-    reading the gradients takes 3.
+    registers: with the sums in its loop it took 38 ms a step of LLaMA-7B at rank 1024 on an H200,
+    without 25, and reading the gradients takes 3.
     """
     grad, factor = grads[0], factors[0]
     (rows, cols), rank, device = grad.shape, factor.shape[-1], grad.device

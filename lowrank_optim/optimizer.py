@@ -68,8 +68,8 @@ class LowRank(Optimizer):
             `Projector`.
         feed: what is projected: "gradient", "error_feedback", "general_error_feedback",
             "whole_momentum" or a `Feed`.
-        rule: "adam", "lion", "sgdm", "muon", "normuon", "orthogonal", "row_column_scaled" or a
-            `Rule`.
+        rule: "adam", "lion", "sgdm", "muon", "normuon", "orthogonal", "row_column_scaled",
+            "row_normalized" or a `Rule`.
         residual: "drop", "norm_scaled", "state_free", "grad_scaled", "compensated" or a `Residual`.
         side: the axis that is projected: "auto" the shorter one (columns of a square matrix),
             "right" the columns, "left" the rows, "reverse" the longer one.
@@ -77,7 +77,7 @@ class LowRank(Optimizer):
             "reset" them and the bias correction, "rotate" them into the new basis, or "align" the
             new basis to the old one and keep them.
         state_dtype: dtype of moments and basis, e.g. torch.bfloat16 (moments are then rounded
-            stochastically), or "8bit" (see `storage.Blockwise8`); None is float32, and float64 for
+            stochastically), or "8bit" (see `parts.storage`); None is float32, and float64 for
             float64 parameters.
         stochastic_rounding: round bf16 weights up or down at random, so that small updates count on
             average; a function of (seed, step). Other dtypes are not affected.

@@ -1,8 +1,8 @@
 """Our own method and the published ones as settings of one engine; no logic.
 
-Each takes the settings of `LowRank` that all methods share as keywords too: feed, side, seed,
-state_dtype, stochastic_rounding, skip_nonfinite, maximize, capturable, impl, stagger,
-shard_basis, process_group. Memory is given for a matrix of m rows and n columns, m >= n, at rank r.
+Each also takes the settings of `LowRank` that all methods share, see `_common.Common`; methods
+that leave the feed open take `feed` too. Memory is given for a matrix of m rows and n columns,
+m >= n, at rank r.
 """
 
 from .alice import CompensatedAdamW

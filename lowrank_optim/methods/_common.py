@@ -24,6 +24,10 @@ class Common(TypedDict, total=False):
     impl: str
     stagger: bool
     shard_basis: bool
+    foreach: bool | None
+    fused: bool | None
+    amsgrad: bool
+    differentiable: bool
     process_group: Any
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 
 from helpers.cases import PRESETS
 from helpers.places import ROOT
+from lowrank_optim import LowRank
+from lowrank_optim.methods._common import Common, WithFeed
 
 pytestmark = pytest.mark.slow
 
@@ -144,3 +147,11 @@ def test_version_is_one():
     assert done.stdout.split() == ["lowrank-optim", lowrank_optim.__version__]
     assert f"version: {lowrank_optim.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"## {lowrank_optim.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_settings_that_presets_pass_on_are_those_of_the_engine():
+    """What a type checker lets through arrives at `LowRank`, once."""
+    shared = {*Common.__annotations__, *WithFeed.__annotations__}
+    assert shared <= set(inspect.signature(LowRank).parameters)
+    for preset in PRESETS:
+        assert not shared & set(inspect.signature(preset).parameters)

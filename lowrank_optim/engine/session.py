@@ -44,18 +44,24 @@ class Signature(NamedTuple):
     Attributes:
         rates: numbers that nothing is derived from.
         structure: all other settings.
+        types: the types of these: a rank of 1 is one column, of 1.0 all.
         keys: the keys of the group.
         numbers: the numbers of its parts.
     """
 
     rates: Any
     structure: Any
+    types: list[type]
     keys: list[str]
     numbers: dict[str, Any]
 
+    def settings(self) -> tuple[Any, ...]:
+        """Return all but numbers."""
+        return self.structure, self.types, self.keys
+
     def derives(self, other: Signature) -> bool:
         """Return whether what is derived from one holds for the other."""
-        if not equal(self[1:3], other[1:3]):
+        if not equal(self.settings(), other.settings()):
             return False
         if self.numbers == other.numbers:
             return True
@@ -81,7 +87,9 @@ def signature(group: Group, read: Collection[str]) -> Signature | None:
     """
     try:
         numbers = {k: x if type(x := group[k]) in PLAIN else id(x) for k in read} if read else {}
-        return Signature(rates_in(group), structure_of(group), list(group), numbers)
+        structure = structure_of(group)
+        types = list(map(type, structure))
+        return Signature(rates_in(group), structure, types, list(group), numbers)
     except KeyError:
         return None
 
@@ -156,7 +164,7 @@ class Prepared:
         now = None if known is None else signature(group, known.numbers)
         if equal(known, now) and now is not None:
             return
-        if known is not None and now is not None and equal(known[1:3], now[1:3]):
+        if known is not None and now and equal(known.settings(), now.settings()):
             check_values(group, where, least_lr=-math.inf)
         else:
             found = placed(group, where, self._defaults, had(self._known, index))
@@ -208,7 +216,8 @@ class Prepared:
             return False
         before = self._known[index]
         now = signature(group, before.numbers)
-        if len(group["params"]) != len(entries):
+        params = group.get("params")
+        if not isinstance(params, list) or len(params) != len(entries):
             return False
         if equal(now, before):
             return True

@@ -122,7 +122,8 @@ FIXED = ("min_dim", "shard_basis", "capturable")
 
 def wants(group: Group, plan: Plan) -> tuple[Any, ...]:
     """Return what the states of a group depend on."""
-    return (plan, rank_asked(group), *(group[key] for key in FIXED))
+    rank = rank_asked(group)
+    return (plan, type(rank), rank, *(group[key] for key in FIXED))
 
 
 def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: Plan) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import operator
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from lowrank_optim import (
     Compensated,
     ErrorFeedback,
     GaLoreAdamW,
+    LDAdamW,
     Lion,
     LowRank,
     Muon,
@@ -159,6 +161,56 @@ def test_groups_in_odd_forms():
     optimizer.step()
     assert optimizer.skipped_steps == 0
     assert "projects none" in optimizer.summary()
+
+
+def in_turn(params):
+    return (each for each in params)
+
+
+@pytest.mark.parametrize("form", [in_turn, tuple, lambda params: params[0]])
+@pytest.mark.parametrize("alone", [False, True])
+def test_groups_in_odd_forms_between_steps(form, alone):
+    """`alone` is in the middle of a step, parameter by parameter."""
+    params = [a_matrix(), a_matrix(9, 7)]
+    optimizer = GaLoreAdamW(params, rank=2)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step_param(params[1]) if alone else optimizer.step()
+    optimizer.param_groups[0]["params"] = form(params)
+    optimizer.step_param(params[0]) if alone else optimizer.step()
+    kept = params[:1] if form not in (in_turn, tuple) else params
+    assert isinstance(optimizer.param_groups[0]["params"], list)
+    assert all(map(operator.is_, optimizer.param_groups[0]["params"], kept))
+    assert optimizer.state[params[0]]["step"] == 2 - alone
+    del optimizer.param_groups[0]["params"]
+    with pytest.raises(ValueError, match="group 0 has no 'params'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("before", "after", "width"), [(1, 1.0, 6), (1.0, 1, 1)])
+def test_one_column_and_a_share_of_one_are_two_ranks(before, after, width):
+    param = a_matrix()
+    optimizer = LDAdamW([param], rank=before, min_dim=1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    weight = param.detach().clone()
+    optimizer.param_groups[0]["rank"] = after
+    with pytest.raises(RuntimeError, match="its group's parts, rank"):
+        optimizer.step()
+    assert torch.equal(param, weight)
+    optimizer.state.clear()
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].shape == (8, width)
+
+
+def test_a_bool_is_no_rank_where_one_column_was():
+    param = a_matrix()
+    optimizer = GaLoreAdamW([param], rank=1)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.param_groups[0]["rank"] = True
+    with pytest.raises(ValueError, match="rank=True in group 0"):
+        optimizer.step()
 
 
 def test_names_by_place_are_never_given_twice():

@@ -1,4 +1,8 @@
-"""Refreshes: when the subspace of a matrix moves, and what happens then."""
+"""Refreshes: when the subspace of a matrix moves, and what happens then.
+
+`move_subspaces` finds the matrices that are due, `move` learns their subspaces (by `learn` and
+`Projector.refresh`), and `carry.py` carries or resets the moments.
+"""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from ._device import address, dot, halves, narrow, number
 from ._host import (
     TYPES,
     Stored,
+    addresses,
     aligned,
     corrections,
     form_of,
@@ -23,12 +24,12 @@ from ._host import (
     places_of_moments,
     precision,
     roomy,
+    tables,
     tl_type,
 )
 from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
 from .norms import row_norms
-from .tables import addresses, tables
 
 HEIGHT = 1
 """Rows of a tile of 8-bit moments: of one, a warp finds the scale without the others."""

@@ -97,7 +97,7 @@ def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     for seed in args.seeds:
         for method in args.methods:
             spec, _, _ = tuned(ledger, base(args.task, method, args.steps))
-            state = args.state if METHODS[method].optimizer != "AdamW" else "float32"
+            state = args.state if METHODS[method].record.optimizer is not None else "float32"
             wanted.append(
                 spec._replace(split="final", seed=seed, weights=args.weights, state=state)
             )

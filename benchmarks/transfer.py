@@ -4,8 +4,8 @@
   python benchmarks/transfer.py swap scales --task bytes-128    then the others, at exactly those
   python benchmarks/transfer.py adamw swap --task bytes-128 --steps 1600 --near bytes-128
 
-adamw:  compass search over AdamW's two rates and its betas, on texts that are used for nothing else,
-        then AdamW's final seeds.
+adamw:  compass search over AdamW's two rates and its betas, on texts that are used for nothing
+        else, then AdamW's final seeds.
 swap:   every method at AdamW's rates, betas and decay, with each of `--lengths`; scale 1 but where
         the length is the published one.
 own:    the same search for each method with its published length, then its final seeds.

@@ -89,9 +89,8 @@ def train(
     text = text or data.load(task.vocab, task.text << 20, work, source)
     model = build_model(task, spec.seed, spec.weights, device)
     optimizer = build_optimizer(spec, model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: SCHEDULES[task.schedule](step, spec.steps)
-    )
+    share = SCHEDULES[task.schedule]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step, spec.steps))
     saved = work / f"run-{hashlib.sha256(repr((spec, source)).encode()).hexdigest()[:16]}.pt"
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     progress = restore(saved, parts)

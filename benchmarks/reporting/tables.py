@@ -273,7 +273,8 @@ def rates(tasks: tuple[str, ...]) -> Callable[[Ledger], str]:
                     cells.append("-")
                     continue
                 cells.append(f"{spec.lr:g}, {spec.lr / adamw.lr:.2g} times; {spec.rest_lr:g}")
-            lines.append([method.label, *cells])
+            if set(cells) != {"-"}:
+                lines.append([method.label, *cells])
         return table(["method", *(f"{task}: lr; rest lr" for task in tasks)], lines)
 
     return made

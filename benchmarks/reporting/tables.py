@@ -17,7 +17,7 @@ from rows import read
 from lowrank_optim.demo.command import METHODS as SHOWN
 from lowrank_optim.demo.recipes import RECIPES
 
-from . import cpu, gpu
+from . import cpu, gpu, swaps
 from .groups import Runs, all_at_best, at_best, conditions, finals
 from .layout import NOTHING, table
 
@@ -351,6 +351,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "tries-4000": tries("bytes-128", 4000),
     **gpu.TABLES,
     **cpu.TABLES,
+    **swaps.TABLES,
     "parts": parts("bytes-128", 400),
     "parts-frugal": parts("bytes-128", 400, "frugal"),
     "sensitivity": sensitivity("bytes-128", ("lowrank",)),

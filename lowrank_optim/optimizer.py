@@ -126,6 +126,7 @@ class LowRank(Optimizer):
         state_budget: int | str | None = None,
         update_proj_gap: int = 200,
         scale: float = 1.0,
+        length: str = "published",
         projector: str | Projector = "svd",
         feed: str | Feed = "gradient",
         rule: str | Rule = "adam",

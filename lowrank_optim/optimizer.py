@@ -283,6 +283,7 @@ class LowRank(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, as torch does, also those that `step_in_backward` accumulates."""
+        self._session.note_members()  # else torch would use up a generator among the groups
         super().zero_grad(set_to_none)
         self._session.end_step()
 

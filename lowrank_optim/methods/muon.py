@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import Muon
+from ._common import with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -52,8 +53,11 @@ class MuonW(LowRank):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=Muon(length, momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank,
+            **with_parts(
+                common, self, projector="identity",
+                rule=Muon(length, momentum=momentum, nesterov=nesterov), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

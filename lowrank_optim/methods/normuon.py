@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import NorMuon
+from ._common import with_parts
 from .bibliography import Paper
 from .muon import PAPER as MUON
 from .record import Method, Rates
@@ -50,8 +51,11 @@ class NorMuonW(LowRank):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank,
+            **with_parts(
+                common, self, projector="identity",
+                rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

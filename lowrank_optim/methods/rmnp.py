@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowNormalized
+from ._common import with_parts
 from .bibliography import ICML, Paper
 from .record import Method
 
@@ -50,8 +51,10 @@ class RMNPW(LowRank):
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=RowNormalized(momentum), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank,
+            **with_parts(
+                common, self, projector="identity", rule=RowNormalized(momentum), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Orthogonal
+from ._common import with_parts
 from .bibliography import Paper
 from .dct import PAPER as DCT
 from .muon import PAPER as MUON
@@ -65,8 +66,11 @@ class TrionW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Orthogonal(length),
-            residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype), **common,
+            scale=scale, projector=projector, on_refresh=on_refresh,
+            **with_parts(
+                common, self, rule=Orthogonal(length), residual=Drop(),
+                feed=ErrorFeedback(momentum, momentum_dtype),
+            ),
         )  # fmt: skip
 
 

@@ -20,7 +20,6 @@ from lowrank_optim import (
     LowRank,
     NormScaled,
     Power,
-    SettingError,
     StateFree,
     param_groups,
 )
@@ -233,65 +232,6 @@ def test_rank_cannot_change_under_state():
     with pytest.raises(RuntimeError, match=r"shape \(8, 2\), and should have \(8, 3\)"):
         optimizer.step()
     assert torch.equal(param, before)
-
-
-@pytest.mark.parametrize(
-    ("shape", "value"),
-    [((8, 6), 3), ((5,), 3), ((8, 6), "1"), ((5,), [1.0]), ((8, 6), torch.ones(()))],
-)
-def test_an_entry_of_a_state_of_another_type_is_refused_by_name(shape, value):
-    params = [a_matrix((9, 7)), a_matrix(shape)]
-    optimizer = FiraAdamW(params, rank=2)
-    for param in params:
-        param.grad = torch.randn_like(param)
-    optimizer.step()
-    state, before = optimizer.state[params[1]], [param.detach().clone() for param in params]
-    for key, held in list(state.items()):
-        if isinstance(held, torch.Tensor) == isinstance(value, torch.Tensor):
-            continue
-        state[key] = value
-        wanted = "a tensor" if isinstance(held, torch.Tensor) else "a number"
-        message = (
-            rf"^'{key}' is of type {type(value).__name__}, and should be {wanted}, in the state of "
-            rf"parameter 1 of group 0, of shape {re.escape(str(shape))}"
-        )
-        with pytest.raises(RuntimeError, match=message):
-            optimizer.step()
-        state[key] = held
-    assert all(map(torch.equal, params, before))
-    optimizer.step()
-
-
-@pytest.mark.parametrize("value", [None, 5, a_matrix().device])
-def test_what_is_no_list_of_parameters_is_refused_by_the_number_of_its_group(value):
-    optimizer = GaLoreAdamW([{"params": [a_matrix()]}, {"params": [a_matrix()]}], rank=2)
-    good = optimizer.param_groups[1]["params"]
-    optimizer.param_groups[1]["params"] = value
-    message = re.escape(f"params={value!r} in group 1: params must be a list of tensors")
-    for act in (optimizer.step, optimizer.zero_grad, optimizer.state_dict, optimizer.summary):
-        with pytest.raises(SettingError, match=message):
-            act()
-    optimizer.param_groups[1]["params"] = good
-    optimizer.step()
-
-
-@pytest.mark.parametrize("value", [None, "weight", ("weight", torch.ones(8, 6))], ids=type)
-def test_what_is_no_tensor_among_parameters_is_refused_by_its_place(value):
-    params = [a_matrix(), a_matrix()]
-    optimizer = GaLoreAdamW(params, rank=2)
-    for param in params:
-        param.grad = torch.ones_like(param)
-    optimizer.step()
-    optimizer.param_groups[0]["params"][1] = value
-    kind = type(value).__name__
-    for act in (optimizer.step, optimizer.zero_grad, optimizer.state_dict, optimizer.summary):
-        with pytest.raises(
-            SettingError, match=f"'params' of group 0 has a value of type {kind} at place 1: every"
-        ):
-            act()
-    optimizer.param_groups[0]["params"][1] = params[1]
-    optimizer.step()
-    assert optimizer.state[params[1]]["step"] == 2
 
 
 @pytest.mark.parametrize("value", [nan, float("inf")])

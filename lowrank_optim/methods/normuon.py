@@ -28,7 +28,8 @@ class NorMuonW(LowRank):
     Args:
         lr: of matrices: near AdamW's, since a step is 0.2 a weight on the average.
         betas, eps: of AdamW, for parameters that are not matrices; the second beta is that of the
-            neurons' squares too.
+            neurons' squares too. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
+            `momentum`.
         momentum, nesterov: see `NorMuon`.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.

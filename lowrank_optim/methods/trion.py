@@ -34,7 +34,8 @@ class TrionW(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
-        betas, eps: of AdamW, for parameters that are not matrices.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         momentum_dtype: how M is stored, see `ErrorFeedback`.
         length: see `Orthogonal`: the forms of Jordan, Kimi, Dion and none.

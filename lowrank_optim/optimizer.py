@@ -23,7 +23,7 @@ from .layerwise.hooks import InBackward, check_accumulable
 from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
-from .settings.keys import check_keys, check_unknown, translate
+from .settings.keys import check_kept, check_keys, check_unknown, translate
 from .settings.numbers import default_of, placed
 from .settings.plans import check_values
 from .settings.values import CHECKS
@@ -218,6 +218,7 @@ class LowRank(Optimizer):
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
+        check_kept(group, where, STATE_VERSION)
         translate(group, where)
         defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
         if group.get("length", defaults["length"]) != defaults["length"]:
@@ -299,6 +300,7 @@ class LowRank(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, as torch does, also those that `step_in_backward` accumulates."""
+        self._session.note_members()  # else torch would use up a generator among the groups
         super().zero_grad(set_to_none)
         self._session.end_step()
 

@@ -30,7 +30,7 @@ float16 may overflow."""
 @triton.jit
 def _parts(x, dtype: tl.constexpr, stored: tl.constexpr):
     """Return x rounded to `dtype` and what the rounding left, both in the type of the tables."""
-    high = x.to(dtype)
+    high = x.to(dtype)  # x is (A, B), as both parts
     low = (x.to(tl.float32) - high.to(tl.float32)).to(dtype)
     return high.to(stored), low.to(stored)
 
@@ -38,6 +38,7 @@ def _parts(x, dtype: tl.constexpr, stored: tl.constexpr):
 @triton.jit
 def _entries(row, at, here, exact: tl.constexpr):
     """Return entries of a row, zero where the tile is larger than the matrix."""
+    # at, here and the result are (A B,)
     if exact:
         return tl.load(row + at)
     else:
@@ -47,6 +48,7 @@ def _entries(row, at, here, exact: tl.constexpr):
 @triton.jit
 def _product(x, x_low, y, y_low, total, split: tl.constexpr):
     """Return `total + x @ y`, of both parts of each factor where they are split."""
+    # total and the result are (A, B): of (A, A) @ (A, B), or of (A, B) @ (B, B)
     if split:
         total = tl.dot(x_low, y, total)
         total = tl.dot(x, y_low, total)
@@ -157,11 +159,11 @@ def _scores(
 
     # The rows of the class n1/2 now stand below each other: one product of matrices for A of them.
     tl.debug_barrier()
-    m_mid = tl.load(m_at + 2 * B * B)
+    m_mid = tl.load(m_at + 2 * B * B)  # (B, B)
     m_mid_low = tl.load(m_at + 5 * B * B) if split else m_mid
     sum_mid = zero
     for start in range(0, count, A):
-        mine = start + a
+        mine = start + a  # (A, 1); x and s are (A, B)
         at = middle + (first + mine.to(tl.int64) * programs) * B + b
         x, x_low = _parts(tl.load(at, mask=mine < count, other=0.0), tl.bfloat16, second)
         s = _product(x, x_low, m_mid, m_mid_low, zero, split)
@@ -185,7 +187,7 @@ def dct_scores(grads: Sequence[Tensor], norm: str) -> Tensor:
         T[k1, b]       = sqrt(2/n) exp(-i pi k1 (4b+1) / (2n)),
 
     the turn of the cosine transform being shared out between T and the second matrix. Both parts of
-    Z are wanted, so the classes k1 < n1/2 ("slots") give every column but those of k1 = n1/2. For
+    Z are wanted, so the classes k1 < n1/2 ("slots") give every column except k1 = n1/2's. For
     slot 0 the imaginary part of Y is zero: its room carries Y[n1/2, b], which is real, to memory (4
     bytes per n1 elements), and each program ends with one real product for all its rows.
 
@@ -235,7 +237,7 @@ def dct_scores(grads: Sequence[Tensor], norm: str) -> Tensor:
 
 
 def _through_copies(grads: Sequence[Tensor], norm: str) -> Tensor:
-    """Return what `_launch` does, for rows that are not contiguous, by copies of bounded size."""
+    """Return what `_launch` returns, by bounded copies, where rows are not contiguous."""
     rows, cols = grads[0].shape
     some = min(len(grads), max(1, COPY // (rows * cols)))
     height = min(rows, max(1, COPY // (some * cols)))

@@ -30,7 +30,7 @@ def tl_type(tensor: Tensor) -> tl.dtype:
     return TYPES[tensor.dtype]
 
 
-def form_of(exp_avg: Stored, exp_avg_sq: Stored) -> tuple[tl.dtype, tl.dtype, bool]:
+def types_of(exp_avg: Stored, exp_avg_sq: Stored) -> tuple[tl.dtype, tl.dtype, bool]:
     """Return the types of both moments, and whether they are 8-bit codes."""
     if isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor):
         return tl_type(exp_avg), tl_type(exp_avg_sq), False

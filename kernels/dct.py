@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._host import over
-from .cosines import Plan, cosines, plan, supports
+from .cosines import Factoring, cosines, factored, supports
 from .tables import addresses, tables
 
 __all__ = ["dct_scores", "supports"]
@@ -253,7 +253,7 @@ def _through_copies(grads: Sequence[Tensor], norm: str) -> Tensor:
     return sums
 
 
-def _programs(grad: Tensor, count: int, layout: Plan) -> int:
+def _programs(grad: Tensor, count: int, layout: Factoring) -> int:
     """Return how many programs share the rows of one of `count` gradients."""
     rows = grad.shape[0]
     if grad.device.type != "cuda":
@@ -272,7 +272,7 @@ def _launch(grads: Sequence[Tensor], norm: str) -> Tensor:
     """Return the sums of |S| or S^2, `(K, cols)`; one dtype and stride, contiguous rows."""
     grad = grads[0]
     rows, n = grad.shape
-    layout = plan(n)
+    layout = factored(n)
     split = grad.dtype == torch.float32
     programs = _programs(grad, len(grads), layout)
     partial = torch.empty(len(grads), programs, n, dtype=torch.float32, device=grad.device)

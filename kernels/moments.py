@@ -15,13 +15,13 @@ from ._host import (
     Stored,
     aligned,
     corrections,
-    form_of,
     matrix_shape,
     numbers,
     over,
     places_of_moments,
     rates,
     tl_type,
+    types_of,
 )
 from .blockwise import (
     codes_of,
@@ -232,7 +232,7 @@ def _launch(
     rows, cols = matrix_shape(grad)
     places = addresses(params), addresses(grads), *places_of_moments(exp_avg, exp_avg_sq)
     moved = tables(grad.device, *places, [noise.stream for noise in noises])
-    m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
+    m_type, v_type, eight = types_of(exp_avg[0], exp_avg_sq[0])
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
     step_size, decay, rated = rates(step_size, decay)

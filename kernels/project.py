@@ -17,13 +17,13 @@ from ._host import (
     Stored,
     aligned,
     corrections,
-    form_of,
     numbers,
     over,
     places_of_moments,
     precision,
     roomy,
     tl_type,
+    types_of,
 )
 from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
@@ -308,7 +308,7 @@ def project_moments(
     grad, factor = grads[0], factors[0]
     (rows, cols), rank, device = grad.shape, factor.shape[-1], grad.device
     half = grad.dtype != torch.float32
-    m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
+    m_type, v_type, eight = types_of(exp_avg[0], exp_avg_sq[0])
     indexed = factor.ndim == 1
     tile = tile_of(rows, rank, half, eight, indexed, roomy(device))
     row_tiles, rank_tiles = over(rows, tile.rows), over(rank, tile.rank)

@@ -40,8 +40,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True
     """Load through torch's own method, which runs the user's hooks.
 
     Our hooks stand innermost: after the user's pre-hooks the checkpoint is checked, and handed on
-    without states, which torch would cast to the dtype of the parameter; before his post-hooks the
-    states are taken from it.
+    without states, which torch would cast to the dtype of the parameter; before the user's
+    post-hooks the states are taken from it.
 
     Args:
         optimizer: whose state is replaced.

@@ -39,7 +39,7 @@ class Plan:
 
     @cached_property
     def want(self) -> Want:
-        """What of a step the residual and its update need."""
+        """What the residual and its update need of a step."""
         return self.residual.want
 
     @cached_property
@@ -85,16 +85,16 @@ class Plan:
 
     @cached_property
     def plain_numbers(self) -> dict[str, Number]:
-        """The numbers that are read for parameters which are not projected."""
+        """The numbers that are read for parameters that are not projected."""
         return dict(numbers_of(self.rule.plain))
 
     @property
     def full(self) -> bool:
-        """Whether a rank that leaves nothing out still means something else than a plain step."""
+        """Whether a rank that drops nothing still means something other than a plain step."""
         return self.rule.whole or self.feed.full
 
     def each(self, group: Group) -> Each:
-        """Return what the entries of a state are kept for."""
+        """Return which entries of a state are kept by row, once for a stack, and in parts."""
         cut = self.projector.bases if group["shard_basis"] else ()
         by_row = (*self.slots, *self.rule.plain.slots, *self.feed.slots, *self.kept_by_row)
         return Each(by_row, self.projector.common, cut)

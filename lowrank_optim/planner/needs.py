@@ -191,7 +191,7 @@ def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: P
 
 def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
     """Return what a later step makes, in bytes, of the first parameters that are fed at once."""
-    first = next(feed.servings(jobs, plan), [])
+    first = next(feed.fed_chunks(jobs, plan), [])
     some = [with_state(job, group, plan) for job in first]
     for job in some:
         site_of(job).step = 1
@@ -201,9 +201,9 @@ def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
 def launch_workspace(job: Job, count: int, room: int, group: Group, plan: Plan) -> int:
     """Return what the launches of kernels for `count` parameters like this one make, in bytes."""
     _, view = oriented(job.param, job.layout.wide)
-    parts = list(launches.parts_of(job, view, None, group, plan))
-    each = launches.held_bytes(parts[0], plan)
-    return each * min(count * len(parts), max(1, room // max(1, each)))
+    operands = list(launches.operands_of(job, view, None, group, plan))
+    each = launches.held_bytes(operands[0], plan)
+    return each * min(count * len(operands), max(1, room // max(1, each)))
 
 
 def with_state(job: Job, group: Group, plan: Plan) -> Job:

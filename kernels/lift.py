@@ -53,8 +53,8 @@ def tile_of(
         second level, 128^2   1.33  2.67  5.33
         second level, 128x256 1.00  2.00  4.00
 
-    Of 128^2 two programs share a multiprocessor (128 registers a thread), one of them reading and
-    writing W while the other multiplies; pieces of 16 columns are what keeps 128 registers enough.
+    With 128^2, two programs share a multiprocessor (128 registers a thread), one reading and
+    writing W while the other multiplies; 128 registers are enough for pieces of 16 columns.
     With room for more on their way, products of 64 columns of rank and larger pieces, whose rows
     are whole lines of memory, are faster. Measured on an H200, ms for all matrices of LLaMA-7B:
 
@@ -294,8 +294,8 @@ def lift_write(
 def blend(direction: Tensor, low: Tensor, a: float, b: float | Tensor) -> None:
     """Put a N + b R in place of N, all `(K, rows, rank)`; b is a number or one a row.
 
-    A pass of 6 r bytes a row, so that the product reads one operand, not two through registers:
-    59 to 68 ms a step of LLaMA-7B at r = 1024 on an H200, where with one it is 26.
+    A pass of 6 r bytes a row, so that the product reads one operand, not two through registers: a
+    step of LLaMA-7B at r = 1024 on an H200 took 59 to 68 ms with two, and takes 26 with one.
     """
     rows, rank = direction.shape[0] * direction.shape[1], direction.shape[2]
     _blend[(over(rows, 4), over(rank, 256))](

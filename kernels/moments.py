@@ -81,7 +81,7 @@ def store_moments(
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of both moments, rounded as `functional.store` does, but not the scales."""
+    """Store a tile of both moments, rounded as `functional.store` does, without the scales."""
     m_at = address(m_table, k, M_TYPE, ALIGNED) + at  # (HEIGHT, TILE), as m, v, at and inside
     v_at = address(v_table, k, V_TYPE, ALIGNED) + at
     if EIGHT:  # a tile is one block a row: m_scale and v_scale are (HEIGHT,)

@@ -120,9 +120,9 @@ def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
         if ours:
             raise
         raise SettingError(
-            f"the checkpoint is one of another optimizer, whose state is not that of a "
-            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads those of "
-            "galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
+            f"the checkpoint is one of another optimizer, whose state does not fit a "
+            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads checkpoints "
+            "of galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
             "and start without the optimizer's state"
         ) from None
     return found

@@ -30,11 +30,11 @@ AT_ONCE = 48 << 20
 """Bytes of projected gradients, directions and bases that a step makes beside the parameters."""
 
 SHARE = 64
-"""The gradients over this, where that is more: else a large model's step has many small launches,
-and takes as long as the host needs for those."""
+"""A step may make the bytes of the gradients over this, where that is more. Otherwise a large
+model's step has many small launches, and takes as long as the host needs for them."""
 
 READ_OFTEN = 1 << 18
-"""Elements from which on a basis is narrowed once, not at each of its many reads."""
+"""Elements from which on a basis is narrowed once instead of at each of its many reads."""
 
 
 class Operand(NamedTuple):
@@ -148,8 +148,8 @@ def form_of(moment: Stored) -> Hashable:
 def held_bytes(operand: Operand, plan: Plan) -> int:
     """Return the bytes that a launch makes for one matrix: low, direction, sums, and a basis.
 
-    A whole basis in the state is used as it lies there, or narrowed; any other is counted as one
-    that is gathered in float32 and narrowed.
+    A whole basis in the state is used as it lies there, or narrowed. Any other basis is counted as
+    if it were gathered in float32 and narrowed.
     """
     want, (rows, cols), layout = plan.want, operand.param.shape, operand.job.layout
     if layout.mesh is not None:

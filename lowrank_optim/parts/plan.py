@@ -133,7 +133,7 @@ class Plan:
         if max(len(self.slots), len(self.rule.plain.slots)) > len(MOMENTS) and not exact:
             raise ValueError(
                 f"state_dtype does not go with the rule {rule}: there are random bits to round "
-                f"{len(MOMENTS)} moments with, and it has {len(self.slots)}; leave state_dtype away"
+                f"{len(MOMENTS)} moments with, and it has {len(self.slots)}; leave state_dtype out"
             )
         if self.feed.slots and self.takes_turns:
             raise ValueError(

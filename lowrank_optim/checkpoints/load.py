@@ -40,8 +40,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True
     """Load through torch's own method, which runs the user's hooks.
 
     Our hooks stand innermost: after the user's pre-hooks the checkpoint is checked, and handed on
-    without states, which torch would cast to the dtype of the parameter; before his post-hooks the
-    states are taken from it.
+    without states, which torch would cast to the dtype of the parameter; before the user's
+    post-hooks the states are taken from it.
 
     Args:
         optimizer: whose state is replaced.
@@ -120,9 +120,9 @@ def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
         if ours:
             raise
         raise SettingError(
-            f"the checkpoint is one of another optimizer, whose state is not that of a "
-            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads those of "
-            "galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
+            f"the checkpoint is one of another optimizer, whose state does not fit a "
+            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads checkpoints "
+            "of galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
             "and start without the optimizer's state"
         ) from None
     return found

@@ -135,7 +135,7 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
 
     Keys that no method has belong to a wrapper, and are left alone.
     """
-    at_times: tuple[str, ...] = ()  # moments that are there or not, as it is a matrix's turn
+    at_times: tuple[str, ...] = ()  # moments that are there only in a matrix's turn
     if site is not None:
         step = state.get("step", 0)
         site = replace(site, step=max(0, int(step) - 1) if is_one_number(step) else 0)

@@ -35,7 +35,7 @@ class Common(TypedDict, total=False):
 
 
 class WithFeed(Common, total=False):
-    """The same for methods that leave it open what is fed to the projector."""
+    """The same for methods whose feed can be chosen."""
 
     feed: str | Feed
 

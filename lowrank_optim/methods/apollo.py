@@ -28,8 +28,8 @@ class ApolloAdamW(LowRank):
 
     Args:
         rank: 1 gives APOLLO-Mini, one factor a matrix.
-        scale: the paper's alpha, of which the root counts. Our basis is orthonormal: at scale 1 the
-            step is as long as AdamW's; the paper's length is scale = rank / n.
+        scale: the paper's alpha, which enters by its square root. Our basis is orthonormal: at
+            scale 1 the step is as long as AdamW's, at rank / n as long as the paper's.
         limiter: largest growth of |phi * G| in one step; None for no limit.
         For the other arguments and errors see `LowRank`.
 

@@ -34,7 +34,7 @@ class CondaW(LowRank):
         rank: 1.0 in the paper.
         update_proj_gap: updates between decompositions.
         scale: the paper's alpha.
-        projector: "svd" is the paper's; "power" finds a lower rank's subspace without it.
+        projector: "svd" is the paper's; "power" finds a subspace of lower rank without an SVD.
         For the other arguments and errors see `LowRank`.
 
     Reference: Wang et al., "Conda: Column-Normalized Adam for Training Large Language Models

@@ -28,7 +28,7 @@ class DCTAdamW(LowRank):
     and one n x n basis for all layers of a width.
 
     Args:
-        update_proj_gap: 1 chooses anew at every update, which a fixed basis makes cheap.
+        update_proj_gap: 1 chooses columns anew at every update, which a fixed basis makes cheap.
         on_refresh: "rotate" copies the moments of the columns that stay and zeroes the others.
         For the other arguments and errors see `LowRank`.
 

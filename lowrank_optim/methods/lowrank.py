@@ -27,8 +27,8 @@ class LowRankAdamW(LowRank):
     """Our own: AdamW in a subspace that follows the gradient, small sign steps in the rest.
 
     W <- (1 - lr wd) W - lr (N P^T + state_free_scale sgn(G - G P P^T)),  N = Adam(G P), with P the
-    top singular directions by power iteration, turned on often, and moments that are kept as they
-    are meanwhile.  Memory: 2 m r + n r values.
+    top singular directions by power iteration, refreshed often, and moments that are kept as they
+    are at a refresh.  Memory: 2 m r + n r values.
 
     Args:
         lr: larger than AdamW's best rate for the same matrices: two to five times.

@@ -30,7 +30,7 @@ class MuonW(LowRank):
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`).
         betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
             `CyclicLR` cycle these, and never `momentum`.
-        momentum, nesterov, length: see `Muon`; with "match_rms_adamw" an lr of AdamW's fits.
+        momentum, nesterov, length: see `Muon`; with "match_rms_adamw" AdamW's lr fits.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
 

@@ -26,9 +26,9 @@ class NorMuonW(LowRank):
     See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, and one a neuron.
 
     Args:
-        lr: of matrices: near AdamW's, since a step is 0.2 a weight on the average.
-        betas, eps: of AdamW, for parameters that are not matrices; the second beta is that of the
-            neurons' squares too. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
+        lr: of matrices: near AdamW's, since a step is 0.2 a weight on average.
+        betas, eps: of AdamW, for parameters that are not matrices; the second beta also averages
+            the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
             `momentum`.
         momentum, nesterov: see `NorMuon`.
         rank: 1.0; None in a group makes it plain AdamW.

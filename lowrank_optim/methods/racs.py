@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RACS(LowRank):
-    """The gradient with rows and columns scaled, AdamW for what is no matrix.
+    """The gradient with rows and columns scaled, AdamW for the rest.
 
     W <- (1 - lr wd) W - lr scale G_ij / sqrt(Q_i S_j), see `RowColumnScaled`.
     Memory: m + n + 1 values.

@@ -42,8 +42,8 @@ class TrionW(LowRank):
         For the other arguments and errors see `LowRank`.
 
     Reference: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
-        Optimization of Large Language Models", arXiv 2505.17967, its algorithm; the published file
-        does not run. The momentum is Dion's, arXiv 2504.05295; with full rank all is Muon,
+        Optimization of Large Language Models", arXiv 2505.17967, from its algorithm; the published
+        file does not run. The momentum is Dion's, arXiv 2504.05295; at full rank this is Muon,
         https://kellerjordan.github.io/posts/muon/, in the cosine basis and without `nesterov`.
     """
 

@@ -127,7 +127,7 @@ def check_unknown(keywords: dict[str, Any], name: str) -> None:
 
     Args:
         keywords: what is left over.
-        name: of the class that was called.
+        name: name of the class that was called.
     """
     for key in keywords:
         near = nearest(key)

@@ -150,7 +150,7 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
 
 
 RATES = ("lr", "betas", "eps", "weight_decay", "scale", "maximize", "skipped_steps")
-"""Settings that change nothing but numbers of a step."""
+"""Settings that change only numbers of a step."""
 
 
 WITH_NUMBERS = (*PARTS, "rank")
@@ -171,7 +171,7 @@ NUMBERS = readers_of_numbers()
 """Keys of the numbers of our parts, and what reads them."""
 
 DERIVED = tuple(key for key, number in AutoRank.numbers.items() if number.derived)
-"""Those of them from which more follows than a number of a step."""
+"""The keys among them that change more than a number of a step."""
 
 
 def part_of(key: str, value: Any) -> Any:

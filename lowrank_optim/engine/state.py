@@ -143,13 +143,17 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
     wanted = template(param, site, group, plan)
     if strange := [key for key in state if key not in wanted and key in owned()]:
         number = decided_by(strange[0], wanted, param, site, group, plan)
-        why = f"does not go with {number}=None" if number else "belongs to another method"
+        why = (
+            f"does not go with {number}={group[number]!r}"
+            if number
+            else "belongs to another method"
+        )
         return f"{strange[0]!r} {why} in"
     for key, like in wanted.items():
         held = state.get(key)
         if held is None:
             number = decided_by(key, wanted, param, site, group, plan)
-            why = f", without which {number} must be None," if number else ""
+            why = f", which goes with {number}={group[number]!r}," if number else ""
             return f"there is no {key!r}{why} in"
         kind, called = (Tensor, "tensor") if isinstance(like, Tensor) else (Real, "number")
         if not isinstance(held, kind):

@@ -375,7 +375,7 @@ def test_a_number_that_is_none_or_not_decides_what_is_kept_and_is_named(name, ke
     number = METHODS[name]().param_groups[0][key]
     for start, later, message in (
         (number, None, rf"' does not go with {key}=None in the state of .* cannot change once"),
-        (None, number, rf"there is no '\w+', without which {key} must be None, in the state of"),
+        (None, number, rf"there is no '\w+', which goes with {key}={number}, in the state of"),
     ):
         optimizer = METHODS[name]({key: start})
         train(optimizer, range(2))

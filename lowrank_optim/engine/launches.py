@@ -109,7 +109,7 @@ def operands_of(
     count, noise = age_of(job, group), noise_of(job, group)
     first, second = moments
     if view.ndim == 2:
-        yield Part(
+        yield Operand(
             job, None, view, copy, grad, first, second, count, noise, residual, job.sampled
         )  # fmt: skip
         return

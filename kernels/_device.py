@@ -42,6 +42,7 @@ def number(x, k, ON_DEVICE: tl.constexpr):
 @triton.jit
 def halves(x):
     """Return the left and the right half of a tile: of registers, where they hold a product."""
+    # (rows, cols) -> (rows, 2, cols / 2) -> (rows, cols / 2, 2), split along its last axis
     return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
 
 
@@ -65,6 +66,7 @@ def random_bits(seed, count, stream, row, col, KIND: tl.constexpr, WIDTH: tl.con
     a, b, c, d = tl.philox(
         seed, zero + group[None, :], zero + line[:, None], zero + position, zero + count
     )
+    # a to d are (rows, WIDTH / 8), a word for two columns each
     words = tl.join(tl.join(a, c), tl.join(b, d))  # (rows, WIDTH / 8, 2, 2): words a to d
     halves = tl.join(words & 0xFFFF, words >> 16)  # (rows, WIDTH / 8, 2, 2, 2)
     return halves.reshape(row.shape[0], WIDTH).to(tl.int32)
@@ -73,6 +75,7 @@ def random_bits(seed, count, stream, row, col, KIND: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def stochastic_round(x, bits):
     """Round float32 to bfloat16 up or down at random: see `functional.stochastic_round`."""
+    # x, bits and the result are of one shape, any
     moved = ((x.to(tl.int32, bitcast=True) + bits) & -65536).to(tl.float32, bitcast=True)
     return tl.where(tl.abs(x) < float("inf"), moved, x).to(tl.bfloat16)
 
@@ -80,6 +83,7 @@ def stochastic_round(x, bits):
 @triton.jit
 def narrow(x, TYPE: tl.constexpr):
     """Round float32 to nearest, ties to even."""
+    # x and the result are of one shape, any
     if INTERPRETED and tl.bfloat16 == TYPE:
         bits = x.to(tl.int32, bitcast=True)
         near = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
@@ -91,13 +95,14 @@ def narrow(x, TYPE: tl.constexpr):
 @triton.jit
 def peaks(x):
     """Return the largest value of each row; nan where one is, which `tl.max` would drop."""
-    bad = tl.max((x != x).to(tl.int32), axis=1) > 0  # (rows,)
+    bad = tl.max((x != x).to(tl.int32), axis=1) > 0  # x is (rows, cols), this (rows,)
     return tl.where(bad, float("nan"), tl.max(x, axis=1))
 
 
 @triton.jit
 def dot(a, b, total, PRECISION: tl.constexpr):
     """Return `total + a b`, summed in float32."""
+    # a is (rows, inner), b (inner, cols), total and the result (rows, cols)
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total)
     else:

@@ -32,7 +32,7 @@ def tl_type(tensor: Tensor) -> tl.dtype:
     return TYPES[tensor.dtype]
 
 
-def form_of(exp_avg: Stored, exp_avg_sq: Stored) -> tuple[tl.dtype, tl.dtype, bool]:
+def types_of(exp_avg: Stored, exp_avg_sq: Stored) -> tuple[tl.dtype, tl.dtype, bool]:
     """Return the types of both moments, and whether they are 8-bit codes."""
     if isinstance(exp_avg, Tensor) and isinstance(exp_avg_sq, Tensor):
         return tl_type(exp_avg), tl_type(exp_avg_sq), False
@@ -123,13 +123,13 @@ def precision() -> str:
 
 
 KEPT = 4096
-"""Uploads that are kept, two a launch of a step; the one not used for longest goes first."""
+"""Uploads that are kept, two a launch of a step; the least recently used one goes first."""
 
 _tables: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without a wait of the host for it."""
+    """Return a tensor of the host on a device; the host does not wait for it."""
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -143,12 +143,12 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 def tables(device: torch.device, *columns: Sequence[int]) -> tuple[Tensor, ...]:
     """Return lists of numbers, of one length, as int64 tensors on a device, by one upload.
 
-    Each is followed by a number that means nothing where the length is odd, so that all start at
-    multiples of 16 bytes. Gradients and states mostly lie where they lay in the step before, so
-    tables are kept under what they hold and uploaded, from pinned memory and in the order of the
-    current stream, only when something in them is new; they belong to that stream. In the capture
-    of a graph, where an upload would be replayed from memory that is gone, the values are written
-    by kernels and not kept.
+    If the length is odd, a number without meaning follows each, so that all start at multiples of
+    16 bytes. Gradients and states mostly lie where they lay in the step before, so tables are kept
+    under what they hold. They are uploaded, from pinned memory and in the order of the current
+    stream, only when something in them is new; they belong to that stream. In the capture of a
+    graph, an upload would be replayed from memory that is gone: there, kernels write the values,
+    which are not kept.
     """
     length = len(columns[0])
     shape = (len(columns), length + length % 2)

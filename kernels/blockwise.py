@@ -60,6 +60,7 @@ def decade_of(x):
     right or one too large, which the second number tells. Beside a power of ten k may be the
     neighbour; the place in it is then its end on that side.
     """
+    # x, k and what is returned are of one shape, any
     k = ((x.to(tl.int32, bitcast=True) >> 16) * 2466 - 32716840) >> 20
     k = tl.minimum(tl.maximum(k, 0), 6)
     inside = x * tl.exp2((6 - k).to(tl.float32) * 3.3219280948873623)
@@ -69,8 +70,8 @@ def decade_of(x):
 
 @triton.jit
 def place_of(x, PER_DECADE: tl.constexpr):
-    """Return the place of x in [0, 1] among the positive values, from 0, give or take one."""
-    k, inside = decade_of(x)
+    """Return the place of x in [0, 1] among the positive values, from 0; it may be off by one."""
+    k, inside = decade_of(x)  # of the shape of x, any, as all below
     count = PER_DECADE << k
     inside = ((inside - 0.1) * (count.to(tl.float32) * (1.0 / 0.9))).to(tl.int32)
     inside = tl.minimum(tl.maximum(inside, 0), count - 1)
@@ -83,7 +84,7 @@ def codes_of(x, scale, tables):
     least = tl.maximum(scale, tl.full(scale.shape, LEAST_SCALE, tl.float32))
     inverse = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), least)
     u = x * inverse[:, None]  # x is (blocks, BLOCK), scale (blocks,)
-    place = place_of(tl.minimum(tl.abs(u), 1.0), 1)
+    place = place_of(tl.minimum(tl.abs(u), 1.0), 1)  # (blocks, BLOCK), as u and all below
     guess = tl.where(u < 0, 126 - place, 128 + place)
     above = tl.load(tables + 256 + guess)
     below = tl.load(tables + 256 + tl.maximum(guess - 1, 0))
@@ -93,7 +94,8 @@ def codes_of(x, scale, tables):
 @triton.jit
 def codes_of_squares(v, scale, bits, table):
     """Return codes, int32, of a tile of blocks of squares of these scales, rounded by the bits."""
-    divisor = tl.where(scale == 0, 1.0, scale)
+    divisor = tl.where(scale == 0, 1.0, scale)  # (blocks,)
+    # (blocks, BLOCK), as v, bits and all below
     u = tl.div_rn(v, tl.broadcast_to(divisor[:, None], v.shape))
     guess = tl.minimum(1 + place_of(tl.minimum(tl.sqrt(u), 1.0), 2), 254)
     here = tl.load(table + guess)
@@ -109,12 +111,14 @@ def codes_of_squares(v, scale, bits, table):
 @triton.jit
 def dequantize_tile(code, scale, tables):
     """Return `map[code] * scale`; the code as integers, the scale to broadcast."""
+    # code is (blocks, BLOCK), scale (blocks, 1) or of the shape of code
     return tl.load(tables + code.to(tl.int32)) * scale
 
 
 @triton.jit
 def dequantize_squares_tile(code, scale, table):
     """Return `square_map[code] * scale`, at least the least normal number unless one is 0."""
+    # code is (blocks, BLOCK), scale (blocks, 1) or of the shape of code
     value = tl.load(table + code.to(tl.int32)) * scale
     return tl.where((code > 0) & (scale > 0), tl.maximum(value, TINY), value)
 
@@ -124,6 +128,7 @@ def _quantize(
     x, bits, codes, scales, tables, rows, cols, blocks,
     SQUARES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Code one tile: a block of some rows."""
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     col = block * WIDTH + tl.arange(0, WIDTH)
@@ -131,8 +136,8 @@ def _quantize(
     inside = (row[:, None] < rows) & (col[None, :] < cols)
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)  # (HEIGHT, WIDTH): a block a row
     if SQUARES:
-        noise = tl.load(bits + at, mask=inside, other=0)
-        scale = peaks(value)
+        noise = tl.load(bits + at, mask=inside, other=0)  # (HEIGHT, WIDTH)
+        scale = peaks(value)  # (HEIGHT,)
         code = codes_of_squares(value, scale, noise, tables)
     else:
         scale = peaks(tl.abs(value))
@@ -146,6 +151,7 @@ def _dequantize(
     codes, scales, out, tables, rows, cols, blocks,
     SQUARES: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """Decode one tile: a block of some rows."""
     block = tl.program_id(0) % blocks
     row = (tl.program_id(0) // blocks).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
     col = block * WIDTH + tl.arange(0, WIDTH)

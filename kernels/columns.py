@@ -39,7 +39,7 @@ def _move(
     place = tl.load(places + k * rank + lane, mask=lane < rank, other=-1)[None, :]  # (1, WIDTH)
     codes = address(codes_table, k, tl.uint8, ALIGNED)
     scales = address(scales_table, k, tl.float32, ALIGNED)
-    found = (row[:, None] < rows) & (place >= 0)
+    found = (row[:, None] < rows) & (place >= 0)  # (HEIGHT, WIDTH)
     code = tl.load(codes + row[:, None] * rank + place, mask=found, other=0)  # (HEIGHT, WIDTH)
     scale = tl.load(scales + row[:, None] * blocks + place // BLOCK, mask=found, other=0.0)
     if SQUARES:
@@ -50,7 +50,7 @@ def _move(
     value = tl.where(found, value, 0.0).reshape(HEIGHT * WIDTH // BLOCK, BLOCK)
     if SQUARES:
         count, stream = number(step, k // batch, COUNTED).to(tl.uint32), tl.load(streams + k)
-        bits = random_bits(seed, count, stream, row, 0, KIND, WIDTH)
+        bits = random_bits(seed, count, stream, row, 0, KIND, WIDTH)  # (HEIGHT, WIDTH)
         scale = peaks(value)
         code = codes_of_squares(value, scale, bits.reshape(value.shape), table)
     else:
@@ -60,6 +60,7 @@ def _move(
     piece = tl.arange(0, HEIGHT * WIDTH // BLOCK)  # number of a block; row and block likewise
     row = (tl.program_id(0) % row_tiles).to(tl.int64) * HEIGHT + piece // (WIDTH // BLOCK)
     block = piece % (WIDTH // BLOCK)
+    # (HEIGHT * WIDTH // BLOCK, BLOCK), as code
     col = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (row[:, None] < rows) & (col < rank)
     tl.store(codes + row[:, None] * rank + col, code.to(tl.uint8), mask=inside)

@@ -15,7 +15,7 @@ LARGEST = (128, 64)
 """The largest n1 and n2: beyond them a tile no longer fits the registers of a program."""
 
 
-class Plan(NamedTuple):
+class Factoring(NamedTuple):
     """n = n1 n2 with n1 even; tiles: twice `(a, a) @ (a, b)`, then `(a, b) @ (b, b)`, a >= n1/2."""
 
     n1: int
@@ -31,8 +31,8 @@ def _tile(size: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _plans(n: int) -> tuple[Plan, ...]:
-    """Return the plans of width n, the one of least work first."""
+def _factorings(n: int) -> tuple[Factoring, ...]:
+    """Return the factorings of width n, the one of least work first."""
     found = []
     for n1 in range(2, LARGEST[0] + 1, 2):
         n2, left = divmod(n, n1)
@@ -40,19 +40,19 @@ def _plans(n: int) -> tuple[Plan, ...]:
             a, b = _tile(n1 // 2), _tile(n2)
             # A warp holds 16 rows of a tile, so that the first product feeds the second from
             # registers; more warps would do the same work twice.
-            found.append(Plan(n1, n2, a, b, a // 16))
-    # Flops; of equal plans the one with more slots, which make taller tiles and a narrower sum.
+            found.append(Factoring(n1, n2, a, b, a // 16))
+    # Flops; of equal ones the one with more slots, which make taller tiles and a narrower sum.
     return tuple(sorted(found, key=lambda p: (p.a * p.b * (p.a + p.b), -p.n1)))
 
 
 def supports(cols: int, dtype: torch.dtype = torch.float32) -> bool:
     """Say whether the kernel takes a width: n1 n2, n1 even and at most 128, n2 at most 64."""
-    return dtype in (torch.float32, torch.float16, torch.bfloat16) and len(_plans(cols)) > 0
+    return dtype in (torch.float32, torch.float16, torch.bfloat16) and len(_factorings(cols)) > 0
 
 
-def plan(n: int) -> Plan:
-    """Return the plan of least work for a width that `supports` accepts."""
-    return _plans(n)[0]
+def factored(n: int) -> Factoring:
+    """Return the factoring of least work for a width that `supports` accepts."""
+    return _factorings(n)[0]
 
 
 def _padded(*matrices: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def cosines(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, T
         W `(4, a, a)`: real and imaginary parts for a < n1/2, then for the others; T `(2, a, b)`
         in float32; and Re M, Im M, H `(3, b, b)`. W and M have twice as many where they are split.
     """
-    n1, n2, *_ = plan(n)
+    n1, n2, *_ = factored(n)
     half = n1 // 2
     k1 = torch.arange(half, device="cpu").unsqueeze(1)
     along_a = torch.arange(n1, device="cpu")

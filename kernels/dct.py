@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._host import addresses, over, tables
-from .cosines import Plan, cosines, plan, supports
+from .cosines import Factoring, cosines, factored, supports
 
 __all__ = ["dct_scores", "supports"]
 
@@ -29,7 +29,7 @@ float16 may overflow."""
 @triton.jit
 def _parts(x, dtype: tl.constexpr, stored: tl.constexpr):
     """Return x rounded to `dtype` and what the rounding left, both in the type of the tables."""
-    high = x.to(dtype)
+    high = x.to(dtype)  # x is (A, B), as both parts
     low = (x.to(tl.float32) - high.to(tl.float32)).to(dtype)
     return high.to(stored), low.to(stored)
 
@@ -37,6 +37,7 @@ def _parts(x, dtype: tl.constexpr, stored: tl.constexpr):
 @triton.jit
 def _entries(row, at, here, exact: tl.constexpr):
     """Return entries of a row, zero where the tile is larger than the matrix."""
+    # at, here and the result are (A B,)
     if exact:
         return tl.load(row + at)
     else:
@@ -46,6 +47,7 @@ def _entries(row, at, here, exact: tl.constexpr):
 @triton.jit
 def _product(x, x_low, y, y_low, total, split: tl.constexpr):
     """Return `total + x @ y`, of both parts of each factor where they are split."""
+    # total and the result are (A, B): of (A, A) @ (A, B), or of (A, B) @ (B, B)
     if split:
         total = tl.dot(x_low, y, total)
         total = tl.dot(x, y_low, total)
@@ -156,11 +158,11 @@ def _scores(
 
     # The rows of the class n1/2 now stand below each other: one product of matrices for A of them.
     tl.debug_barrier()
-    m_mid = tl.load(m_at + 2 * B * B)
+    m_mid = tl.load(m_at + 2 * B * B)  # (B, B)
     m_mid_low = tl.load(m_at + 5 * B * B) if split else m_mid
     sum_mid = zero
     for start in range(0, count, A):
-        mine = start + a
+        mine = start + a  # (A, 1); x and s are (A, B)
         at = middle + (first + mine.to(tl.int64) * programs) * B + b
         x, x_low = _parts(tl.load(at, mask=mine < count, other=0.0), tl.bfloat16, second)
         s = _product(x, x_low, m_mid, m_mid_low, zero, split)
@@ -184,7 +186,7 @@ def dct_scores(grads: Sequence[Tensor], norm: str) -> Tensor:
         T[k1, b]       = sqrt(2/n) exp(-i pi k1 (4b+1) / (2n)),
 
     the turn of the cosine transform being shared out between T and the second matrix. Both parts of
-    Z are wanted, so the classes k1 < n1/2 ("slots") give every column but those of k1 = n1/2. For
+    Z are wanted, so the classes k1 < n1/2 ("slots") give every column except k1 = n1/2's. For
     slot 0 the imaginary part of Y is zero: its room carries Y[n1/2, b], which is real, to memory (4
     bytes per n1 elements), and each program ends with one real product for all its rows.
 
@@ -234,7 +236,7 @@ def dct_scores(grads: Sequence[Tensor], norm: str) -> Tensor:
 
 
 def _through_copies(grads: Sequence[Tensor], norm: str) -> Tensor:
-    """Return what `_launch` does, for rows that are not contiguous, by copies of bounded size."""
+    """Return what `_launch` returns, by bounded copies, where rows are not contiguous."""
     rows, cols = grads[0].shape
     some = min(len(grads), max(1, COPY // (rows * cols)))
     height = min(rows, max(1, COPY // (some * cols)))
@@ -250,7 +252,7 @@ def _through_copies(grads: Sequence[Tensor], norm: str) -> Tensor:
     return sums
 
 
-def _programs(grad: Tensor, count: int, layout: Plan) -> int:
+def _programs(grad: Tensor, count: int, layout: Factoring) -> int:
     """Return how many programs share the rows of one of `count` gradients."""
     rows = grad.shape[0]
     if grad.device.type != "cuda":
@@ -269,7 +271,7 @@ def _launch(grads: Sequence[Tensor], norm: str) -> Tensor:
     """Return the sums of |S| or S^2, `(K, cols)`; one dtype and stride, contiguous rows."""
     grad = grads[0]
     rows, n = grad.shape
-    layout = plan(n)
+    layout = factored(n)
     split = grad.dtype == torch.float32
     programs = _programs(grad, len(grads), layout)
     partial = torch.empty(len(grads), programs, n, dtype=torch.float32, device=grad.device)

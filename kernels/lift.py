@@ -52,8 +52,8 @@ def tile_of(
         second level, 128^2   1.33  2.67  5.33
         second level, 128x256 1.00  2.00  4.00
 
-    Of 128^2 two programs share a multiprocessor (128 registers a thread), one of them reading and
-    writing W while the other multiplies; pieces of 16 columns are what keeps 128 registers enough.
+    With 128^2, two programs share a multiprocessor (128 registers a thread), one reading and
+    writing W while the other multiplies; 128 registers are enough for pieces of 16 columns.
     With room for more on their way, products of 64 columns of rank and larger pieces, whose rows
     are whole lines of memory, are faster. Measured on an H200, ms for all matrices of LLaMA-7B:
 
@@ -89,7 +89,7 @@ def tile_of(
 @triton.jit
 def coefficient(x, k, row, rows, PER_ROW: tl.constexpr):
     """Return a factor as something to broadcast: a number, or a column of one a row."""
-    if PER_ROW:
+    if PER_ROW:  # row is (ROWS,), the result (ROWS, 1)
         return tl.load(x + k.to(tl.int64) * rows + row, mask=row < rows, other=0.0)[:, None]
     else:
         return x
@@ -105,7 +105,7 @@ def _write(
     ROUNDS: tl.constexpr, ALIGNED: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Do all that follows the products, piece by piece: one at a time has room in registers."""
-    if update.shape[1] > PIECE:
+    if update.shape[1] > PIECE:  # update and kept are (ROWS, width)
         left, right = halves(update)  # (ROWS, width / 2) each
         kept_left, kept_right = left, right
         if SIGN:
@@ -129,6 +129,7 @@ def _write(
             # (PIECE,): which column of R and N lifts to this one, -1 for none
             place = tl.load(places + k.to(tl.int64) * cols + col, mask=col < cols, other=-1)
             chosen = inside & (place[None, :] >= 0)
+            # (ROWS, PIECE), as chosen, into R and N of (K, rows, rank)
             at = (k.to(tl.int64) * rows + row[:, None]) * rank + place[None, :]
             if DIRECTION:
                 update += a * tl.load(direction_in + at, mask=chosen, other=0.0).to(tl.float32)
@@ -136,7 +137,7 @@ def _write(
                 update += share * tl.load(low_in + at, mask=chosen, other=0.0).to(tl.float32)
         if GRAD or SIGN:
             g_at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row + col[None, :] * g_col
-            g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(g_at, mask=inside, other=0.0).to(tl.float32)  # (ROWS, PIECE)
             if GRAD:
                 update += coefficient(phi, k, row, rows, GRAD_ROWS) * g
             if SIGN:
@@ -146,10 +147,10 @@ def _write(
                     dropped = g - kept
                 update += c * ((dropped > 0).to(tl.float32) - (dropped < 0).to(tl.float32))
         w_at = address(weights, k, W_TYPE, ALIGNED) + row[:, None] * w_row + col[None, :] * w_col
-        w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)  # (ROWS, PIECE)
         w = decay * w + step_size * update
         if ROUNDS:
-            bits = random_bits(
+            bits = random_bits(  # (ROWS, PIECE)
                 seed, step, tl.load(streams + k), row, first, WEIGHT, update.shape[1]
             )  # fmt: skip
             tl.store(w_at, stochastic_round(w, bits), mask=inside)
@@ -177,7 +178,7 @@ def _lift(
     first = col_tile * COLS
     col = (first + tl.arange(0, COLS)).to(tl.int64)
     in_rows, in_cols = row[:, None] < rows, col[None, :] < cols  # (ROWS, 1), (1, COLS)
-    base = k.to(tl.int64) * rows * rank + row[:, None] * rank
+    base = k.to(tl.int64) * rows * rank + row[:, None] * rank  # (ROWS, 1)
     update = tl.zeros((ROWS, COLS), dtype=tl.float32)
     share = a
     if LOW:
@@ -188,7 +189,7 @@ def _lift(
     if not INDEXED and (DIRECTION or LOW or SIGN):
         f_at = address(factors, k, F_TYPE, ALIGNED) + col[None, :] * f_col
         for start in range(0, rank, RANK):
-            lane = start + tl.arange(0, RANK)
+            lane = start + tl.arange(0, RANK)  # (RANK,); mask is (ROWS, RANK)
             in_rank = lane[None, :] < rank
             mask = in_rows & in_rank
             p = tl.load(  # (RANK, COLS): a piece of P^T
@@ -224,14 +225,14 @@ def _blend(
 ):  # fmt: skip
     """Put a N + b R in place of N: one tile of all rows of all matrices."""
     row = tl.program_id(0).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
-    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    at = row[:, None] * rank + lane[None, :]
+    lane = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)  # (WIDTH,); row is (HEIGHT,)
+    at = row[:, None] * rank + lane[None, :]  # (HEIGHT, WIDTH), as inside, n and r
     inside = (row[:, None] < rows) & (lane[None, :] < rank)
     n = tl.load(direction + at, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(low + at, mask=inside, other=0.0).to(tl.float32)
     share = b
     if LOW_ROWS:
-        share = tl.load(b + row, mask=row < rows, other=0.0)[:, None]
+        share = tl.load(b + row, mask=row < rows, other=0.0)[:, None]  # (HEIGHT, 1)
     tl.store(direction + at, narrow(a * n + share * r, TYPE), mask=inside)
 
 
@@ -251,8 +252,8 @@ def lift_write(
     One launch for all, one read of G where it is needed, one read and one write of W. Tensors of
     one list have one shape and strides; `low` and `direction` are contiguous, in the dtype of the
     gradients. The sign term keeps `R P^T` in float32: where it is almost G, the sign of the
-    difference may differ from the reference's. Where both `direction` and `low` are multiplied by
-    a basis, their sum is, which is put in the place of `direction`.
+    difference may differ from the reference's. Where both `direction` and `low` would be multiplied
+    by a basis, their sum is multiplied instead; it takes the place of `direction`.
     """
     param, grad, factor = params[0], grads[0], factors[0]
     (rows, cols), device = param.shape, param.device
@@ -292,8 +293,8 @@ def lift_write(
 def blend(direction: Tensor, low: Tensor, a: float, b: float | Tensor) -> None:
     """Put a N + b R in place of N, all `(K, rows, rank)`; b is a number or one a row.
 
-    A pass of 6 r bytes a row, so that the product reads one operand, not two through registers:
-    59 to 68 ms a step of LLaMA-7B at r = 1024 on an H200, where with one it is 26.
+    A pass of 6 r bytes a row, so that the product reads one operand, not two through registers: a
+    step of LLaMA-7B at r = 1024 on an H200 took 59 to 68 ms with two, and takes 26 with one.
     """
     rows, rank = direction.shape[0] * direction.shape[1], direction.shape[2]
     _blend[(over(rows, 4), over(rank, 256))](

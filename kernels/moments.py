@@ -16,7 +16,6 @@ from ._host import (
     addresses,
     aligned,
     corrections,
-    form_of,
     matrix_shape,
     numbers,
     over,
@@ -24,6 +23,7 @@ from ._host import (
     rates,
     tables,
     tl_type,
+    types_of,
 )
 from .blockwise import (
     codes_of,
@@ -44,6 +44,7 @@ WIDTH = 256
 @triton.jit
 def adam(g, m, v, beta1, beta2, eps, correction1, correction2):
     """Return the new moments and the direction: see `functional.adam`."""
+    # g, m, v and the results are tiles of one shape, the rest are numbers
     m += (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
     denominator = (tl.sqrt(v) * (1 / correction2) + eps) * correction1
@@ -81,10 +82,10 @@ def store_moments(
     M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, EIGHT: tl.constexpr, ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of both moments, rounded as `functional.store` does, but not the scales."""
-    m_at = address(m_table, k, M_TYPE, ALIGNED) + at
+    """Store a tile of both moments, rounded as `functional.store` does, without the scales."""
+    m_at = address(m_table, k, M_TYPE, ALIGNED) + at  # (HEIGHT, TILE), as m, v, at and inside
     v_at = address(v_table, k, V_TYPE, ALIGNED) + at
-    if EIGHT:
+    if EIGHT:  # a tile is one block a row: m_scale and v_scale are (HEIGHT,)
         code = codes_of(tl.where(inside, m, 0.0), m_scale, signed_map)
         tl.store(m_at, code.to(tl.uint8), mask=inside)
         bits = random_bits(seed, step, stream, row, col, EXP_AVG_SQ, TILE)
@@ -102,7 +103,7 @@ def store_moments(
 @triton.jit
 def scales_of(m, v, inside):
     """Return the scales of the rows of a tile of both moments."""
-    return (
+    return (  # (HEIGHT,) each, of (HEIGHT, TILE)
         peaks(tl.where(inside, tl.abs(m), 0.0)),
         peaks(tl.where(inside, v, 0.0)),
     )
@@ -111,7 +112,7 @@ def scales_of(m, v, inside):
 @triton.jit
 def store_scales(m_scale, v_scale, m_scales, v_scales, k, row, block, blocks, rows):
     """Store the scales of one block a row of both moments."""
-    at = row * blocks + block
+    at = row * blocks + block  # (HEIGHT,), as m_scale, v_scale and row, into (rows, blocks)
     tl.store(address(m_scales, k, tl.float32, False) + at, m_scale, mask=row < rows)
     tl.store(address(v_scales, k, tl.float32, False) + at, v_scale, mask=row < rows)
 
@@ -232,7 +233,7 @@ def _launch(
     rows, cols = matrix_shape(grad)
     places = addresses(params), addresses(grads), *places_of_moments(exp_avg, exp_avg_sq)
     moved = tables(grad.device, *places, [noise.stream for noise in noises])
-    m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
+    m_type, v_type, eight = types_of(exp_avg[0], exp_avg_sq[0])
     correction1, correction2, counted = corrections(counts, beta1, beta2)
     steps, _ = numbers([noise.step for noise in noises])
     step_size, decay, rated = rates(step_size, decay)

@@ -21,7 +21,7 @@ def _row_norms(
     """Do some rows of one matrix."""
     k = tl.program_id(0) // row_tiles
     row = (tl.program_id(0) % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row
+    at = address(grads, k, G_TYPE, ALIGNED) + row[:, None] * g_row  # (ROWS, 1)
     total = tl.zeros((ROWS, COLS), dtype=tl.float32)
     for start in range(0, cols, COLS):
         col = (start + tl.arange(0, COLS)).to(tl.int64)

@@ -18,7 +18,6 @@ from ._host import (
     addresses,
     aligned,
     corrections,
-    form_of,
     numbers,
     over,
     places_of_moments,
@@ -26,6 +25,7 @@ from ._host import (
     roomy,
     tables,
     tl_type,
+    types_of,
 )
 from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
@@ -136,7 +136,7 @@ def _finish(
 
     A barrier keeps the loads of the next piece, and their registers, behind this one's stores.
     """
-    if low.shape[1] > PIECE:
+    if low.shape[1] > PIECE:  # low is (ROWS, width)
         left, right = halves(low)  # (ROWS, width / 2) each
         low_left, direction_left = _finish(
             left, first, m_table, v_table, m_scales, v_scales, signed_map, square_map,
@@ -168,7 +168,7 @@ def _finish(
             k, row, first, at, inside, seed, step, stream,
             M_TYPE, V_TYPE, EIGHT, ALIGNED, low.shape[1],
         )  # fmt: skip
-        out = k.to(tl.int64) * rows * rank + at
+        out = k.to(tl.int64) * rows * rank + at  # (ROWS, PIECE), into (K, rows, rank)
         if LOW:
             tl.store(low_out + out, narrow(low, OUT_TYPE), mask=inside)
         if DIRECTION:
@@ -176,7 +176,7 @@ def _finish(
         if NORMS:
             low = tl.where(inside, low, 0.0)
             direction = tl.where(inside, direction, 0.0)
-            return tl.sum(low * low, axis=1), tl.sum(direction * direction, axis=1)
+            return tl.sum(low * low, axis=1), tl.sum(direction * direction, axis=1)  # (ROWS,) each
         else:
             return 0.0, 0.0
 
@@ -208,9 +208,9 @@ def _project(
     if INDEXED:
         column = tl.load(f_base + lane, mask=lane < rank, other=0)  # (RANK,)
         low = tl.load(g_at + column[None, :] * g_col, mask=in_rows & in_rank, other=0.0)
-        low = low.to(tl.float32)
+        low = low.to(tl.float32)  # (ROWS, RANK)
     else:
-        f_at = f_base + lane[None, :].to(tl.int64) * f_rank
+        f_at = f_base + lane[None, :].to(tl.int64) * f_rank  # (1, RANK)
         low = tl.zeros((ROWS, RANK), dtype=tl.float32)
         for start in range(0, cols, COLS):
             col = (start + step_of_cols).to(tl.int64)
@@ -234,6 +234,7 @@ def _project(
         )  # fmt: skip
         if NORMS:
             part = matrices.to(tl.int64) * rows * rank_tiles
+            # (ROWS,), into (2, K, rows, rank_tiles): of R, then of N
             spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block
             tl.store(spot, low_squares, mask=row < rows)
             tl.store(spot + part, direction_squares, mask=row < rows)
@@ -242,12 +243,12 @@ def _project(
 @triton.jit
 def _keep(low, first, k, row, rows, rank, low_out, PIECE: tl.constexpr):
     """Store sums as they are."""
-    if low.shape[1] > PIECE:
-        left, right = halves(low)
+    if low.shape[1] > PIECE:  # low is (ROWS, width)
+        left, right = halves(low)  # (ROWS, width / 2) each
         _keep(left, first, k, row, rows, rank, low_out, PIECE)
         _keep(right, first + left.shape[1], k, row, rows, rank, low_out, PIECE)
     else:
-        lane = first + tl.arange(0, low.shape[1])
+        lane = first + tl.arange(0, low.shape[1])  # (PIECE,); row is (ROWS,), low (ROWS, PIECE)
         at = (k.to(tl.int64) * rows + row[:, None]) * rank + lane[None, :]
         tl.store(low_out + at, low, mask=(row[:, None] < rows) & (lane[None, :] < rank))
 
@@ -266,7 +267,7 @@ def _project_eight(
     rest = tl.program_id(0) // blocks
     k = rest // row_tiles
     row = (rest % row_tiles).to(tl.int64) * HEIGHT + tl.arange(0, HEIGHT)
-    lane = block * WIDTH + tl.arange(0, WIDTH)
+    lane = block * WIDTH + tl.arange(0, WIDTH)  # (WIDTH,); row is (HEIGHT,), low (HEIGHT, WIDTH)
     at = (k.to(tl.int64) * rows + row[:, None]) * rank + lane[None, :]
     low = tl.load(low_in + at, mask=(row[:, None] < rows) & (lane[None, :] < rank), other=0.0)
     low_squares, direction_squares = _finish(
@@ -278,7 +279,7 @@ def _project_eight(
     )  # fmt: skip
     if NORMS:
         part = matrices.to(tl.int64) * rows * blocks
-        spot = norms_out + (k.to(tl.int64) * rows + row) * blocks + block
+        spot = norms_out + (k.to(tl.int64) * rows + row) * blocks + block  # (HEIGHT,)
         tl.store(spot, low_squares, mask=row < rows)
         tl.store(spot + part, direction_squares, mask=row < rows)
 
@@ -308,7 +309,7 @@ def project_moments(
     grad, factor = grads[0], factors[0]
     (rows, cols), rank, device = grad.shape, factor.shape[-1], grad.device
     half = grad.dtype != torch.float32
-    m_type, v_type, eight = form_of(exp_avg[0], exp_avg_sq[0])
+    m_type, v_type, eight = types_of(exp_avg[0], exp_avg_sq[0])
     indexed = factor.ndim == 1
     tile = tile_of(rows, rank, half, eight, indexed, roomy(device))
     row_tiles, rank_tiles = over(rows, tile.rows), over(rank, tile.rank)

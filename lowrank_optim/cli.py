@@ -88,8 +88,8 @@ def add_cite(commands: argparse._SubParsersAction[Parser]) -> None:
     """Add `cite`."""
     about = "print the papers of methods, and this package, as BibTeX"
     parser = commands.add_parser("cite", help=about, description=about[0].upper() + about[1:] + ".")
-    parser.add_argument("names", nargs="*", metavar="METHOD", help="without one: which there are")
-    parser.add_argument("--list", action="store_true", help="print which there are")
+    parser.add_argument("names", nargs="*", metavar="METHOD", help="none: list the names")
+    parser.add_argument("--list", action="store_true", help="list the names")
     parser.set_defaults(run=run_cite)
 
 

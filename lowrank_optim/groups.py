@@ -35,18 +35,18 @@ def param_groups(
     Parameters are classified, not modules, so that GPT-2's Conv1D and 3-D stacks of experts count:
     1. projected: matrices, stacks of matrices and convolutions, with `rank`;
     2. plain with decay: embeddings, output heads, matrices with an axis no longer than the rank or,
-       with a share as rank, shorter than `min_dim` (they would be plain anyway, and belong with the
+       with a share as rank, shorter than `min_dim` (they cannot be projected, so they take the
        rates of the plain ones), 1-D convolutions (three dimensions that are no stack), and what
        `exclude` names;
     3. plain without decay: norms, biases of any shape, everything else below two dimensions, and
        what state-space models keep beside their matrices or mark with `_no_weight_decay`.
     An output head is what the model says (`get_output_embeddings`, a layer as wide as `num_labels`
-    or `num_classes`), or the last matrix of a module that is called so (`head`, `classifier`, `fc`,
-    `score`, ...) and stands in no numbered layer. Frozen parameters are left out, tied ones stand
-    once (a head tied to an embedding is an embedding). Groups without parameters are left out.
+    or `num_classes`), or the last matrix of a module that has such a name (`head`, `classifier`,
+    `fc`, `score`, ...) and stands in no numbered layer. Frozen parameters are left out, tied ones
+    stand once (a head tied to an embedding is an embedding). Empty groups are left out.
 
-    Where no matrix reaches `min_dim`, as where adapters are all that is trained, nothing is
-    projected; a warning says so, and the first group holds the matrices that would be.
+    Where no matrix reaches `min_dim`, as when only adapters are trained, nothing is projected. A
+    warning says so, and the first group holds the matrices that would otherwise be projected.
 
     Args:
         model: any module.
@@ -66,7 +66,7 @@ def param_groups(
         Group dicts with "params", "param_names" and settings, the projected group first.
 
     Raises:
-        ValueError: nothing would be projected, for another reason than `min_dim`.
+        ValueError: nothing would be projected, for a reason other than `min_dim`.
     """
     found, message = sorted_groups(
         model, rank, lr, rest_lr, weight_decay, include, exclude, min_dim, settings, strict=True
@@ -88,7 +88,7 @@ def sorted_groups(
     settings: dict[str, Any],
     strict: bool,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Return what `param_groups` does, and its warning; too high a rank raises only if `strict`."""
+    """Return the groups of `param_groups` and its warning; raise for a high rank if `strict`."""
     rest = lr if rest_lr is None else rest_lr
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
     share = rank_asked({"rank": rank, **settings})
@@ -120,7 +120,7 @@ def arranged(
 
     Args:
         named: the parameters. Frozen ones are sorted too, and count for nothing.
-        model: that they belong to, if it is known.
+        model: the module that they belong to, if it is known.
         projected, plain: settings of the first group, and of the others.
         rule: what `subspace_of` goes by, besides the shape and `min_dim`.
         min_dim: the least axis.
@@ -179,10 +179,10 @@ def arranged(
 
 
 def given(params: Any, defaults: dict[str, Any]) -> tuple[Any, str]:
-    """Return what a constructor of an optimizer is given as groups, and a warning to give.
+    """Return groups for what a constructor was given, and the text of a warning, "" for none.
 
-    A module or (name, tensor) pairs are sorted as by `param_groups`, frozen parameters too; what
-    else torch's optimizers take is returned as it is.
+    A module or (name, tensor) pairs are sorted as by `param_groups`, frozen parameters too.
+    Anything else that torch's optimizers take is returned as it is.
 
     Args:
         params: tensors, (name, tensor) pairs, group dicts or a module.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .layerwise.hooks import InBackward, check_accumulable
 from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
-from .settings.keys import check_keys, check_unknown, translate
+from .settings.keys import check_kept, check_keys, check_unknown, translate
 from .settings.numbers import default_of, placed
 from .settings.plans import check_values
 from .settings.values import CHECKS
@@ -59,11 +59,16 @@ class LowRank(Optimizer):
             projected axis; "auto" or an `AutoRank` chooses one for each matrix at each refresh, by
             the spectrum of its gradient. At least one group needs one.
         min_dim: where the rank is a share below 1.0, or is chosen, matrices with a shorter axis
-            are not projected: it saves little and costs much. A rank in columns means itself.
+            are not projected: it saves little and costs much. Does not apply to a rank in columns.
         state_budget: with `rank="auto"`, the most that the states of a group's matrices may take
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
-        scale: factor of the projected update (GradScaled: of its square).
+        scale: factor of the projected update (GradScaled: of its square); with `length` "rms" or
+            "adamw" of the whole update. None is the method's own with this length.
+        length: how long an update is. "published": as the rule and the residual say. "rms": its
+            root mean square is `scale` times 0.2. "adamw": `scale` times that of AdamW's own step,
+            measured on a sample of some 1024 entries of the matrix, so that AdamW's lr, schedule
+            and decay keep their meaning (see `parts.length`). It acts on what is projected.
         projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
             `Projector`.
         feed: what is projected: "gradient", "error_feedback", "general_error_feedback",
@@ -90,17 +95,17 @@ class LowRank(Optimizer):
         impl: "auto" runs Triton kernels on CUDA devices and plain torch elsewhere, "eager" plain
             torch always, "triton" kernels or an error. `summary()` says what runs and why.
         stagger: spread the refreshes of projectors that learn from the gradient over the interval,
-            after the first, so that no step has to do all of them; a matrix's first interval may
-            be shorter for it. Not with `capturable`.
-        shard_basis: of sharded matrices (DTensors), keep a part of the basis on each process
-            instead of all of it, and put it together when it is used: `cols rank` values a matrix
-            and step are gathered. For svd and power; the others keep no basis.
+            after the first, so that no step has to do all of them. This may shorten a matrix's
+            first interval. Not with `capturable`.
+        shard_basis: keep a part of the basis of a sharded matrix (DTensor) on each process instead
+            of the whole, and gather it when it is used: `cols rank` values a matrix and step. For
+            svd and power; the others keep no basis.
         foreach, fused: how torch steps what is not projected, as in `torch.optim.AdamW`.
-        amsgrad, differentiable: False, as code written for `torch.optim.AdamW` may say.
+        amsgrad, differentiable: only False, for code written for `torch.optim.AdamW`.
         process_group: the processes on which ordinary tensors among the parameters, and their
             gradients, are the same, as under DDP: `torch.distributed.group.WORLD`. A subspace is
-            then learnt by one of them and shared. Of sharded parameters (DTensors) the mesh is
-            known. It is not part of any state; a copy of the optimizer has none.
+            then learnt by one of them and shared. Sharded parameters (DTensors) know their own
+            mesh. The group is not part of any state; a copy of the optimizer has none.
 
     Raises:
         ValueError: a setting out of its range or misspelt in a group, no rank in any group, or a
@@ -111,7 +116,14 @@ class LowRank(Optimizer):
             complex gradient.
     """
 
+    published_scale: ClassVar[float] = 1.0
+    measured_scale: ClassVar[float] = 1.0
     _session: Session
+
+    @classmethod
+    def scale_of(cls, length: str) -> float:
+        """Return the scale where none is given with a length: the method's for this length."""
+        return cls.published_scale if length == "published" else cls.measured_scale
 
     def __init__(
         self,
@@ -125,7 +137,7 @@ class LowRank(Optimizer):
         min_dim: int = MIN_DIM,
         state_budget: int | str | None = None,
         update_proj_gap: int = 200,
-        scale: float = 1.0,
+        scale: float | None = None,
         length: str = "published",
         projector: str | Projector = "svd",
         feed: str | Feed = "gradient",
@@ -151,6 +163,7 @@ class LowRank(Optimizer):
     ) -> None:
         check_unknown(unknown, type(self).__name__)
         check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        scale = self.scale_of(length) if scale is None else scale
         given_here = locals()
         defaults: dict[str, Any] = {
             **{key: given_here[key] for key in CHECKS if key in given_here},
@@ -173,7 +186,7 @@ class LowRank(Optimizer):
             )
 
     def _note(self) -> None:
-        """Write into state and groups what is still on its way, also from a step left open."""
+        """Write what is still on its way into state and groups, even from a step left open."""
         if self._session.open is not None and self._session.in_backward is None:
             self._session.open.close()
         self._session.watch.read()
@@ -205,8 +218,11 @@ class LowRank(Optimizer):
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
+        check_kept(group, where, STATE_VERSION)
         translate(group, where)
         defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
+        if group.get("length", defaults["length"]) != defaults["length"]:
+            defaults["scale"] = self.scale_of(group["length"])
         group = placed({**defaults, **group}, where, self.defaults)
         check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):
@@ -230,9 +246,9 @@ class LowRank(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
-        The first call creates the state of every parameter that requires a gradient. Where that
-        call has a learning rate of 0 and nothing but zero gradients, it does no more: frameworks
-        make such a call to learn the shape of the state.
+        The first call creates the state of every parameter that requires a gradient. If its
+        learning rate is 0 and all gradients are zero, it does no more: frameworks make such a call
+        to learn the shape of the state.
         With `capturable`, a step that is captured in a CUDA graph moves no subspace, except DCT's
         with `update_proj_gap=1`: call `step()` outside the graph when a refresh is due.
         `torch.compile` leaves a step as it is: its graph breaks there.
@@ -283,7 +299,7 @@ class LowRank(Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, as torch does, also those that `step_in_backward` accumulates."""
+        """Clear all gradients as torch does, and the ones that `step_in_backward` accumulates."""
         super().zero_grad(set_to_none)
         self._session.end_step()
 
@@ -292,12 +308,12 @@ class LowRank(Optimizer):
         """Update one parameter by the gradient it has now, as a fused backward pass does.
 
         For hooks of your own, which call this and free the gradient themselves. State and result
-        are those of `step()`, which need not be called. Name and arguments follow kohya's
+        are the same as with `step()`, which need not be called. Name and arguments follow kohya's
         hooks; its stock code puts Adafactor's function in this place and takes no other optimizer.
 
         Args:
             param: a parameter of this optimizer; without a gradient it is left alone.
-            group: its group, which is found without this.
+            group: not read, since the parameter is enough to find its group.
 
         Raises:
             ValueError: the parameter is in no group.
@@ -322,29 +338,28 @@ class LowRank(Optimizer):
         max_norm: float | None = None,
         ddp: DistributedDataParallel | None = None,
     ) -> InBackward:
-        """Step each parameter in the backward pass once its gradient is complete, and free that.
+        """Step each parameter in the backward pass once its gradient is complete, then free it.
 
         The loop stays as it is: `step()` is still called once a step, after the last backward pass.
         It ends the step and does what is left, such as parameters without a hook. Optimizer, state,
         `state_dict()` and schedulers are the same as without; so are the results, bit for bit where
-        nothing is clipped or accumulated in projected form (on a CPU; a GPU may round the products
-        of several matrices, which `step()` refreshes together, otherwise than those of one).
-        Gradients then take the memory of the largest one alone (with FSDP2: those of one
-        sharded module). Call this when the model is on its
-        device, after wrapping it; parameters added later join in at the next `step()`, and one that
-        two optimizers ask for is stepped by the last. Every backward pass that reaches a parameter
-        steps it, also one for another model's loss (a discriminator, while its generator learns):
-        freeze it for that.
+        nothing is clipped or accumulated in projected form (on a CPU; a GPU may round products of
+        several matrices, which `step()` refreshes together, differently from products of one).
+        Gradients then take the memory of the largest one alone (with FSDP2, of one sharded module).
+        Call this when the model is on its device, after wrapping it. Parameters added later join in
+        at the next `step()`. A parameter that two optimizers ask for is stepped by the last one.
+        Every backward pass that reaches a parameter steps it, even one for another model's loss (a
+        discriminator, while its generator learns): freeze it there.
 
         Clipping: there is no gradient left for `torch.nn.utils.clip_grad_norm_`, so pass `max_norm`
-        here. Without it, Lightning's `gradient_clip_val` is read, and a loop that calls a function
-        to clip with is warned once. Each gradient is multiplied by min(1, max_norm / n). Where the
+        here. Without it, Lightning's `gradient_clip_val` is read, and a loop that calls a clipping
+        function is warned once. Each gradient is multiplied by min(1, max_norm / n). Where the
         backward pass was first run inside `measure_grad_norm()`, n is the norm of all gradients,
         which is exact clipping; otherwise n is that norm in the step before, or the gradient's own
         if that is larger.
 
         Args:
-            accumulation_steps: backward passes a step; or a function that says whether the one
+            accumulation_steps: backward passes a step; or a function that tells whether the pass
                 under way is the last of its step, as `lambda: accelerator.sync_gradients`. Passes
                 in which FSDP2 does not synchronise gradients do not count.
             accumulate: what is kept until the last pass. "full" keeps gradients whole in `.grad`:
@@ -358,29 +373,29 @@ class LowRank(Optimizer):
                 says so to loops that clip.
             ddp: the wrapped model, if it is one: parameters are then stepped bucket by bucket, each
                 once it is averaged. The buckets hold all gradients and stay in memory, as they do
-                without. Accumulate with `ddp.no_sync()`.
+                in ordinary steps. Accumulate with `ddp.no_sync()`.
 
         Returns:
             A handle whose `remove()` goes back to ordinary steps.
 
         Raises:
             ValueError: a setting that cannot be used.
-            RuntimeError: from `step`, nothing but ordinary tensors in several processes without
-                `ddp`: their gradients are not averaged yet. From the backward pass: a parameter
-                gets one more gradient than was said, a float16 gradient, or `skip_nonfinite=True`
+            RuntimeError: from `step`, only ordinary tensors in several processes without `ddp`:
+                their gradients are not averaged yet. From the backward pass: a parameter gets one
+                more gradient than announced, a float16 gradient, or `skip_nonfinite=True`
                 without `measure_grad_norm()`. The parameter is not changed then. From
                 `GradScaler.step`, too late for the step under way: scaled gradients of float32 look
                 like others.
 
         Reference: the idea is from Lv et al., "Full Parameter Fine-tuning for Large Language
-            Models with Limited Resources", arXiv 2306.09782 (LOMO), and of GaLore's per-layer
-            updates; both without accumulation, and without clipping or with two passes only.
+            Models with Limited Resources", arXiv 2306.09782 (LOMO), and from GaLore's per-layer
+            updates; both are without accumulation, and without clipping or with two passes only.
         """
         settings = (accumulation_steps, accumulate, max_norm, ddp)
         return api.start(self._session, *settings)
 
     def measure_grad_norm(self) -> AbstractContextManager[None]:
-        """Return a context in which backward passes measure the norm of all gradients, no more.
+        """Return a context in which backward passes only measure the norm of all gradients.
 
         For exact clipping, and `skip_nonfinite`, with `step_in_backward`:
         `with optimizer.measure_grad_norm(): loss.backward(retain_graph=True)`, then
@@ -398,7 +413,7 @@ class LowRank(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tell `GradScaler.step` that it has to unscale and to look for infinities itself."""
+        """Whether `step` unscales by itself: never, `GradScaler.step` does."""
         if self._session.in_backward is not None:
             raise RuntimeError(
                 "GradScaler does not go with step_in_backward: it has to see all gradients before "
@@ -414,7 +429,8 @@ class LowRank(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch does, with settings that are objects given as text.
 
-        State of a parameter that has been taken out of all groups is left out, and stays here.
+        State of a parameter that has been taken out of all groups is left out; the optimizer keeps
+        it.
         """
         self._note()
         self._session.note_members()
@@ -430,10 +446,11 @@ class LowRank(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, each tensor on its parameter's device, to go on to the bit.
 
-        Where both sides have names of parameters, states go by them, else by place. Numbers of the
-        groups come from the checkpoint, as in torch. Parts and `state_dtype` stay as this optimizer
-        has them: moments and bases that were stored in another way are converted, exactly where
-        the storage asked for is the finer one. One warning says which settings differ.
+        States are matched by the names of parameters if both sides have them, else by place.
+        Numbers of the groups come from the checkpoint, as in torch. Parts and `state_dtype` stay as
+        this optimizer has them. Moments and bases that were stored in another way are converted,
+        exactly where the storage asked for is the finer one. One warning says which settings
+        differ.
 
         Raises:
             ValueError: the checkpoint has other parameters, was made with another rank, feed,

@@ -34,8 +34,8 @@ SCALE = re.compile(r"(\w+_)?(scales?|alphas?|gammas?)")
 NORM = re.compile(r"norm(?!ali[sz])", re.IGNORECASE)
 
 STATE_SPACE = re.compile(r"A_log$|^time_decay$")
-"""Parameters that tell a state-space model (Mamba, Jamba, Zamba, RWKV). What else its layer holds
-is no matrix either, except where `WEIGHT` says so."""
+"""Parameters by which a state-space model is told (Mamba, Jamba, Zamba, RWKV). The other parameters
+of such a layer are no matrices either, except those that `WEIGHT` finds."""
 
 WEIGHT = re.compile(r"weight|proj|_w\d")
 
@@ -45,11 +45,12 @@ HEAD = re.compile(
 )
 """Modules whose last matrix is an output of the model, where they stand outside numbered layers.
 
-`conv_head` and `pre_logits` are not: timm calls the last layers of bodies so.
+`conv_head` and `pre_logits` are not: in timm, these are the last layers of a body.
 """
 
 OUTPUTS = frozenset({"output", "output_layer", "embed_out", "fc_out"})
-"""Layers that are an output there. Other modules have these names too: BERT's attention."""
+"""Layers that are an output where they stand outside numbered layers. Inside them, other modules
+have these names too: BERT's attention."""
 
 LAST = re.compile(r"fc\d+|out|logits|final(_layer|_conv)?")
 """Layers that are an output if they are the last of the model and no part of another module."""
@@ -79,15 +80,15 @@ class Seen(NamedTuple):
 
 
 def roles_of(named: Iterable[tuple[str, Tensor]], model: nn.Module | None) -> dict[int, str]:
-    """Return by id the parameters that are not to be projected, whatever their length.
+    """Return the roles, by id, of parameters that are never projected, whatever their shape.
 
-    "plain" are embeddings, output heads and 1-D convolutions, "no decay" norms, biases of any
-    shape, and what else acts on channels one by one.
+    "plain" are embeddings, output heads and 1-D convolutions. "no decay" are norms, biases of any
+    shape, and all else that acts on channels one by one.
 
     Args:
         named: parameters with their names, in the model's order.
-        model: the module that they belong to, whose layers then count before names; its own methods
-            may raise what they like. None where names and shapes are all that is known.
+        model: the module that they belong to, whose layers then take precedence over names. Errors
+            that its own methods raise are ignored. None if only names and shapes are known.
     """
     modules: Modules = {}
     if model is not None:
@@ -114,7 +115,7 @@ def bare(name: str) -> Path:
 
 
 def look(name: str, param: Tensor, modules: Modules) -> Seen:
-    """Return a parameter as its name shows it."""
+    """Return a parameter with what its name tells of it."""
     *path, own = bare(name) or ("",)
     length = bool(LENGTHS.search(name)) and is_vector(param)
     return Seen(param, tuple(path), own, modules.get(tuple(path)), length)
@@ -126,7 +127,7 @@ def is_vector(param: Tensor) -> bool:
 
 
 def role_of(one: Seen, state_space: bool) -> str | None:
-    """Return what a layer, or a name, says of its parameter alone; None for a matrix."""
+    """Return the role that its layer, or its name, gives a parameter; None for a matrix."""
     param, path, own, module, length = one
     last = path[-1] if path else ""
     kind = last if module is None else type(module).__name__
@@ -153,8 +154,8 @@ def role_of(one: Seen, state_space: bool) -> str | None:
 def heads(seen: list[Seen], matrices: list[Seen], modules: Modules) -> Iterator[Tensor]:
     """Yield the matrices that are output heads by name and place.
 
-    Where only names are known: a head with a bias and without a weight of its own has a tied
-    weight, and the last matrix under its name is not the head.
+    Where only names are known, a head that has a bias and no weight of its own has a tied weight.
+    The last matrix under its name is then not the head.
     """
     weights = {one.path for one in seen if WEIGHT.search(one.own)}
     biases = {one.path for one in seen if one.own == "bias" and one.module is None}
@@ -176,7 +177,7 @@ def heads(seen: list[Seen], matrices: list[Seen], modules: Modules) -> Iterator[
 
 
 def branch(path: Path, depth: int, modules: Modules) -> Path:
-    """Return the module that is named a head, or the one of a list or dict that is named so."""
+    """Return the path of a module named as a head, or of its element if it is a list or dict."""
     key, element = path[: depth + 1], path[depth + 1 : depth + 2]
     module = modules.get(key)
     several = isinstance(module, (nn.ModuleList, nn.ModuleDict))
@@ -225,7 +226,7 @@ def declared(model: nn.Module | None) -> Iterator[Tensor]:
 
 
 def asked(thing: Any, name: str, call: bool = False) -> Any:
-    """Return an attribute, or what it returns; None where there is none, or it raises."""
+    """Return an attribute, or the result of calling it; None if it is missing or raises."""
     try:
         found = getattr(thing, name, None)
         return found() if call and callable(found) else found

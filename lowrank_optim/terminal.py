@@ -1,4 +1,4 @@
-"""What all commands do alike: read arguments, complain in one line, write files that are whole."""
+"""What all commands share: reading arguments, complaining in one line, writing whole files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CommandError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that complains in one line, as all of a command does."""
+    """A parser that complains in one line, as every command does."""
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong with the arguments, and exit with status 2."""
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def complain(text: str) -> None:
-    """Write a line to stderr, and one only."""
+    """Write exactly one line to stderr."""
     sys.stderr.write(f"lowrank-optim: {printable(' '.join(text.split()))}\n")
 
 
@@ -78,7 +78,7 @@ def whole_file(target: Path) -> Iterator[Path]:
     """Yield a path beside another, which it replaces once the block has written it.
 
     Raises:
-        CommandError: it cannot be written; what was at the other path is still there.
+        CommandError: it cannot be written; what was at `target` is still there.
     """
     beside = target.with_name(f".lowrank-optim-{os.getpid()}{target.suffix}")
     try:
@@ -92,7 +92,7 @@ def whole_file(target: Path) -> Iterator[Path]:
 
 
 def finish_output() -> None:
-    """Write out what was printed; where that fails, drop it, so that Python does not try again."""
+    """Write out what was printed; if that fails, drop it, so that Python does not try again."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -13,7 +13,7 @@ from ..settings.plans import described, numbers_in
 from ..settings.values import CHECKS
 
 COUNTS = ("skipped_steps",)
-"""What is among the settings and counts steps: a checkpoint has more of them."""
+"""Settings that count steps: a checkpoint has counted more of them."""
 
 SCHEDULED = ("lr", "weight_decay", "betas")
 """What schedules change, beside numbers of parts; they leave "initial_lr" in the group."""

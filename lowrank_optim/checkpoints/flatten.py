@@ -93,7 +93,7 @@ def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
         return tensor.new_empty_strided(tensor.shape, stride).copy_(tensor)
 
     if not metadata or not {"state", "param_groups"} <= set(metadata):
-        raise SettingError("the metadata is not that of flatten_state: save it with the tensors")
+        raise SettingError("the metadata is not from flatten_state: save its text with the tensors")
     try:
         return {
             "state": {key: value_of(text) for key, text in json.loads(metadata["state"])},

@@ -157,7 +157,7 @@ def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
         )
     if plan.feed.slots:
         raise SettingError(
-            f"the checkpoint carries nothing but moments, this optimizer has {text_of(plan.feed)}"
+            f"the checkpoint carries only moments, this optimizer has {text_of(plan.feed)}"
             f"{where}: build {package.ours}"
         )
     if "rank" not in other:

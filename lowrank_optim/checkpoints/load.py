@@ -40,8 +40,8 @@ def load(optimizer: Optimizer, state_dict: dict[str, Any], *, tells: bool = True
     """Load through torch's own method, which runs the user's hooks.
 
     Our hooks stand innermost: after the user's pre-hooks the checkpoint is checked, and handed on
-    without states, which torch would cast to the dtype of the parameter; before his post-hooks the
-    states are taken from it.
+    without states, which torch would cast to the dtype of the parameter; before the user's
+    post-hooks the states are taken from it.
 
     Args:
         optimizer: whose state is replaced.
@@ -120,9 +120,9 @@ def checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Checked:
         if ours:
             raise
         raise SettingError(
-            f"the checkpoint is one of another optimizer, whose state is not that of a "
-            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads those of "
-            "galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
+            f"the checkpoint is one of another optimizer, whose state does not fit a "
+            f"{type(optimizer).__name__} ({error}). lowrank_optim.import_state reads checkpoints "
+            "of galore-torch, fira and apollo-torch; of any other, such as AdamW, take the weights "
             "and start without the optimizer's state"
         ) from None
     return found
@@ -137,7 +137,7 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
-    there = saved.get("length", BEFORE["length"] if "projector" in saved else group["length"])
+    there = meant(saved).get("length", group["length"])
     if there != group["length"] and "adamw" in (there, group["length"]):
         raise SettingError(
             f"the checkpoint was made with length={there!r} in group {index}, this optimizer has "
@@ -157,9 +157,14 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
     check_keys({**dict.fromkeys(saved), **names}, where, numbers)
 
 
+def meant(saved: Group) -> dict[str, Any]:
+    """Return a group of a checkpoint with what it means by not saying, if it is one of ours."""
+    return {**(BEFORE if "projector" in saved else {}), **saved}
+
+
 def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
     """Return the checked settings of a group after the load: the checkpoint's, except live ones."""
-    taken = {**(BEFORE if "projector" in saved else {}), **saved}
+    taken = meant(saved)
     merged = {key: taken.get(key, own) if key not in LIVE else own for key, own in group.items()}
     merged.update({key: group[key] for key in ("params", "param_names") if key in group})
     norm = merged["grad_norm"]

@@ -14,7 +14,7 @@ from ..functional import load, store
 from ..parts.checks import SettingError
 from ..parts.kinds import COUNT, NOT_NEGATIVE, NUMBER, Kind
 from ..parts.plan import Plan
-from ..parts.storage import form_of, forms, stored
+from ..parts.storage import forms, keys_of, stored
 from ..parts.types import Group, Site, State
 from ..sharding.collectives import any_of
 from ..sharding.layout import Layout, cut_alike
@@ -77,7 +77,7 @@ def check(saved: Saved) -> None:
     param, meta = saved.param, torch.device("meta")
     like = torch.empty_strided(param.shape, param.stride(), dtype=param.dtype, device=meta)
     for slot, _, shape, size in saved.moments(like):
-        keys, here_keys = form_of(state, slot), form_of(wanted, slot)
+        keys, here_keys = keys_of(state, slot), keys_of(wanted, slot)
         if not keys:
             raise SettingError(f"only this optimizer has {here_keys[0]!r} for {name}")
         form = forms(slot)[keys].zeros(slot, shape_in(saved, slot, shape), like, size)
@@ -99,7 +99,7 @@ def shape_in(saved: Saved, slot: str, shape: tuple[int, ...]) -> tuple[int, ...]
     projector, site = saved.plan.projector, saved.site
     if site is None or not projector.whole or projector.everything or slot not in saved.plan.slots:
         return shape
-    value = saved.state[form_of(saved.state, slot)[0]]
+    value = saved.state[keys_of(saved.state, slot)[0]]
     width = tuple(value.shape[-1:]) if isinstance(value, Tensor) else ()
     return (*shape[:-1], *width) if width in ((0,), (site.cols,)) else shape
 
@@ -195,7 +195,7 @@ def take(saved: Saved, into: dict[str, Any]) -> None:
     if layout.mesh is not None:
         like = torch.empty(layout.held, dtype=param.dtype, device=param.device)
     for moment in saved.moments(like):
-        keys, ours = form_of(state, moment.slot), form_of(wanted, moment.slot)
+        keys, ours = keys_of(state, moment.slot), keys_of(wanted, moment.slot)
         known.update((*keys, *ours))
         if keys == ours:
             for key in keys:

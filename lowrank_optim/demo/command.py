@@ -28,7 +28,7 @@ ROOM = 2**19
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `demo`; what the methods are called is known to `choose`."""
+    """Add the options of `demo`; `choose` checks the names of methods."""
     parser.add_argument(
         "--steps", type=whole(1, 10**9), default=150, help="steps a method (%(default)s)"
     )
@@ -65,8 +65,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train with each method under a progress bar, then show and write the results.
 
-    All that can be is checked before. What has been trained is written after each method, and shown
-    whatever ends the run.
+    All that can be checked is checked first. Results are written after each method, and shown
+    however the run ends.
 
     Raises:
         CommandError, ImportError, OSError: for what the user can mend, in one line.
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _watched(recipe: Recipe, corpus: Corpus, settings: Settings, progress: Progress) -> Run:
-    """Train with one method, and show how far it is."""
+    """Train with one method, and show its progress."""
     from .train import train, warm_up
 
     task = progress.add_task(recipe.label, total=settings.steps, loss="     ")
@@ -128,7 +128,7 @@ def prepare(folder: Path, files: Iterable[str]) -> None:
     """Make a folder, unless it is there, and check that it takes files of these names.
 
     Raises:
-        CommandError: it does not. No file is left, nor a folder that was not there.
+        CommandError: it does not. No file is left behind, nor a new folder.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

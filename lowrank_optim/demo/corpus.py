@@ -59,7 +59,7 @@ def load_corpus(path: str | Path | None = None, *, tuning: bool = False) -> Corp
         path: a text file (its last tenth is held out) or a folder, read recursively without
             binary files; None is the source of the running Python's standard library.
         tuning: hide the validation texts, and hold a tenth of the training texts out in their
-            place, so that rates can be chosen without a look at what the demo reports.
+            place, so that rates can be chosen without seeing what the demo reports.
 
     Raises:
         ValueError: the path does not exist, or holds too little text.
@@ -146,7 +146,7 @@ def _files(root: Path, suffix: str, skipped: frozenset[str]) -> Iterator[tuple[s
     if root.is_file():
         yield root.name, root
         return
-    os.scandir(root).close()  # says why the root cannot be read; `walk` leaves out what cannot
+    os.scandir(root).close()  # says why the root cannot be read; `walk` skips what it cannot read
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skipped]
         for name in files:

@@ -27,7 +27,7 @@ class Recipe:
         lr: peak learning rate of the projected matrices (AdamW's too: the same matrices).
         rest_lr: peak learning rate of embeddings, head and norms.
         betas: of the projected matrices; all other parameters have `BETAS`.
-        settings: what the optimizer is built with besides: nothing, its defaults are the paper's.
+        settings: further settings of the optimizer; none by default, since those are the paper's.
     """
 
     method: Method
@@ -38,12 +38,12 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Return what `--methods` calls it."""
+        """Name in `--methods`."""
         return self.method.name
 
     @property
     def label(self) -> str:
-        """Return what tables and figures call it."""
+        """Name in tables and figures."""
         return self.method.label
 
 
@@ -55,10 +55,10 @@ RECIPES = {
 
 
 def choose(names: Sequence[str]) -> list[Recipe]:
-    """Look recipes up by name, in the order given; the name all stands for all of them.
+    """Return recipes by name, in the order given; ["all"] stands for all of them.
 
     Raises:
-        ValueError: a name is unknown, given twice, or there is none.
+        ValueError: no name is given, or one is unknown or given twice.
     """
     known = ", ".join(RECIPES)
     if not names:

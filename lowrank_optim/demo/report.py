@@ -70,7 +70,7 @@ def results(runs: Sequence[Run], corpus: Corpus, settings: Settings) -> dict[str
 
 
 def heading(found: Mapping[str, Any]) -> str:
-    """One line that states the conditions of a run."""
+    """Return one line that states the conditions of a run."""
     c = found["conditions"]
     return (
         f"LLaMA, {c['parameters'] / 1e6:.2f}M parameters, {c['steps']} steps of "
@@ -198,7 +198,7 @@ def _draw_curves(axes: Any, rows: Sequence[Mapping[str, Any]], steps: int) -> No
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:
-    """Move sorted heights as little as makes neighbours about a gap apart."""
+    """Move sorted heights only as far as needed to set neighbours about a gap apart."""
     moved = list(heights)
     for _ in range(200):
         for place in range(len(moved) - 1):

@@ -173,7 +173,7 @@ def warm_up(recipe: Recipe, corpus: Corpus, settings: Settings) -> None:
 
 
 def rate(step: int, steps: int) -> float:
-    """Share of the peak learning rate: linear over the first tenth, then cosine down to a tenth.
+    """Return the share of the peak rate: linear over the first tenth, then cosine down to a tenth.
 
     Args:
         step: steps already taken, from 0.
@@ -204,14 +204,14 @@ def validation_windows(data: Tensor, length: int, most: int) -> Tensor:
 
 
 def token_loss(model: Any, tokens: Tensor) -> Tensor:
-    """Sum of cross-entropies in nats of each window's bytes after the first, shape ()."""
+    """Return the summed cross entropy in nats of each window's bytes after the first, shape ()."""
     logits: Tensor = model(input_ids=tokens[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch: int) -> float:
-    """Mean loss in nats a byte over all bytes of the windows, whatever the batch size."""
+    """Return the mean loss in nats a byte over all bytes of the windows, for any batch size."""
     model.eval()
     total = math.fsum(
         token_loss(model, windows[start : start + batch]).item()

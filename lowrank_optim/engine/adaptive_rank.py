@@ -20,7 +20,7 @@ from ..sharding.layout import Layout
 from .state import init_state
 
 STEPS = 1024
-"""Steps of the share of all axes that a budget is turned into."""
+"""A budget becomes a share of all axes, which is a multiple of one over this."""
 
 
 def smallest(energies: Tensor, total: Tensor, share: float) -> Tensor:
@@ -28,11 +28,11 @@ def smallest(energies: Tensor, total: Tensor, share: float) -> Tensor:
 
     Args:
         energies: `(..., k)`, of any order.
-        total: `(...)`; they may be less together.
+        total: `(...)`; the energies may add up to less.
         share: in (0, 1].
 
     Returns:
-        `(...)` integers from 1 to k, k where all of them are too few.
+        `(...)` integers from 1 to k; k where even all of them are too few.
     """
     sums = energies.sort(-1, descending=True).values.cumsum(-1)
     short = (sums < share * total.unsqueeze(-1)).sum(-1) + 1
@@ -50,11 +50,11 @@ def within(
     bytes_at: Callable[[Sequence[int]], int],
     budget: int,
 ) -> list[int]:
-    """Return the largest ranks of some matrices that a budget allows: one share of all axes.
+    """Return the largest ranks that a budget allows some matrices: one share of all axes.
 
     Args:
         bounds: least and largest rank of each matrix.
-        cols: their projected axes.
+        cols: lengths of their projected axes.
         bytes_at: state bytes of all of them at some ranks.
         budget: bytes.
 
@@ -171,7 +171,7 @@ def size_of(
 def widened(matrix: Matrix, plan: Plan) -> Matrix:
     """Return a matrix whose subspace has room for the largest rank; its state changes.
 
-    The columns that it had come first. It may have had more, if others share its budget since.
+    Its old columns come first. It may have had more, if other matrices share its budget since.
     """
     _, state, site = matrix
     assert site.most is not None

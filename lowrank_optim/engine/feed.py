@@ -13,13 +13,13 @@ from ..parts.protocols import Carried
 from ..parts.storage import stored
 from ..parts.types import Group, Job, site_of
 from .refresh import grad_of
-from .two_phase import batches
+from .two_phase import chunks
 
 AT_ONCE = 1 << 23
 """Elements of gradients that are fed at once."""
 
 
-def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
+def fed_chunks(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
     """Yield jobs in lists, the same on all processes, whose feeds may be held at once."""
     if not plan.feed.slots:
         yield jobs
@@ -29,7 +29,7 @@ def servings(jobs: list[Job], plan: Plan) -> Iterator[list[Job]]:
         layout = job.layout
         return layout.matrices * layout.rows * layout.cols // layout.team.size
 
-    yield from batches(jobs, size, AT_ONCE)
+    yield from chunks(jobs, size, AT_ONCE)
 
 
 def fed(jobs: list[Job], group: Group, plan: Plan) -> tuple[list[Job], list[Job]]:

@@ -32,14 +32,14 @@ AT_ONCE = 48 << 20
 """Bytes of projected gradients, directions and bases that a step makes beside the parameters."""
 
 SHARE = 64
-"""The gradients over this, where that is more: else a large model's step has many small launches,
-and takes as long as the host needs for those."""
+"""A step may make the bytes of the gradients over this, where that is more. Otherwise a large
+model's step has many small launches, and takes as long as the host needs for them."""
 
 READ_OFTEN = 1 << 18
-"""Elements from which on a basis is narrowed once, not at each of its many reads."""
+"""Elements from which on a basis is narrowed once instead of at each of its many reads."""
 
 
-class Part(NamedTuple):
+class Operand(NamedTuple):
     """One matrix of one parameter: all that a launch is given of it, except its factor.
 
     The factor may have to be computed, and is asked for just before its launch. Where the matrix
@@ -59,7 +59,7 @@ class Part(NamedTuple):
     sampled: Tensor | None
 
 
-class PlainPart(NamedTuple):
+class PlainOperand(NamedTuple):
     """One parameter that is not projected."""
 
     param: Tensor
@@ -72,18 +72,18 @@ class PlainPart(NamedTuple):
 
 def begin(jobs: list[Job], group: Group, plan: Plan) -> Iterator[Half]:
     """Do the first half of a step of projected parameters whose subspaces are in place."""
-    parts: dict[Hashable, list[Part]] = {}
+    operands: dict[Hashable, list[Operand]] = {}
     for job in jobs:
         matrix, view = oriented(job.param, job.layout.wide)
         copy = matrix if matrix.data_ptr() != job.param.data_ptr() else None
-        for part in parts_of(job, view, copy, group, plan):
-            parts.setdefault(launch_of(part), []).append(part)
+        for operand in operands_of(job, view, copy, group, plan):
+            operands.setdefault(launch_of(operand), []).append(operand)
     room = at_once(jobs)
-    for alike in parts.values():
-        part = alike[0]
-        size = held_bytes(part, plan)
+    for alike in operands.values():
+        operand = alike[0]
+        size = held_bytes(operand, plan)
         for together in chunks(alike, max(1, room // max(1, size))):
-            with on_device(part.param.device):
+            with on_device(operand.param.device):
                 yield launch(together, group, plan)
 
 
@@ -97,9 +97,9 @@ def at_once(jobs: list[Job]) -> int:
     return max(AT_ONCE, total // SHARE)
 
 
-def parts_of(
+def operands_of(
     job: Job, view: Tensor, copy: Tensor | None, group: Group, plan: Plan
-) -> Iterator[Part]:
+) -> Iterator[Operand]:
     """Yield the matrices of a parameter, which is one matrix or a stack of them."""
     assert job.site is not None
     _, grad = oriented(job.grad, job.layout.wide)
@@ -109,12 +109,12 @@ def parts_of(
     count, noise = age_of(job, group), noise_of(job, group)
     first, second = moments
     if view.ndim == 2:
-        yield Part(
+        yield Operand(
             job, None, view, copy, grad, first, second, count, noise, residual, job.sampled
         )  # fmt: skip
         return
     for place in range(view.shape[0]):
-        yield Part(
+        yield Operand(
             job,
             place,
             view[place],
@@ -136,15 +136,15 @@ def piece_of(moment: Stored, place: int) -> Stored:
     return moment[0][place], moment[1][place]
 
 
-def launch_of(part: Part) -> Hashable:
+def launch_of(operand: Operand) -> Hashable:
     """Return the key by which matrices share a launch; sharded ones share it on all processes."""
-    tensors, site = (part.param, part.grad), part.job.site
+    tensors, site = (operand.param, operand.grad), operand.job.site
     assert site is not None
-    counted = None if isinstance(part.age, Tensor) else (part.age, part.noise.step)
+    counted = None if isinstance(operand.age, Tensor) else (operand.age, operand.noise.step)
     layout = tuple((x.shape, x.stride(), x.dtype) for x in tensors)
-    forms = (form_of(part.exp_avg), form_of(part.exp_avg_sq))
-    cut = None if part.job.layout.mesh is None else part.job.layout
-    return (cut, layout, forms, site.rank, part.param.device, counted)
+    forms = (form_of(operand.exp_avg), form_of(operand.exp_avg_sq))
+    cut = None if operand.job.layout.mesh is None else operand.job.layout
+    return (cut, layout, forms, site.rank, operand.param.device, counted)
 
 
 def form_of(moment: Stored) -> Hashable:
@@ -152,30 +152,30 @@ def form_of(moment: Stored) -> Hashable:
     return moment.dtype if isinstance(moment, Tensor) else "8bit"
 
 
-def held_bytes(part: Part, plan: Plan) -> int:
+def held_bytes(operand: Operand, plan: Plan) -> int:
     """Return the bytes that a launch makes for one matrix: low, direction, sums, and a basis.
 
-    A whole basis in the state is used as it lies there, or narrowed; any other is counted as one
-    that is gathered in float32 and narrowed.
+    A whole basis in the state is used as it lies there, or narrowed. Any other basis is counted as
+    if it were gathered in float32 and narrowed.
     """
-    want, (rows, cols), layout = plan.want, part.param.shape, part.job.layout
+    want, (rows, cols), layout = plan.want, operand.param.shape, operand.job.layout
     if layout.mesh is not None:
         rows = -(-layout.rows // layout.team.size)  # the same number on all processes
-    width = 2 if part.grad.dtype == torch.bfloat16 else 4
-    values = width * (want.low + want.direction) + 4 * (form_of(part.exp_avg) == "8bit")
+    width = 2 if operand.grad.dtype == torch.bfloat16 else 4
+    values = width * (want.low + want.direction) + 4 * (form_of(operand.exp_avg) == "8bit")
     made = 6
     for key in plan.projector.bases:
-        basis = part.job.state[key]
+        basis = operand.job.state[key]
         if basis.shape[-2] == cols:
-            made = 0 if basis.dtype == part.grad.dtype else width
-    return site_of(part.job).rank * (rows * values + made * cols)
+            made = 0 if basis.dtype == operand.grad.dtype else width
+    return site_of(operand.job).rank * (rows * values + made * cols)
 
 
-def factors_of(parts: list[Part], plan: Plan) -> list[Tensor]:
+def factors_of(operands: list[Operand], plan: Plan) -> list[Tensor]:
     """Return the factors of some matrices, alike in their strides."""
     made: dict[int, Tensor] = {}
     factors = []
-    for job, place, _, _, grad, *_ in parts:
+    for job, place, _, _, grad, *_ in operands:
         factor = made.get(job.position)
         if factor is None:
             chosen = plan.projector.factor(job.state, site_of(job))
@@ -197,18 +197,18 @@ def chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
         yield items[start : start + size]
 
 
-def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
+def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
     """Do the first launch for some matrices, and return the second, which needs the residual."""
-    site = parts[0].job.site
+    site = operands[0].job.site
     assert site is not None
     ops, want, length = site.ops, plan.want, plan.length
-    grads, factors = [part.grad for part in parts], factors_of(parts, plan)
-    noises, counts = [part.noise for part in parts], [part.age for part in parts]
+    grads, factors = [operand.grad for operand in operands], factors_of(operands, plan)
+    noises, counts = [operand.noise for operand in operands], [operand.age for operand in operands]
     low, direction, norms = ops.project_moments(
         grads,
         factors,
-        [part.exp_avg for part in parts],
-        [part.exp_avg_sq for part in parts],
+        [operand.exp_avg for operand in operands],
+        [operand.exp_avg_sq for operand in operands],
         counts,
         *group["betas"],
         group["eps"],
@@ -218,7 +218,10 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     count = (
         counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
     )
-    state = {key: torch.stack([part.residual[key] for part in parts]) for key in parts[0].residual}
+    state = {
+        key: torch.stack([operand.residual[key] for operand in operands])
+        for key in operands[0].residual
+    }
 
     inside = length.inside(group)
     limiting = plan.residual.sums(norms, state, site, inside) if want.norms else None
@@ -226,7 +229,7 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
     sums = Sums(limiting)
     if length.measured:
         squares = update_squares(grads, factors, low, direction, update, norms)
-        samples = [part.sampled for part in parts if part.sampled is not None]
+        samples = [operand.sampled for operand in operands if operand.sampled is not None]
         sums = Sums(limiting, squares, torch.stack(samples) if samples else None)
 
     def finish(total: Tensor | None) -> None:
@@ -240,11 +243,13 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
         if found.squares is not None:
             lengths = lengths_of(found.squares, limit, found.sampled, site, group, plan)
         for key, value in state.items():
-            torch._foreach_copy_([part.residual[key] for part in parts], list(value.unbind()))
-        param = parts[0].param
+            torch._foreach_copy_(
+                [operand.residual[key] for operand in operands], list(value.unbind())
+            )
+        param = operands[0].param
         with on_device(param.device):
             ops.lift_write(
-                [part.param for part in parts],
+                [operand.param for operand in operands],
                 grads,
                 factors,
                 low,
@@ -254,17 +259,17 @@ def launch(parts: list[Part], group: Group, plan: Plan) -> Half:
                 noises if rounds(param, group) else None,
                 lengths,
             )
-        for part in parts:
-            if part.copy is not None:
-                part.job.param.copy_(part.copy.view(part.job.param.shape))
+        for operand in operands:
+            if operand.copy is not None:
+                operand.job.param.copy_(operand.copy.view(operand.job.param.shape))
 
-    places = [(part.job, part.place or 0) for part in parts]
+    places = [(operand.job, operand.place or 0) for operand in operands]
     return Half(places, sums.joined(), finish)
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
     """Do one step of parameters that are not projected."""
-    parts: dict[Hashable, list[PlainPart]] = {}
+    operands: dict[Hashable, list[PlainOperand]] = {}
     for job in jobs:
         count, noise = age_of(job, group), noise_of(job, group)
         counted = None if isinstance(count, Tensor) else (count, noise.step)
@@ -274,9 +279,9 @@ def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:
             param, grad = in_rows(param), in_rows(grad)
             exp_avg, exp_avg_sq = moment_in_rows(exp_avg), moment_in_rows(exp_avg_sq)
         kind = (param.shape, param.dtype, grad.dtype, param.device, forms, counted)
-        part = PlainPart(param, grad, exp_avg, exp_avg_sq, count, noise)
-        parts.setdefault(kind, []).append(part)
-    for alike in parts.values():
+        operand = PlainOperand(param, grad, exp_avg, exp_avg_sq, count, noise)
+        operands.setdefault(kind, []).append(operand)
+    for alike in operands.values():
         params, grads, firsts, seconds, counts, noises = map(list, zip(*alike, strict=True))
         with on_device(alike[0].param.device):
             kernels().adam_step(

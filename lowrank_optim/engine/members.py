@@ -1,8 +1,8 @@
-"""The parameters of an optimizer, known by themselves, whoever changes its groups."""
+"""The parameters of an optimizer, known by identity, whoever changes its groups."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from operator import is_
@@ -24,7 +24,7 @@ class Member:
     """A parameter of an optimizer.
 
     Attributes:
-        shape: when it was given to the optimizer.
+        shape: its shape when it was given to the optimizer.
         name: the one in `param_names`; None without names.
         piece: what it is a flat piece of now; None for an ordinary parameter.
         wants: what its state has to fit.
@@ -46,7 +46,7 @@ class Member:
 
 
 class Members:
-    """The parameters of an optimizer, by themselves and not by their places.
+    """The parameters of an optimizer, by identity and not by place.
 
     Trainers take parameters out of groups, put others in, and assign whole lists of groups. `note`
     keeps up with that, also with names, and `check` looks at what is new.
@@ -83,11 +83,17 @@ class Members:
             if "params" not in group:
                 raise SettingError(f"group {index} has no 'params'")
             if not isinstance(group["params"], list):
-                single = isinstance(group["params"], Tensor)
-                group["params"] = [group["params"]] if single else list(group["params"])
+                group["params"] = as_list(group["params"], index)
         now = [group["params"] for group in groups]
         if all_same(now, self._lists):
             return
+        for index, params in enumerate(now):
+            for place, param in enumerate(params):
+                if not isinstance(param, Tensor):
+                    raise SettingError(
+                        f"'params' of group {index} has a value of type {type(param).__name__} at "
+                        f"place {place}: every one must be a tensor"
+                    )
         if any("param_names" in group for group in groups):
             for index, group in enumerate(groups):
                 taken = {name for other in groups for name in other.get("param_names", ())}
@@ -121,6 +127,15 @@ class Members:
                     check_param(param, name_of(group, index, place), self._gone)
         self._new.clear()
         self._gone.clear()
+
+
+def as_list(params: Any, index: int) -> list[Tensor]:
+    """Return the `params` of a group that are no list as one."""
+    if isinstance(params, Tensor):
+        return [params]
+    if not isinstance(params, Iterable):
+        raise SettingError(f"params={params!r} in group {index}: params must be a list of tensors")
+    return list(params)
 
 
 def all_same(now: list[list[Tensor]], seen: list[list[Tensor]]) -> bool:
@@ -167,26 +182,26 @@ def piece_of_all(param: Tensor, gone: list[tuple[int, ...]]) -> str | None:
 
 
 def given_name(group: Mapping[str, Any], index: int, place: int) -> str:
-    """Return the name that a group gives a new parameter; one by its place where it gives none."""
+    """Return the name that a group gives a new parameter; if it gives none, one by its place."""
     names, count = group["param_names"], len(group["params"])
     return str((names if len(names) == count else place_names(index, count, names))[place])
 
 
 def place_names(index: int, count: int, taken: Collection[str]) -> list[str]:
-    """Return names for the parameters of a group that came without, none of them taken."""
+    """Return unused names for the parameters of a group that came without names."""
     names = [f"group{index}.{place}" for place in range(count)]
     return names if not set(names) & set(taken) else place_names(index + 1, count, taken)
 
 
 def name_alike(groups: list[dict[str, Any]], group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Name parameters by their places where others have names, which torch wants of all or none.
+    """Name parameters by their places where others have names: torch wants names for all or none.
 
     Args:
         groups: the groups of the optimizer.
         group: a new one.
 
     Returns:
-        Those of the old groups that got names.
+        The old groups that got names.
     """
     params = group["params"]
     single = isinstance(params, Tensor)

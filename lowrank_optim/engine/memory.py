@@ -112,7 +112,7 @@ def steppers(optimizer: Optimizer) -> list[str]:
 
 
 def word_of(rank: int | float | str | None) -> str:
-    """Return a rank as the table has it."""
+    """Return a rank as the table shows it."""
     if isinstance(rank, str):
         return "auto"
     return "-" if rank is None else f"{rank:.4g}" if isinstance(rank, float) else str(rank)

@@ -25,13 +25,13 @@ from .adaptive_rank import narrow, widened
 from .carry import Moved, carry, reset
 
 TOGETHER = 1 << 22
-"""Elements of bases that are moved together: what a refresh may use beside grows with them."""
+"""Elements of bases that are moved together: the workspace of a refresh grows with them."""
 
 CHOICE = 64
-"""Numbers a column that a choice of columns may make."""
+"""Numbers that choosing columns may make for each column."""
 
 ABREAST = 8
-"""So many times as much is moved together by processes of which each learns some."""
+"""Up to so many processes, of which each learns some, move so many times as much together."""
 
 
 Waiting = tuple[State, Layout]
@@ -111,7 +111,7 @@ def together(jobs: Iterable[Job], plan: Plan) -> Iterator[list[tuple[Job, Matrix
 
 
 def at_a_time(site: Site, matrices: int, plan: Plan) -> int:
-    """Return how many parameters of so many matrices each are moved together by one process.
+    """Return how many parameters one process moves together, each of so many matrices.
 
     A projector that chooses columns makes numbers of columns instead of bases.
     """
@@ -269,7 +269,7 @@ class Watch:
             self._ready.record(torch.cuda.current_stream(home))
 
     def read(self) -> None:
-        """Note in the states what the answer was."""
+        """Note the answer in the states."""
         if self._answer is None or capturing():
             return
         if self._ready is not None:

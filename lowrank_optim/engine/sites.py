@@ -73,7 +73,7 @@ def sites_of(
                 ) from None
             width = min(width_of(rank, layout.cols, whole), layout.cols)
             if plan.projector.bases:
-                width = min(width, layout.rows)  # more directions a gradient does not have
+                width = min(width, layout.rows)  # a gradient has no more directions
             site = Site(
                 rank=width,
                 cols=layout.cols,

@@ -36,7 +36,7 @@ class Half:
         return self.places[0][0].layout.team
 
 
-def batches(jobs: list[Job], size: Callable[[Job], int], most: int) -> Iterator[list[Job]]:
+def chunks(jobs: list[Job], size: Callable[[Job], int], most: int) -> Iterator[list[Job]]:
     """Yield jobs in lists whose sizes come to at most `most`, and at least one in each."""
     some: list[Job] = []
     held = 0
@@ -50,7 +50,7 @@ def batches(jobs: list[Job], size: Callable[[Job], int], most: int) -> Iterator[
         yield some
 
 
-def portions(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
+def summed_chunks(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
     """Yield jobs in lists, the same on all processes, of which no more than `HELD` bytes wait.
 
     One list, unless processes have to sum something: then it takes one collective each.
@@ -67,7 +67,7 @@ def portions(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Job]]:
         lines = kinds * job.layout.rows // site.team.size + cuts * site.cols
         return lines * job.layout.matrices * site.rank * site.dtype.itemsize
 
-    yield from batches(jobs, size, HELD)
+    yield from chunks(jobs, size, HELD)
 
 
 def run(halves: Iterable[Half]) -> None:

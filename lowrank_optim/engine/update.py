@@ -39,11 +39,11 @@ from ..parts.types import (
 from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
-from .feed import fed, keep, servings
+from .feed import fed, fed_chunks, keep
 from .length import Sums, lengths_of, sampled
 from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
-from .two_phase import Half, portions, run
+from .two_phase import Half, run, summed_chunks
 
 MATRICES_AT_ONCE = 1 << 24
 """Elements of matrices that a rule works on at once, where it takes them whole."""
@@ -63,7 +63,7 @@ def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     if not plan.feed.slots:
         return step_together(jobs, group, plan)
     waiting: list[Waiting] = []
-    for some in servings(jobs, plan):
+    for some in fed_chunks(jobs, plan):
         waiting += step_together(some, group, plan)
     return waiting
 
@@ -77,7 +77,7 @@ def step_together(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     del lessons
     count(jobs)
     shared = [job for job in jobs if job.layout.team is not ALONE]
-    for part in portions(jobs, group, plan) if shared else [jobs]:
+    for part in summed_chunks(jobs, group, plan) if shared else [jobs]:
         with_kernels, others = divided(part)
         if others and shared:
             run(begin_eagerly(others, group, plan))

@@ -55,7 +55,7 @@ def down(grad: Tensor, factor: Factor, dtype: torch.dtype) -> Tensor:
 def down_some(
     grads: Sequence[Tensor], factors: Sequence[Factor], dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
-    """Return what `down` does of several small gradients, whose values are looked at together."""
+    """Return what `down` returns for several small gradients, looking at all values together."""
     lows = list(map(_down, grads, factors, dtypes))
     seen = [low for low in lows if low.device.type == "cpu" and low.numel()]
     if seen and len(set(dtypes)) == 1:

@@ -38,8 +38,8 @@ def raise_square_(exp_avg: Tensor, exp_avg_sq: Tensor, beta1: float, beta2: floa
     """Raise V to c M*M where it is less, in place, with c of `least_share`.
 
     That changes nothing where M and V are of the same coordinates, in this step and later ones.
-    Where V is of a basis that has moved from under it (Conda's), a row that is rarely active may
-    have none where its M lies, and would go M / eps far.
+    Where V is of a basis that has moved since (Conda's), a row that is rarely active may have no V
+    where its M lies, and would move by M / eps.
 
     Args:
         exp_avg, exp_avg_sq: of one shape; the second is modified.

@@ -68,9 +68,9 @@ def inverse(x: Tensor) -> Tensor:
 
 
 def usable(peak: Tensor, wanted: Tensor | None = None) -> Tensor:
-    """Return booleans, without a host sync: are matrices finite, not all zero, and wanted?
+    """Return whether matrices are finite, not all zero, and wanted: booleans, without a host sync.
 
-    `peak` is what `peaks` gives of them.
+    `peak` is the result of `peaks` for them.
     """
     good = peak.isfinite() & (peak > 0)
     return good if wanted is None else good & wanted

@@ -20,13 +20,13 @@ AT_ONCE = 1 << 20
 
 
 def generator(device: torch.device, *numbers: int) -> torch.Generator:
-    """Return a generator that is a function of some non-negative numbers and of nothing else."""
+    """Return a generator that is a function of some non-negative numbers alone."""
     seed = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(seed) >> 1)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without a wait of the host for it."""
+    """Return a tensor of the host on a device; the host does not wait for it."""
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)

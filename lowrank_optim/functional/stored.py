@@ -18,7 +18,7 @@ Bits = Callable[[], Tensor]
 
 
 def load(stored: Stored, dtype: torch.dtype, square: bool, ops: ModuleType = blockwise) -> Tensor:
-    """Return a moment in `dtype`; the stored tensor itself where it has that.
+    """Return a moment in `dtype`; the stored tensor itself if it has that dtype.
 
     Args:
         stored: a tensor, or `(codes, scale)`; int8 codes are two values of four bits, and give an

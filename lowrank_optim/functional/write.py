@@ -134,7 +134,7 @@ def inner_of(
     step_size: float | Tensor,
     k: int,
 ) -> Tensor | None:
-    """Return what is lifted of the k-th matrix, (a N + b R) times the step size; None: nothing."""
+    """Return what is lifted for the k-th matrix, (a N + b R) times the step size; None: nothing."""
     inner = None
     if direction is not None and update.direction:
         inner = direction[k] * (step_size * update.direction)

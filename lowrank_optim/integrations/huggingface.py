@@ -50,10 +50,10 @@ def trainer_optimizer(
     r"""Return what Trainer takes as `optimizer_cls_and_kwargs`.
 
     Matrices are projected as `param_groups` sorts them. Learning rate, betas, eps and weight decay
-    are those of `args`, read when Trainer builds the optimizer, and the parameters that are decayed
-    are those that Trainer decays. Frozen parameters are left out, tied ones stand once. Weights of
-    the trainer's losses (sentence-transformers) are trained too, as AdamW does. Where all matrices
-    are too short to be projected, as those of adapters alone, a warning says that all is AdamW.
+    come from `args`, which is read when Trainer builds the optimizer. The parameters that Trainer
+    decays are decayed. Frozen parameters are left out, tied ones stand once. Weights of the
+    trainer's losses (sentence-transformers) are trained by AdamW's step. If all matrices are too
+    short to be projected, as in adapters alone, a warning says that all get AdamW's step.
     Several processes share subspaces: `process_group` is all of them, unless it is given.
 
         optimizer = trainer_optimizer(GaLoreAdamW, args, rank=128, update_proj_gap=200)
@@ -69,10 +69,10 @@ def trainer_optimizer(
         exclude: regular expression searched in names: these are not projected.
         step_in_backward: step each parameter in the backward pass and free its gradient, see
             `LowRank.step_in_backward`. Accumulation is Trainer's, and `max_grad_norm` clips by the
-            norm of the step before; Trainer itself finds no gradient to clip and logs a norm of 0,
-            but with the callback `LogGradNorm()`. Several processes need FSDP2 for it; the first
-            step is then an ordinary one.
-        accumulate: what it keeps of gradients that are accumulated: "full" or "projected".
+            norm of the step before. Trainer itself finds no gradient to clip and logs a norm of 0,
+            unless the callback `LogGradNorm()` is passed to it. Several processes need FSDP2 for
+            this; the first step is then an ordinary one.
+        accumulate: what is kept of accumulated gradients: "full" or "projected".
         **settings: further settings of `cls`, such as `update_proj_gap`; `lr`, `betas`, `eps` and
             `weight_decay` take precedence over `args`.
 
@@ -80,7 +80,7 @@ def trainer_optimizer(
         A factory and its keywords.
 
     Raises:
-        ImportError: this transformers knows no factories.
+        ImportError: this version of transformers takes no factories.
         TypeError: `cls` is no optimizer of this package, or has no such setting.
         ValueError: a setting out of its range, `optim_args` or `optim_target_modules` in `args`,
             or `fp16` with `step_in_backward`. When Trainer builds the optimizer: nothing would be
@@ -106,7 +106,7 @@ def trainer_optimizer(
         )
     fields = _fields(args, settings)
     rest = {} if rest_lr is None else {"lr": rest_lr}
-    # A wrong setting is told here, not when Trainer starts.
+    # A wrong setting is reported here, not when Trainer starts.
     trial = cls([{"params": [torch.zeros(1)], **rest}], rank=rank, **fields)
     if step_in_backward:
         trial.step_in_backward(accumulate=accumulate)
@@ -116,7 +116,7 @@ def trainer_optimizer(
 
 
 class Factory:
-    """Builds the optimizer from the model, when Trainer has it; see `trainer_optimizer`."""
+    """Build the optimizer from the model, once Trainer has it; see `trainer_optimizer`."""
 
     def __call__(
         self,
@@ -133,9 +133,9 @@ class Factory:
         in_backward: str | None,
         **settings: Any,
     ) -> LowRank:
-        """Return the optimizer: projected groups first, each kind with decay before without.
+        """Return the optimizer: projected groups first, and in each kind, decayed ones first.
 
-        Trainers that give their arguments by position (axolotl's) mean those.
+        Arguments that a trainer gives by position (axolotl's does) replace `args`.
         """
         args = args if given is None else given
         if in_backward is not None and several() and not _is_sharded(model):
@@ -145,7 +145,7 @@ class Factory:
                 "the backward pass gives them. Take fsdp=True in TrainingArguments, or ordinary "
                 "steps"
             )
-        # The method is Trainer's own rule, and reads nothing of a trainer.
+        # The method is Trainer's own rule, and reads nothing from a trainer.
         decayed = set(Trainer.get_decay_parameter_names(cast(Trainer, None), model))
         fields = _fields(args, settings)
         if several():
@@ -185,7 +185,7 @@ class Factory:
 
 
 class LogGradNorm(TrainerCallback):
-    """Puts the norm of all gradients, before clipping, where Trainer logs 0: `step_in_backward`."""
+    """Put the norm of all gradients, before clipping, where Trainer logs 0: `step_in_backward`."""
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Correct what is about to be reported, and what has been noted."""
@@ -197,7 +197,7 @@ class LogGradNorm(TrainerCallback):
 
 
 def _caller() -> Any:
-    """Return the trainer whose method has called the factory: nothing else says what it holds."""
+    """Return the trainer whose method called the factory: nothing else tells what it holds."""
     frame = inspect.currentframe()
     for _ in range(2):
         frame = frame and frame.f_back
@@ -205,12 +205,12 @@ def _caller() -> Any:
 
 
 def _of_losses(trainer: Any, known: Container[int]) -> dict[str, tuple[nn.Parameter, bool]]:
-    """Return what a trainer's losses have to be trained besides the model, and whether it decays.
+    """Return the trainable weights of a trainer's losses by name, and whether each is decayed.
 
-    Those of sentence-transformers are modules that hold the model and may have weights too.
+    Losses of sentence-transformers are modules that hold the model and may have weights too.
 
     Args:
-        trainer: with a module, or a dict of some, as `loss`.
+        trainer: with a module, or a dict of modules, as `loss`.
         known: ids of the model's parameters.
     """
     loss = getattr(trainer, "loss", None)
@@ -233,7 +233,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 
 def _fields(args: TrainingArguments, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the optimizer fields of the arguments under our names, and the settings over them."""
+    """Return the optimizer fields of the arguments under our names, overridden by the settings."""
     return {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

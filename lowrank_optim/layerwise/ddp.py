@@ -147,7 +147,7 @@ def check_compressible(step: Step) -> None:
         if plan.want.low or plan.residual.want.norms:
             raise SettingError(
                 f"{what}: the update of {type(plan.residual).__name__} needs the whole gradient; "
-                "leave the hook away"
+                "leave the hook out"
             )
         if plan.projector.learns and group["update_proj_gap"] == 1:
             raise SettingError(

@@ -60,7 +60,7 @@ class InBackward:
             raise SettingError(
                 "with ddp=model, gradients are accumulated by DistributedDataParallel: run the "
                 "other backward passes inside model.no_sync(), and leave accumulation_steps and "
-                "accumulate away"
+                "accumulate out"
             )
         self.model = model
         self.accumulation_steps = accumulation_steps
@@ -122,7 +122,7 @@ class InBackward:
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
-        """Let backward passes do no more than measure the norm of the gradients and free them."""
+        """Let backward passes only measure the norm of the gradients, and free these."""
         if self.model is not None:
             raise RuntimeError(
                 "measure_grad_norm needs two backward passes of one forward pass, which "
@@ -267,7 +267,7 @@ class InBackward:
         return True
 
     def _ready(self, job: Job) -> Job:
-        """Return a job with its projected gradient, if there is one, and clipped, in place."""
+        """Return a job with its projected gradient, if there is one, clipped in place."""
         job = job._replace(low=self._sums.pop(job.leaf, None))
         grad = job.grad if job.low is None else job.low
         norm = norm_of(grad, job.layout)
@@ -316,7 +316,7 @@ class InBackward:
         self.end()
 
     def end(self) -> None:
-        """Forget what was measured and accumulated for a step, and put hooks where they lack.
+        """Forget what was measured and accumulated for a step, and put hooks where there are none.
 
         Gradients that `step()` itself has used are freed too: nothing may be added to them.
         """
@@ -388,7 +388,7 @@ def of(session: Session) -> InBackward | None:
 
 
 def job_of(step: Step, entry: Entry) -> Job:
-    """Return the job of a parameter; a gradient that is gone is zero."""
+    """Return the job of a parameter; a missing gradient counts as zero."""
     param, grad = entry.param, entry.param.grad
     if grad is None and is_distributed(param):
         grad = torch.zeros_like(param)

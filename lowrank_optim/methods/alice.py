@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Compensated
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -37,6 +38,8 @@ class CompensatedAdamW(LowRank):
         Alice, without its subspace switching and tracking.
     """
 
+    published_scale: ClassVar[float] = 0.3
+
     def __init__(
         self,
         params: Params,
@@ -47,7 +50,8 @@ class CompensatedAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 0.3,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "power",
         on_refresh: str = "keep",
         compensation: float = 0.4,
@@ -56,8 +60,10 @@ class CompensatedAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=Compensated(compensation, limiter=limiter), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(
+                common, self, rule=Adam(), residual=Compensated(compensation, limiter=limiter),
+            ),
         )  # fmt: skip
 
 

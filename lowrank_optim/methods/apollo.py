@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import GradScaled
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -27,8 +28,8 @@ class ApolloAdamW(LowRank):
 
     Args:
         rank: 1 gives APOLLO-Mini, one factor a matrix.
-        scale: the paper's alpha, of which the root counts. Our basis is orthonormal: at scale 1 the
-            step is as long as AdamW's; the paper's length is scale = rank / n.
+        scale: the paper's alpha, which enters by its square root. Our basis is orthonormal: at
+            scale 1 the step is as long as AdamW's, at rank / n as long as the paper's.
         limiter: largest growth of |phi * G| in one step; None for no limit.
         For the other arguments and errors see `LowRank`.
 
@@ -46,7 +47,8 @@ class ApolloAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "random",
         limiter: float | None = 1.01,
         on_refresh: str = "keep",
@@ -54,8 +56,8 @@ class ApolloAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=GradScaled(limiter), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(common, self, rule=Adam(), residual=GradScaled(limiter)),
         )  # fmt: skip
 
 

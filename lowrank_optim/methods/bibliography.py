@@ -12,7 +12,7 @@ ICML = "International Conference on Machine Learning"
 class Paper:
     """One paper: authors as "Family, Given", all of them; where it appeared, if it did.
 
-    `arxiv` is empty for what has a `page` instead.
+    `arxiv` is empty if the paper has a `page` instead.
     """
 
     key: str

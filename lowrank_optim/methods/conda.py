@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -33,13 +34,15 @@ class CondaW(LowRank):
         rank: 1.0 in the paper.
         update_proj_gap: updates between decompositions.
         scale: the paper's alpha.
-        projector: "svd" is the paper's; "power" finds a lower rank's subspace without it.
+        projector: "svd" is the paper's; "power" finds a subspace of lower rank without an SVD.
         For the other arguments and errors see `LowRank`.
 
     Reference: Wang et al., "Conda: Column-Normalized Adam for Training Large Language Models
         Faster", arXiv 2509.24218. Unlike the authors' code, eps is outside the corrected root and
         decay comes before the update, as in `torch.optim.AdamW`.
     """
+
+    published_scale: ClassVar[float] = 0.25
 
     def __init__(
         self,
@@ -51,14 +54,15 @@ class CondaW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = 1.0,
         update_proj_gap: int = 2000,
-        scale: float = 0.25,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "svd",
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, rule=Adam(), residual=Drop(),
-            feed=WholeMomentum(), **common,
+            scale=scale, length=length, projector=projector,
+            **with_parts(common, self, rule=Adam(), residual=Drop(), feed=WholeMomentum()),
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -27,7 +28,7 @@ class DCTAdamW(LowRank):
     and one n x n basis for all layers of a width.
 
     Args:
-        update_proj_gap: 1 chooses anew at every update, which a fixed basis makes cheap.
+        update_proj_gap: 1 chooses columns anew at every update, which a fixed basis makes cheap.
         on_refresh: "rotate" copies the moments of the columns that stay and zeroes the others.
         For the other arguments and errors see `LowRank`.
 
@@ -46,15 +47,16 @@ class DCTAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 1,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "dct",
         on_refresh: str = "rotate",
         **common: Unpack[WithFeed],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
-            **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(common, self, rule=Adam(), residual=Drop()),
         )  # fmt: skip
 
 

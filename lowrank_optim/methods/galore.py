@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import ICML, Paper
 from .record import Method, Rates
 
@@ -30,7 +31,7 @@ class GaLoreAdamW(LowRank):
         update_proj_gap: updates between decompositions.
         scale: the paper's alpha. A projected matrix moves by lr * scale, other parameters by lr:
             give them learning rates of their own (`param_groups`).
-        projector: "svd" is the paper's; "power" finds practically the same subspace without it.
+        projector: "svd" is the paper's; "power" finds practically the same subspace without an SVD.
         on_refresh: "keep" is the paper's code; "rotate" and "align" keep the moments meaningful.
         For the other arguments and errors see `LowRank`.
 
@@ -39,6 +40,8 @@ class GaLoreAdamW(LowRank):
         and decay comes before the update, as in `torch.optim.AdamW`, and the signs of the singular
         vectors are fixed.
     """
+
+    published_scale: ClassVar[float] = 0.25
 
     def __init__(
         self,
@@ -50,15 +53,16 @@ class GaLoreAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 0.25,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "svd",
         on_refresh: str = "keep",
         **common: Unpack[WithFeed],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
-            **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(common, self, rule=Adam(), residual=Drop()),
         )  # fmt: skip
 
 

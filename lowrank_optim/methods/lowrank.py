@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import HALKO
 from .frugal import PAPER as FRUGAL
 from .galore import PAPER as GALORE
@@ -26,8 +27,8 @@ class LowRankAdamW(LowRank):
     """Our own: AdamW in a subspace that follows the gradient, small sign steps in the rest.
 
     W <- (1 - lr wd) W - lr (N P^T + state_free_scale sgn(G - G P P^T)),  N = Adam(G P), with P the
-    top singular directions by power iteration, turned on often, and moments that are kept as they
-    are meanwhile.  Memory: 2 m r + n r values.
+    top singular directions by power iteration, refreshed often, and moments that are kept as they
+    are at a refresh.  Memory: 2 m r + n r values.
 
     Args:
         lr: larger than AdamW's best rate for the same matrices: two to five times.
@@ -52,7 +53,8 @@ class LowRankAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = 0.25,
         update_proj_gap: int = 50,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "power",
         on_refresh: str = "keep",
         state_free: str = "sign",
@@ -61,8 +63,10 @@ class LowRankAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=StateFree(state_free, state_free_scale), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(
+                common, self, rule=Adam(), residual=StateFree(state_free, state_free_scale),
+            ),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import Muon
+from ._common import split_length, with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -27,8 +28,9 @@ class MuonW(LowRank):
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`).
-        betas, eps: of AdamW, for parameters that are not matrices.
-        momentum, nesterov, length: see `Muon`; with "match_rms_adamw" an lr of AdamW's fits.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
+        momentum, nesterov, length: see `Muon`; with "match_rms_adamw" AdamW's lr fits.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
 
@@ -46,14 +48,19 @@ class MuonW(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
+        scale: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
         length: str = "original",
         **common: Unpack[Common],
     ) -> None:
+        length, own = split_length(length)
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=Muon(length, momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            **with_parts(
+                common, self, projector="identity",
+                rule=Muon(own, momentum=momentum, nesterov=nesterov), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import NorMuon
+from ._common import with_parts
 from .bibliography import Paper
 from .muon import PAPER as MUON
 from .record import Method, Rates
@@ -25,9 +26,10 @@ class NorMuonW(LowRank):
     See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, and one a neuron.
 
     Args:
-        lr: of matrices: near AdamW's, since a step is 0.2 a weight on the average.
-        betas, eps: of AdamW, for parameters that are not matrices; the second beta is that of the
-            neurons' squares too.
+        lr: of matrices: near AdamW's, since a step is 0.2 a weight on average.
+        betas, eps: of AdamW, for parameters that are not matrices; the second beta also averages
+            the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
+            `momentum`.
         momentum, nesterov: see `NorMuon`.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
@@ -45,13 +47,18 @@ class NorMuonW(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         momentum: float = 0.95,
         nesterov: bool = False,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            **with_parts(
+                common, self, projector="identity",
+                rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def papers(name: str) -> tuple[Paper, ...]:
     """Return the papers of a method.
 
     Raises:
-        ValueError: no such name; the message has those that are near.
+        ValueError: the name is unknown; the message has the nearest ones.
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS)
@@ -50,7 +50,7 @@ def bibtex(names: Iterable[str]) -> str:
         names: keys of METHODS, in any case; a class such as "GaLoreAdamW" stands for its method.
 
     Raises:
-        ValueError: no such name.
+        ValueError: a name is unknown.
     """
     entries = {paper.key: entry_of(paper) for name in names for paper in papers(_method(name))}
     return "\n".join([*entries.values(), package_bibtex()])
@@ -88,7 +88,7 @@ def listing() -> str:
 
 
 def _method(name: str) -> str:
-    """Return the name of a method, which may be given by its class."""
+    """Return the name of a method that may be given by its class."""
     classes = {what.lower(): method for method, (what, _) in METHODS.items()}
     return classes.get(name.lower(), name.lower())
 

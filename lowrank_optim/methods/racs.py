@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowColumnScaled
+from ._common import with_parts
 from .alice import PAPER as ALICE
 from .record import Method, Rates
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class RACS(LowRank):
-    """The gradient with rows and columns scaled, AdamW for what is no matrix.
+    """The gradient with rows and columns scaled, AdamW for the rest.
 
     W <- (1 - lr wd) W - lr scale G_ij / sqrt(Q_i S_j), see `RowColumnScaled`.
     Memory: m + n + 1 values.
@@ -37,6 +38,8 @@ class RACS(LowRank):
         Fisher Approximation with a Low-Rank Extension", arXiv 2502.07752.
     """
 
+    published_scale: ClassVar[float] = 0.05
+
     def __init__(
         self,
         params: Params,
@@ -46,14 +49,18 @@ class RACS(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
-        scale: float = 0.05,
+        scale: float | None = None,
+        length: str = "published",
         beta: float = 0.9,
         limiter: float | None = 1.01,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, projector="identity",
-            rule=RowColumnScaled(beta, limiter=limiter), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            **with_parts(
+                common, self, projector="identity", rule=RowColumnScaled(beta, limiter=limiter),
+                residual=Drop(),
+            ),
         )  # fmt: skip
 
 

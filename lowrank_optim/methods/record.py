@@ -22,7 +22,7 @@ class Rates:
         lr: peak rate of the matrices.
         rest_lr: peak rate of embeddings, head and norms.
         betas: of the matrices.
-        found_by: the run and the file that has it.
+        found_by: the runs that found them, and the file with their results.
     """
 
     lr: float
@@ -41,16 +41,16 @@ class Method:
     Attributes:
         name: what commands call it.
         label: what tables and figures call it.
-        optimizer: its class; None for one that is compared with and not ours.
-        state: values that it keeps of a matrix of m rows and n columns, m >= n, at rank r, in the
+        optimizer: its class; None for a baseline, which is not ours.
+        state: values that it keeps for a matrix of m rows and n columns, m >= n, at rank r, in the
             words of the README's table.
-        papers: those to cite.
+        papers: the ones to cite.
         whole: whether it works on whole matrices, whatever rank is asked for.
-        own_gap: whether the interval between refreshes that is its default is part of what was
-            tuned; others refresh in the demo three times a run.
-        settings: what real models are trained with: where decompositions are the paper's, the
-            projector whose state is the same and whose workspace is smaller.
-        rates: used by the demo; None where none were searched for: the demo does not offer it.
+        own_gap: whether its default interval between refreshes was tuned too. In the demo, other
+            methods refresh three times a run.
+        settings: what real models are trained with: where the paper decomposes, the projector with
+            the same state and a smaller workspace.
+        rates: used by the demo. None if none were searched for: the demo does not offer the method.
         in_planner, in_demo: whether the planner and the demo show it without being asked.
     """
 
@@ -68,22 +68,22 @@ class Method:
 
     @property
     def title(self) -> str:
-        """Return the name of its class, which must be ours."""
+        """Name of its class; "" for a baseline."""
         return getattr(self.optimizer, "__name__", "")
 
     @property
     def default_gap(self) -> int | None:
-        """Return the updates between refreshes that its class has; None: nothing is refreshed."""
+        """Updates between two refreshes by default; None if nothing is refreshed."""
         if self.optimizer is None:
             return None
         found = inspect.signature(self.optimizer).parameters.get("update_proj_gap")
         return None if found is None else int(found.default)
 
     def build(self, params: Params, **more: Any) -> LowRank:
-        """Return the optimizer as real models are trained with, which must be ours."""
+        """Return the optimizer with the settings for real models; a baseline has none."""
         assert self.optimizer is not None
         return self.optimizer(params, **{**self.settings, **more})
 
     def groups(self, model: nn.Module, rank: int | float, **more: Any) -> list[dict[str, Any]]:
-        """Return the groups of a model's parameters for it, see `param_groups`."""
+        """Return a model's parameters in groups for this method, see `param_groups`."""
         return param_groups(model, rank=1.0 if self.whole else rank, **more)

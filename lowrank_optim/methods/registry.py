@@ -12,7 +12,7 @@ BASELINES = {
     "adamw": Method("adamw", "AdamW", rates=Rates(1e-3, 1e-2), in_planner=True, in_demo=True),
     "adamw8bit": Method("adamw8bit", "AdamW 8-bit", in_planner=True),
 }
-"""What is compared with: torch's AdamW and bitsandbytes' AdamW8bit."""
+"""The baselines: torch's AdamW and bitsandbytes' AdamW8bit."""
 
 
 def records() -> Iterator[Method]:
@@ -33,10 +33,10 @@ METHODS = {
 """Our methods in the order of tables: first the ones that project, then the others."""
 
 COMPARED = {**BASELINES, **METHODS}
-"""All of them, what is compared with first."""
+"""All of them, baselines first."""
 
 
 def shown_first(which: str) -> dict[str, Method]:
-    """Return all methods, those first that `which` ("in_planner", "in_demo") shows unasked."""
+    """Return all methods, first the ones that `which` ("in_planner", "in_demo") is true of."""
     ordered = sorted(COMPARED.values(), key=lambda method: not getattr(method, which))
     return {method.name: method for method in ordered}

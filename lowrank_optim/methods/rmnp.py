@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowNormalized
+from ._common import with_parts
 from .bibliography import ICML, Paper
 from .record import Method
 
@@ -28,7 +29,8 @@ class RMNPW(LowRank):
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`). Not tuned here: the default is
             that of the authors' code.
-        betas, eps: of AdamW, for parameters that are not matrices.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
@@ -46,12 +48,16 @@ class RMNPW(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         momentum: float = 0.95,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=RowNormalized(momentum), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            **with_parts(
+                common, self, projector="identity", rule=RowNormalized(momentum), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Orthogonal
+from ._common import split_length, with_parts
 from .bibliography import Paper
 from .dct import PAPER as DCT
 from .muon import PAPER as MUON
@@ -33,15 +34,16 @@ class TrionW(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
-        betas, eps: of AdamW, for parameters that are not matrices.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         momentum_dtype: how M is stored, see `ErrorFeedback`.
         length: see `Orthogonal`: the forms of Jordan, Kimi, Dion and none.
         For the other arguments and errors see `LowRank`.
 
     Reference: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive
-        Optimization of Large Language Models", arXiv 2505.17967, its algorithm; the published file
-        does not run. The momentum is Dion's, arXiv 2504.05295; with full rank all is Muon,
+        Optimization of Large Language Models", arXiv 2505.17967, from its algorithm; the published
+        file does not run. The momentum is Dion's, arXiv 2504.05295; at full rank this is Muon,
         https://kellerjordan.github.io/posts/muon/, in the cosine basis and without `nesterov`.
     """
 
@@ -55,7 +57,7 @@ class TrionW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = 0.25,
         update_proj_gap: int = 1,
-        scale: float = 1.0,
+        scale: float | None = None,
         projector: str | Projector = "dct",
         on_refresh: str = "keep",
         momentum: float = 0.95,
@@ -63,10 +65,14 @@ class TrionW(LowRank):
         length: str = "original",
         **common: Unpack[Common],
     ) -> None:
+        length, own = split_length(length)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Orthogonal(length),
-            residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(
+                common, self, rule=Orthogonal(own), residual=Drop(),
+                feed=ErrorFeedback(momentum, momentum_dtype),
+            ),
         )  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def read_text(text: str) -> tuple[str, dict[str, Any]] | None:
 
 
 def made_from(text: str, kinds: Iterable[type]) -> Any:
-    """Return the object, of one of some dataclasses, whose `text_of` is the text; None without one.
+    """Return the object, of some dataclasses, whose `text_of` is the text; None if none has it.
 
     Raises:
         ValueError: a value that the class refuses.

@@ -53,7 +53,7 @@ NUMBER = Kind("finite")
 NOT_NEGATIVE = Kind("finite and not negative", 0)
 NORM = Kind("not negative, or infinity before the first", 0, endless=True)
 UNIT = Kind("columns of length 1, with values from -1 to 1", -1.01, 1.01)
-"""A basis; half a per cent is what bfloat16 rounds a column by."""
+"""A basis; bfloat16 rounds the length of a column by up to half a per cent."""
 FLAG = Kind("true or false", 0, 1, integral=True)
 COUNT = Kind("a whole number from 0 to 2147483647", 0, 2**31 - 1, integral=True)
 """Kernels and random draws take counts of 32 bits."""

@@ -1,4 +1,8 @@
-"""The limiter: it keeps the norm of an update from growing fast, by one number a matrix."""
+"""The limiter: it keeps the norm of an update from growing fast, by one number a matrix.
+
+Its users are the residuals on the base `Limited`, which are `NormScaled` (Fira), `GradScaled`
+(APOLLO) and `Compensated` (Alice), and the rule `RowColumnScaled` (RACS).
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,10 @@ def limit(
 ) -> Tensor | float:
     """Return the factor that keeps a norm from growing faster than `growth` a step.
 
-    s > growth * s_prev gives growth * s_prev / s, else 1; s_prev becomes the limited norm, in
-    place. It starts as infinity, which stands for a largest norm of `first`. A norm that is zero or
-    not finite leaves it alone: a step without gradient must not stop all later ones. A norm that
-    overflows gives 0, as an average of squares that overflows does in AdamW.
+    s > growth * s_prev gives growth * s_prev / s, else 1. s_prev becomes the limited norm, in
+    place. s_prev starts as infinity, which stands for a largest norm of `first`. A norm s that is
+    zero or not finite leaves s_prev alone: a step without gradient must not stop all later ones. A
+    norm that overflows gives 0, as an average of squares that overflows does in AdamW.
     """
     if growth is None:
         return 1.0

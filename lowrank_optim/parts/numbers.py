@@ -14,14 +14,14 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Number:
-    """A number that a part reads from its group, under the key that `numbers` of the part gives.
+    """A number that a part reads from its group, under its key in the part's `numbers`.
 
     Attributes:
-        field: of the part, whose value the group gets where nothing else is said.
+        field: the part's field whose value is the group's default.
         wanted: what it may be, in words.
         good: tells whether a value is that.
-        kind: its type in a group, where it is not None.
-        also: other keys of a group that mean it.
+        kind: its type in a group, unless it is None.
+        also: other keys of a group with the same meaning.
         derived: whether sites depend on it, so that a change takes more than a new number.
     """
 
@@ -40,7 +40,7 @@ class Number:
 
     @classmethod
     def decay(cls, field: str, also: tuple[str, ...] = ()) -> Number:
-        """Return the declaration of what an average keeps, in [0, 1)."""
+        """Return the declaration of an average's decay, in [0, 1)."""
         wanted = "a number from 0 and below 1"
         return cls(field, wanted, lambda x: is_real(x) and 0 <= x < 1, also=also)
 

@@ -41,7 +41,7 @@ class Plan:
 
     @cached_property
     def want(self) -> Want:
-        """What of a step the residual and its update need."""
+        """What the residual and its update need of a step."""
         return self.residual.want
 
     @cached_property
@@ -87,16 +87,16 @@ class Plan:
 
     @cached_property
     def plain_numbers(self) -> dict[str, Number]:
-        """The numbers that are read for parameters which are not projected."""
+        """The numbers that are read for parameters that are not projected."""
         return dict(numbers_of(self.rule.plain))
 
     @property
     def full(self) -> bool:
-        """Whether a rank that leaves nothing out still means something else than a plain step."""
+        """Whether a rank that drops nothing still means something other than a plain step."""
         return self.rule.whole or self.feed.full
 
     def each(self, group: Group) -> Each:
-        """Return what the entries of a state are kept for."""
+        """Return which entries of a state are kept by row, once for a stack, and in parts."""
         cut = self.projector.bases if group["shard_basis"] else ()
         by_row = (*self.slots, *self.rule.plain.slots, *self.feed.slots, *self.kept_by_row, SAMPLE)
         return Each(by_row, self.projector.common, cut)
@@ -135,7 +135,7 @@ class Plan:
         if max(len(self.slots), len(self.rule.plain.slots)) > len(MOMENTS) and not exact:
             raise ValueError(
                 f"state_dtype does not go with the rule {rule}: there are random bits to round "
-                f"{len(MOMENTS)} moments with, and it has {len(self.slots)}; leave state_dtype away"
+                f"{len(MOMENTS)} moments with, and it has {len(self.slots)}; leave state_dtype out"
             )
         if self.feed.slots and self.takes_turns:
             raise ValueError(

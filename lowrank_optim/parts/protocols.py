@@ -1,9 +1,10 @@
 """The parts of a plan, as protocols: feed, projector, rule, residual, storage. For lengths see
 `length.py`.
 
-A part may declare numbers that it reads from its group, in `numbers`, see `numbers.py`. Shapes are
-as in `types.py`: `grad` is `(..., rows, cols)` with the projected axis last, `low` is
-`(..., rows, rank)`.
+A feed, projector, rule or residual may declare the numbers that it reads from its group, in
+`numbers`: a `ClassVar` of `Number` by group key, see `numbers.py`. It is optional, and so stands in
+no protocol: a part without it reads no numbers. Shapes are as in `types.py`: `grad` is
+`(..., rows, cols)` with the projected axis last, `low` is `(..., rows, rank)`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .types import Group, Job, Matrix, Moments, Site, State, Update
 
 
 class Carried(NamedTuple):
-    """The moments of a step before, and how far they came.
+    """The moments of the step before, and the number of gradients in them.
 
     Attributes:
         moment: gives a moment `(..., rows, rank)` by its slot, in the dtype of the arithmetic.
@@ -47,7 +48,7 @@ class Projector(Protocol):
             processes then use the result of one.
         whole: it takes a matrix whole or not at all, instead of a part of every row.
         everything: it always takes the matrix whole; P is the unit matrix.
-        captures: what of it a CUDA graph may hold. "refresh": all; "step": the steps between
+        captures: how much of it a CUDA graph may hold. "refresh": all; "step": the steps between
             refreshes; "": nothing, because a refresh makes tensors at other addresses.
     """
 
@@ -71,11 +72,11 @@ class Projector(Protocol):
     def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Move the subspaces of matrices of one shape, dtype and device, in place.
 
-        A subspace that comes from the gradient stays as it is where that has a value that is not
-        finite or is all zero. Where rows are shared out, what is learnt is summed over the `team`
-        of the sites, one for all matrices. Where the projector `decomposes`, it is enough that the
-        process which `team.owns` a matrix's place knows the result. Nothing here may wait for the
-        device.
+        A subspace that comes from the gradient stays as it is if the gradient is all zero or has a
+        value that is not finite. Where rows are shared out, what is learnt is summed over the
+        `team` of the sites, one for all matrices. Where the projector `decomposes`, it is enough
+        that the process which `team.owns` a matrix's place knows the result. Nothing here may wait
+        for the device.
         """
 
     def factor(self, state: State, site: Site) -> Factor:
@@ -100,10 +101,18 @@ class Projector(Protocol):
 class Rule(Protocol):
     """What turns gradients into a direction: Adam, Lion, Muon. It knows no lr and no decay.
 
-    `slots` are its moments, of the size of the projected gradient; those in `squares` are averages
-    of squares and never negative. What else it keeps is `row_keys`, one row of values a row, and
-    `keys`, the same on all processes that share a matrix. `whole` says that its directions take a
-    whole matrix and are found by `complete`, `unprojected` that it makes no sense in a subspace.
+    Optional, and looked for when it is there: `numbers`, as in any part, and
+    `directions(grads, moments, count, group)`, which does what `direction` does with several small
+    gradients of one count, and returns a list.
+
+    Attributes:
+        slots: its moments, of the size of the projected gradient.
+        squares: the moments that are averages of squares and never negative.
+        keys: what else it keeps that is the same on all processes that share a matrix.
+        row_keys: what else it keeps with one row of values a row.
+        kinds: which values a checkpoint may have there.
+        whole: its directions take a whole matrix and are found by `complete`.
+        unprojected: it makes no sense in a subspace.
     """
 
     slots: ClassVar[tuple[str, ...]]
@@ -119,11 +128,11 @@ class Rule(Protocol):
         """The rule of parameters that are not projected."""
 
     def init(self, batch: tuple[int, ...], rows: int, site: Site) -> State:
-        """Return what it keeps of a projected parameter besides its moments.
+        """Return what it keeps for a projected parameter besides its moments.
 
         Args:
-            batch: number of matrices of a stack, or nothing.
-            rows: those that this process holds.
+            batch: `(E,)` for a stack of E matrices, else `()`.
+            rows: number of rows that this process holds.
             site: the parameter's.
         """
 
@@ -151,7 +160,7 @@ class Rule(Protocol):
         """Return whether `step_plain` wants the step count of this parameter on its device."""
 
     def step_plain(self, jobs: list[Job], group: Group) -> list[Job]:
-        """Do whole steps of parameters that are not projected; return those it leaves undone."""
+        """Do whole steps of parameters that are not projected; return the jobs left undone."""
 
 
 class Residual(Protocol):
@@ -181,7 +190,7 @@ class Residual(Protocol):
     def sums(self, norms: Norms | None, state: State, site: Site, group: Group) -> Tensor | None:
         """Return what the update needs summed over all rows of each matrix, `(..., k)`, or None.
 
-        Called where it wants norms. What is kept for rows changes here, in place.
+        Called if it wants norms. What is kept for rows changes here, in place.
         """
 
     def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
@@ -217,7 +226,7 @@ class Feed(Protocol):
     Attributes:
         slots: full-size tensors `(..., rows, cols)`, row for row like the parameter. A slot named
             as a moment of the rule takes its place: the rule then sees its projection.
-        dtype: how they are stored: a `state_dtype`, "4bit", or None, which is as the moments are.
+        dtype: how they are stored: a `state_dtype`, "4bit", or None, which is the moments' own.
         needs: moments that the rule must have.
         on_refresh: what may become of the other moments when the subspace moves; None: anything.
         full: it is of use also where the projection drops nothing.
@@ -255,7 +264,7 @@ class Feed(Protocol):
 
 
 class Storage(Protocol):
-    """How moments are made; how one lies in memory can be seen from the state."""
+    """How moments are made; the state itself shows how a moment is stored."""
 
     def dtype(self, like: Tensor) -> torch.dtype:
         """Return the dtype of a dense moment of a parameter, and of a basis."""

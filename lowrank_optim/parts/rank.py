@@ -12,7 +12,7 @@ from .checks import SettingError, made_from
 from .numbers import Number, check_numbers, with_numbers
 
 MIN_DIM = 128
-"""Default of `min_dim`, as of optax's Adafactor (`min_dim_size_to_factor`): on shorter matrices a
+"""Default of `min_dim`, as in optax's Adafactor (`min_dim_size_to_factor`): on shorter matrices a
 share of the axis saves little of a model's state, see `docs/choosing.md`."""
 
 
@@ -29,9 +29,9 @@ def subspace_of(
 
     Not projected are: a group without rank, fewer than two dimensions, no elements, a projected
     axis that is no longer than the rank, and, where the rank is a share below 1, a matrix with an
-    axis shorter than `min_dim`. Where matrices are taken `whole` (`Blocks`), the rank is their
-    share, which leaves none out but at 1. With `full`, nothing is left out for a rank that drops
-    nothing.
+    axis shorter than `min_dim`. Where matrices are taken `whole` (`Blocks`), the rank is the share
+    of them that is active, and at 1 none is projected. With `full`, a rank that drops nothing is
+    projected too.
     """
     matrix = matrix_shape(shape)
     if matrix is None or rank is None:
@@ -49,7 +49,7 @@ def subspace_of(
 
 
 def width_of(rank: int | float | AutoRank, cols: int, whole: bool) -> int:
-    """Return the rank in columns: all where matrices are taken `whole`, the largest of several."""
+    """Return the rank in columns: all if matrices are taken `whole`, an `AutoRank`'s largest."""
     if whole:
         return cols
     if isinstance(rank, AutoRank):
@@ -59,11 +59,11 @@ def width_of(rank: int | float | AutoRank, cols: int, whole: bool) -> int:
 
 @dataclass(frozen=True)
 class AutoRank:
-    """The smallest rank that holds a share of the gradient's energy, a matrix's own.
+    """The smallest rank that holds a share of the gradient's energy, for each matrix its own.
 
     At each refresh, with P the subspace at the largest rank and e_j = |G p_j|^2 in descending
-    order: the least r with e_1 + ... + e_r >= share |G|^2, between `least` and `most`. Matrices of
-    a stack have the largest of theirs in common.
+    order: the least r with e_1 + ... + e_r >= share |G|^2, between `least` and `most`. All matrices
+    of a stack take the largest of their ranks.
 
     Args:
         share: of the energy, in (0, 1]; `rank_share` of a group.
@@ -104,7 +104,7 @@ Rank = int | float | AutoRank | None
 
 
 def rank_of(setting: Rank | str) -> Rank:
-    """Return what the setting of a group says, which is the text of an `AutoRank` for one.
+    """Return the rank that the setting of a group means; an `AutoRank` may stand there as text.
 
     Raises:
         ValueError: any other text.

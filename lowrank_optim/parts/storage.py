@@ -66,7 +66,7 @@ class Blockwise8:
     """Moments of one byte a value, in blocks of at most 256 values of a row with a scale each.
 
     Codes follow bitsandbytes' dynamic map, see `functional.quantize_blockwise`. Moments
-    of whole parameters that are vectors or have less than 4096 elements, and rows of one value,
+    of whole parameters that are vectors or have fewer than 4096 elements, and rows of one value,
     stay float32; a basis is bfloat16. The size that decides is the size of the whole parameter,
     also where it is sharded.
 
@@ -127,7 +127,7 @@ def holds(state: State, slot: str) -> bool:
     return slot in state or f"{slot}.scale" in state
 
 
-def form_of(state: State, slot: str) -> tuple[str, ...]:
+def keys_of(state: State, slot: str) -> tuple[str, ...]:
     """Return the keys under which a state has a moment; () if it lacks the moment."""
     return next((keys for keys in forms(slot) if all(key in state for key in keys)), ())
 
@@ -157,7 +157,7 @@ def rows_of(moment: Stored, rows: slice) -> Stored:
 def load_moments(
     held: Held, rule: Rule, dtype: torch.dtype, ops: ModuleType = functional
 ) -> Moments:
-    """Return moments in the dtype of the arithmetic; a stored tensor itself where it has that.
+    """Return moments in the dtype of the arithmetic; a stored tensor itself if it has that dtype.
 
     Args:
         held: the moments as they lie in memory.

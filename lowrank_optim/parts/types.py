@@ -69,9 +69,8 @@ class Site:
         seed: the optimizer's seed; with `step` it fixes every random draw.
         step: updates of this parameter before this one.
         gap: updates between refreshes.
-        turn, turns: place of this matrix among the projected ones of its group, and how many there
-            are.
-        share: the rank as a share of `cols` where it was given so (FRUGAL's density).
+        turn, turns: place of this matrix among the projected ones of its group, and their number.
+        share: the rank as a share of `cols` if it was given as one (FRUGAL's density).
         most: the largest rank, where it is chosen anew at each refresh.
         phase: by how many updates its refreshes come later than without staggering.
         shared: tensors common to several parameters.

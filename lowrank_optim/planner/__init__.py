@@ -1,4 +1,4 @@
-"""What training takes on a card before it is run: `estimate_memory`, `lowrank-optim memory`."""
+"""The memory that training will take on a card: `estimate_memory`, `lowrank-optim memory`."""
 
 from .estimate import Estimate, Plans, estimate_memory
 from .models import PlanError

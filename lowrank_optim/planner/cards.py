@@ -56,7 +56,7 @@ class Card(NamedTuple):
 
     @property
     def usable(self) -> int:
-        """Return the bytes that tensors may take."""
+        """Bytes that tensors may take."""
         return max(0, self.total - RESERVE)
 
 
@@ -64,7 +64,7 @@ def card_of(text: str) -> Card:
     """Return the card of a name ("RTX 4090", "a100-80gb") or of a size ("24GiB", "24GB").
 
     Raises:
-        PlanError: neither, and the message has the nearest names; or no size of a card.
+        PlanError: it is neither, and the message has the nearest names; or no card has that size.
     """
     size = bytes_in(text)
     if size is not None:
@@ -86,5 +86,5 @@ def card_of(text: str) -> Card:
 
 
 def _plain(name: str) -> str:
-    """Return a name without what people leave out or put in."""
+    """Return a name without the words and signs that people may leave out or add."""
     return re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", name.lower())

@@ -17,7 +17,7 @@ WIDTH = 100
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `memory`; what the models and methods are called is known to `build`."""
+    """Add the options of `memory`; `estimate_memory` checks the names of models and methods."""
     parser.add_argument(
         "--model",
         required=True,

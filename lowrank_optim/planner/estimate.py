@@ -30,11 +30,11 @@ class Estimate:
         name: its key in `METHODS`.
         label: its name in tables.
         layerwise: whether parameters are updated inside the backward pass.
-        phases: bytes at the most that lives at once in the forward and backward pass ("backward")
-            and in the optimizer's step ("step").
+        phases: bytes at the moment when the most are alive, in the forward and backward pass
+            ("backward") and in the optimizer's step ("step").
         state_bytes: `state_bytes` of the optimizer after its first step, bases among them.
-        shared_bytes: bases that layers share beside it.
-        spare: bytes of the card that are left, negative where they lack; None without a card.
+        shared_bytes: bases that layers share, which are no part of the state.
+        spare: bytes of the card that are left, negative if it is too small; None without a card.
         largest_rank: the largest rank that fits, with this batch; None without a card, for methods
             without a rank, and where none fits.
         largest_batch: the largest batch that fits, at this rank; None likewise.
@@ -52,22 +52,22 @@ class Estimate:
 
     @property
     def peak(self) -> str:
-        """Return the phase that takes the most."""
+        """The phase that takes the most."""
         return max(self.phases, key=lambda name: self.phases[name].total)
 
     @property
     def parts(self) -> Parts:
-        """Return what lives at the peak."""
+        """What lives at the peak."""
         return self.phases[self.peak]
 
     @property
     def total(self) -> int:
-        """Return the bytes at the peak."""
+        """Bytes at the peak."""
         return self.parts.total
 
     @property
     def fits(self) -> bool | None:
-        """Return whether the card is large enough; None without a card."""
+        """Whether the card is large enough; None without a card."""
         return None if self.spare is None else self.spare >= 0
 
 
@@ -80,7 +80,7 @@ class Plans:
         parameters: number of values, frozen ones too.
         settings: what `estimate_memory` was given.
         card: the card, if one was given.
-        rows: an estimate a method.
+        rows: one estimate for each method.
     """
 
     model: str
@@ -94,7 +94,7 @@ class Plans:
         return next(row for row in self.rows if row.name == name)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it as JSON knows it, in bytes."""
+        """Return everything in types that JSON knows, sizes in bytes."""
         rows = []
         for row in self.rows:
             phases = {name: {**asdict(p), "total": p.total} for name, p in row.phases.items()}
@@ -121,25 +121,24 @@ def estimate_memory(
 ) -> Plans:
     """Return what training a model takes, without running it and without its weights.
 
-    total = max over phases of (weights + gradients + state + bases + workspace + activations): in
-    the forward and backward pass activations live and gradients come to be; in the step all
-    gradients and the workspace live and no activations do. With `layerwise` each gradient is used
-    and freed as soon as it is complete. The state comes from the real optimizer, the
-    activations from the real model, both on the "meta" device; see `trace`
-    and `needs` for what is assumed.
+    total = max over phases of (weights + gradients + state + bases + workspace + activations).
+    In the forward and backward pass, activations live and gradients are made. In the step, all
+    gradients and the workspace live, and no activations. With `layerwise`, each gradient is used
+    and freed as soon as it is complete. The state comes from the real optimizer and the activations
+    from the real model, both on the "meta" device; see `trace` and `needs` for what is assumed.
 
     Args:
         model: a module, of which a copy without values is planned, or a name as in `build`.
-        optimizer: names of `METHODS`, or "all"; None for those most asked for.
+        optimizer: names of `METHODS`, or "all"; None for the ones most asked for.
         rank: an int, or a float in (0, 1], a share of the projected axis.
-        state_dtype: as in `LowRank`, for the methods that are ours.
+        state_dtype: as in `LowRank`, for our methods.
         layerwise: with `step_in_backward()`, for the methods that have it.
         batch, seq: sequences a step, and tokens in each.
         checkpointing: recompute each layer's activations in the backward pass.
         dtype: of the weights of a model given by name.
         gpu: a card or its memory as text ("RTX 4090", "24GiB"), or bytes.
-        loss: function (model, batch, seq) that runs a model and returns its loss; by default that
-            of a language model.
+        loss: function (model, batch, seq) that runs a model and returns its loss; a language
+            model's by default.
 
     Raises:
         ValueError: something is unknown, or the model cannot be run without values.
@@ -215,7 +214,7 @@ def chosen(optimizer: str | Sequence[str] | None) -> list[str]:
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Turn on activation checkpointing as transformers' models have it."""
+    """Turn on activation checkpointing in the way of transformers' models."""
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if callable(enable := getattr(model, name, None)):
             with foreign(f"{type(model).__name__} cannot checkpoint"):

@@ -29,10 +29,10 @@ MOST = 100_000
 """Layers, labels or parameter tensors beyond which a configuration is taken to be a mistake."""
 
 COUNTED = re.compile(r"(^|_)(layers?|depths?|labels)$")
-"""Names of settings that transformers makes as many things of as they say."""
+"""Names of settings that tell transformers how many of something to make."""
 
 LONG = 240
-"""Characters of somebody else's error that are shown."""
+"""Characters that are shown of an error from others' code."""
 
 
 class PlanError(ValueError):
@@ -193,7 +193,7 @@ def _read(path: Path) -> Any:
 
 
 def _check(settings: Any) -> None:
-    """Raise ValueError for what transformers would build something else from, or for ever."""
+    """Raise ValueError if transformers would build something else from it, or build for ever."""
     if not isinstance(settings, dict):
         raise ValueError(f"it holds {type(settings).__name__}, not an object of settings")
     named = settings.get("architectures")
@@ -243,7 +243,7 @@ def _class_of(name: str) -> Any:
 
 @contextmanager
 def foreign(failed: str) -> Iterator[None]:
-    """Run what belongs to others on what the user gave: any error of it is a line, and no more.
+    """Run others' code on what the user gave, and turn any error of it into one line.
 
     Raises:
         PlanError: begins with `failed`, and says what was raised. Warnings and logs are dropped.
@@ -262,7 +262,7 @@ def foreign(failed: str) -> Iterator[None]:
 
 @contextmanager
 def _counted() -> Iterator[None]:
-    """Stop at more parameters than models have, which a wrong count of anything may make."""
+    """Stop at more parameters than models have: a wrong count in a configuration may make them."""
     names: list[str] = []
 
     def note(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -278,7 +278,7 @@ def _counted() -> Iterator[None]:
 
 
 def _from_factory(name: str) -> tuple[nn.Module, Loss]:
-    """Call `module:factory`, found as Python finds it, and in the current folder."""
+    """Call `module:factory`; the current folder is searched first, then Python's path."""
     module, _, factory = name.partition(":")
     here = str(Path.cwd())
     with foreign(f"{name} makes no model"):

@@ -24,7 +24,7 @@ from ..parts.types import Group, Job, site_of
 from .trace import Live
 
 MEASURED = 4
-"""Matrices whose refresh is run; each one more is taken to need what these did on the average."""
+"""Matrices whose refresh is run; each further one is taken to need as much as these on average."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Needs:
 
     @property
     def state(self) -> int:
-        """Return `state_bytes` of the optimizer after its first step."""
+        """The optimizer's `state_bytes` after its first step."""
         return self.moments + self.bases
 
 
@@ -150,8 +150,8 @@ def needs_of_ours(optimizer: LowRank) -> Needs:
 def refresh_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
     """Return what moving the subspaces of some parameters makes and drops, in bytes.
 
-    That is their first step or a later one, where moments are carried over, and making a basis that
-    is not stored. What of it stays is not counted.
+    This covers the first step, a later one, where moments are carried over, and making a basis that
+    is not stored. What stays is not counted.
     """
     most = 0
     for step in (0, 1):
@@ -170,9 +170,9 @@ def factor_of(job: Job, plan: Plan) -> Factor:
 def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: Plan) -> int:
     """Return what a step of `count` parameters like these makes besides a refresh, in bytes.
 
-    Launches of kernels make no more than `room`, and at least what one matrix takes. Where there is
-    no kernel for a plan, plain torch does the step, of as many parameters at once as a rule looks
-    at whole.
+    Launches of kernels make no more than `room`, and at least what one matrix takes. Without a
+    kernel for the plan, plain torch does the step, for one parameter at a time, or for as many as
+    a rule for whole matrices takes at once.
     """
     if backend.missing(plan, True) is None:
         return launch_workspace(jobs[0], count, room, group, plan)
@@ -190,8 +190,8 @@ def step_workspace(jobs: list[Job], count: int, room: int, group: Group, plan: P
 
 
 def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
-    """Return what a later step of parameters makes that are fed at once: of the first ones."""
-    first = next(feed.servings(jobs, plan), [])
+    """Return what a later step makes, in bytes, of the first parameters that are fed at once."""
+    first = next(feed.fed_chunks(jobs, plan), [])
     some = [with_state(job, group, plan) for job in first]
     for job in some:
         site_of(job).step = 1
@@ -199,11 +199,11 @@ def fed_workspace(jobs: list[Job], group: Group, plan: Plan) -> int:
 
 
 def launch_workspace(job: Job, count: int, room: int, group: Group, plan: Plan) -> int:
-    """Return what the kernels' launches for `count` parameters like this one make, in bytes."""
+    """Return what the launches of kernels for `count` parameters like this one make, in bytes."""
     _, view = oriented(job.param, job.layout.wide)
-    parts = list(launches.parts_of(job, view, None, group, plan))
-    each = launches.held_bytes(parts[0], plan)
-    return each * min(count * len(parts), max(1, room // max(1, each)))
+    operands = list(launches.operands_of(job, view, None, group, plan))
+    each = launches.held_bytes(operands[0], plan)
+    return each * min(count * len(operands), max(1, room // max(1, each)))
 
 
 def with_state(job: Job, group: Group, plan: Plan) -> Job:

@@ -1,4 +1,4 @@
-"""From what lives over a backward pass and what an optimizer needs to the bytes of each phase."""
+"""The bytes of each phase, from what lives over a backward pass and what an optimizer needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Parts:
 
     Attributes:
         weights: parameters and buffers.
-        gradients: of parameters, those that are complete.
+        gradients: complete gradients of parameters.
         state: moments and counts of the optimizer.
         basis: of its subspaces, stored or shared.
         workspace: what the optimizer's step makes and drops.
@@ -33,7 +33,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """Return the sum."""
+        """The sum."""
         return sum(astuple(self))
 
 
@@ -46,7 +46,7 @@ def weight_bytes(model: nn.Module) -> int:
 def phases_of(trace: Trace, needs: Needs, weights: int, layerwise: bool) -> dict[str, Parts]:
     """Return what lives when the most does, in the forward and backward pass and in the step.
 
-    Layer by layer, one parameter is stepped at a time, beside the activations still needed.
+    With `layerwise`, one parameter is stepped at a time, beside the activations still needed.
     """
     basis = needs.bases + needs.shared
     alone = needs.alone if layerwise else None

@@ -47,7 +47,7 @@ def heading(plans: Plans) -> str:
 
 
 def notes(plans: Plans) -> str:
-    """Return what has to be known to read the numbers."""
+    """Return what a reader of the numbers has to know."""
     said = (
         "GiB at the moment of the largest total, which is in the backward pass or in the "
         "optimizer's step. Counted on tensors without values, not measured on a GPU."

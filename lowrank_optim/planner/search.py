@@ -24,17 +24,17 @@ BEYOND = 2.0**61
 """Bytes that no card has, and that add up without an overflow."""
 
 PROBES = 6
-"""Looks along the line before the interval is halved."""
+"""Tries along the line before the interval is halved."""
 
 STEP = 8
-"""What ranks above it are multiples of: they suit the units that multiply matrices."""
+"""Ranks above it are multiples of it: they suit the units that multiply matrices."""
 
 
 class Traces:
     """Forward and backward passes of a model with any batch.
 
-    What lives after each operator is a line in the batch, which two passes fix. A batch of one is
-    not asked for it: a few copies are left out there.
+    What lives after each operator is linear in the batch, so two passes determine it. A batch of
+    one is not used for this: it makes a few copies less.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, batch: int, seq: int) -> None:
@@ -53,7 +53,7 @@ class Traces:
 
     @cached_property
     def _pair(self) -> tuple[int, Trace, Trace]:
-        """Two passes of neighbouring batches."""
+        """Two passes, with neighbouring batches, and the smaller of these."""
         batch, asked = self._asked
         first = asked if batch > 1 else self._run(2)
         start = max(2, batch)
@@ -94,10 +94,10 @@ def widest(
     layerwise: bool,
     room: int,
 ) -> int | None:
-    """Return the largest rank whose total is at most `room` bytes, a multiple of `STEP` from there.
+    """Return the largest rank whose total is at most `room` bytes, from `STEP` on a multiple of it.
 
-    None for a method without a rank, and where none fits. A matrix whose axes are all no longer
-    than the rank is not projected, as in training.
+    None for a method without a rank, and if none fits. A matrix with no axis longer than the rank
+    is not projected, as in training.
     """
     if method.optimizer is None or method.whole:
         return None
@@ -121,8 +121,8 @@ def largest_rank(model: nn.Module) -> int:
 def last(total: Callable[[int], int], room: int, most: int) -> int | None:
     """Return the largest number from 1 to `most` whose total is at most `room`; None if none is.
 
-    Totals grow, and almost on a line: where the line meets `room` is looked at first, and the
-    interval is halved where that is not the end of it soon.
+    Totals grow almost linearly. The first tries are where the line through the ends of the interval
+    meets `room`; if that does not end the search soon, the interval is halved.
     """
     if most < 1 or (low := total(1)) > room:
         return None

@@ -1,7 +1,7 @@
 """One forward and backward pass on the "meta" device: which bytes live when, without computing.
 
 The model's own code runs, and each operator tells shapes and dtypes of what it makes. Where a GPU
-takes another way than "meta" does, the GPU's is taken: attention that forms no seq x seq matrix
+runs other operators than "meta" does, the GPU's are run: attention that forms no seq x seq matrix
 (torch's flash kernel; the memory-efficient one for float32 or with a mask), and dropout that keeps
 a mask of booleans.
 """
@@ -41,7 +41,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @property
     def peak(self) -> int:
-        """Return the most bytes that lived at once."""
+        """The most bytes that lived at once."""
         return max(self.series, default=0)
 
     def __torch_dispatch__(
@@ -73,15 +73,15 @@ def _is_tensor(leaf: Any) -> bool:
 
 
 def _eigenvalue_work(x: Tensor, *_: Any) -> int:
-    """Return what a divide-and-conquer eigensolver uses beside: 2 n^2 values."""
+    """Return the bytes of a divide-and-conquer eigensolver's workspace: 2 n^2 values."""
     return 2 * x.numel() * x.element_size()
 
 
 def _attention_work(grad: Tensor, query: Tensor, key: Tensor, *_: Any) -> int:
-    """Return what the backward pass of flash attention uses beside.
+    """Return the bytes of the workspace of flash attention's backward pass.
 
-    The gradient of the queries and a number a query in float32, and gradients of keys and values
-    for each head where heads share them.
+    It holds the gradient of the queries and a number a query in float32 and, where heads share keys
+    and values, the gradients of both for each head.
     """
     sums = 4 * (query.numel() + grad.shape[:-1].numel())
     shared = key.shape[-3] != query.shape[-3]
@@ -124,7 +124,7 @@ def attention(
 ) -> Tensor:
     """Make what attention on a GPU makes: the output and a float32 a query for the backward pass.
 
-    A mask of booleans is made one of numbers, as there.
+    A mask of booleans becomes one of numbers, as on a GPU.
     """
     half = query.dtype in (torch.bfloat16, torch.float16)
     if half and attn_mask is None and query.shape[-1] == value.shape[-1] <= 256:
@@ -175,7 +175,8 @@ def trace(model: nn.Module, loss: Loss, batch: int, seq: int) -> Trace:
     """Run one forward and backward pass of a model on the "meta" device.
 
     Raises:
-        what the model raises, among them NotImplementedError for operators that know no "meta".
+        Exception: anything that the model raises, such as NotImplementedError for an operator that
+            does not know "meta".
     """
     counted = Live()
     done: list[tuple[int, int, nn.Parameter]] = []

@@ -45,7 +45,7 @@ def names_of(key: str) -> Container[str]:
 
 
 def without_numbers(key: str, part: Any) -> str:
-    """Return the text of one of our parts that says nothing of its numbers."""
+    """Return the text of one of our parts without its numbers."""
     return "auto" if key == "rank" else bare_text(part)
 
 
@@ -54,20 +54,20 @@ def placed(
 ) -> dict[str, Any]:
     """Return a group with the keys of ours, and the numbers of its parts beside them.
 
-    A part of ours stands in a group as text without numbers, one of a user's own as it is. Each
-    number comes from, in this order: its own key; what the part here says, an object or a text with
-    numbers; the constructor's, where its part is of the same kind; the default of the class.
+    A part of ours stands in a group as text without numbers, a user's own part as it is. Each
+    number comes from the first of these that has it: its own key; the part here, an object or a
+    text with numbers; the constructor's part, if it is of the same kind; the default of the class.
 
     Args:
         group: complete except for numbers.
         where: names it in a message.
         defaults: the constructor's settings.
-        before: what this group, or those that it may come from, had when they were last looked at.
-            A number that is there unchanged has not been asked for: it gives way to what a new part
-            says, and goes with a part that is gone.
+        before: what this group, or the groups that it may come from, had at the last look. A number
+            that is there unchanged has not been asked for: it gives way to a new part's number, and
+            goes with a part that is gone.
 
     Raises:
-        SettingError: a number that is said twice and not alike, or that nothing in the group reads.
+        SettingError: a number with two different values, or one that nothing in the group reads.
     """
     group = dict(group)
     translate(group, where)

@@ -98,7 +98,7 @@ def plan_of(group: Group) -> Plan:
     """Return the plan of a group; equal settings give the same object.
 
     Raises:
-        SettingError: parts that do not go together, or a value set later that is not known.
+        SettingError: parts that do not go together, or an unknown value that was set later.
     """
     plan = _plan(
         group["feed"],

@@ -347,7 +347,7 @@ def layout_of(param: Tensor, side: str | None, exact: bool, copies: Any = None) 
 
     Args:
         param: the parameter.
-        side: which axis is projected; None if none is.
+        side: which axis is projected; None for a parameter that is not projected.
         exact: whether rows of a parameter that is not projected must be whole, because their
             values share an 8-bit scale, or random bits go by row.
         copies: a process group in which ordinary tensors are the same on all.

@@ -20,7 +20,7 @@ Placements = tuple[Any, ...]
 
 @cache
 def kinds() -> ModuleType:
-    """Return torch's module of placements, imported at the first DTensor: it takes its time."""
+    """Return torch's module of placements, imported at the first DTensor, since that takes time."""
     return importlib.import_module("torch.distributed.tensor.placement_types")
 
 

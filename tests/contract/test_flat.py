@@ -180,7 +180,7 @@ def test_what_is_missing_is_said():
     train(model, optimizer, range(1))
     tensors, metadata = flatten_state(optimizer.state_dict())
     for wrong in (None, {"format": "pt"}, {"state": metadata["state"]}):
-        with pytest.raises(ValueError, match="not that of flatten_state"):
+        with pytest.raises(ValueError, match="not from flatten_state"):
             unflatten_state(tensors, wrong)
     del tensors["tall.basis"]
     with pytest.raises(ValueError, match=r"tensor 'tall\.basis' is missing"):

@@ -43,7 +43,7 @@ def rounded(grad, norm):
     the other one there, and move a score by a thousandth.
     """
     rows, n = grad.shape
-    n1, n2, *_ = cosine_tables.plan(n)
+    n1, n2, *_ = cosine_tables.factored(n)
     half, slots = n1 // 2, torch.arange(n1 // 2)[:, None] + n1 * torch.arange(n2)
     tables = cosine_tables.cosines(n, grad.dtype, torch.device("cpu"))
     w, t, m = (table.double() for table in tables)

@@ -16,7 +16,7 @@ from .error_feedback import ErrorFeedback
 
 @dataclass(frozen=True)
 class GeneralErrorFeedback(ErrorFeedback):
-    """Carry what is lost of the gradient and, where the subspace moves, of the momentum.
+    """Carry what the gradient loses and, where the subspace moves, what the momentum loses.
 
     A = G + E;  the subspace P' is learnt from B = rho m P^T + (1 - rho) A, m without bias;
     E <- A - A P' P'^T + b1 / (1 - b1) (M P^T - M' P'^T)

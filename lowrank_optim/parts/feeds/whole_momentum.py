@@ -25,7 +25,8 @@ class WholeMomentum:
         dtype: how M is stored, see `ErrorFeedback`; None: as the other moments are.
 
     Reference: Wang et al., "Conda: Column-Normalized Adam for Training Large Language Models
-        Faster", arXiv 2509.24218, at full rank; SOAP, arXiv 2409.11321, keeps its first moment so.
+        Faster", arXiv 2509.24218, at full rank. SOAP, arXiv 2409.11321, also keeps its first moment
+        whole.
     """
 
     dtype: str | None = None

@@ -64,7 +64,7 @@ class Power(Basis):
     @torch.no_grad()
     def refresh(self, matrices: Sequence[Matrix]) -> None:
         """Move the bases towards the top right-singular vectors of the gradients."""
-        for some in portions(matrices):
+        for some in chunks(matrices):
             self._refresh(some)
 
     def _refresh(self, matrices: Sequence[Matrix]) -> None:
@@ -89,7 +89,7 @@ class Power(Basis):
             state["basis"].copy_(torch.where(mask, new.to(state["basis"].dtype), state["basis"]))
 
 
-def portions(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+def chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     """Yield the matrices in lists whose temporaries fit `BUDGET`; stacks too large are cut."""
     grad, _, site = matrices[0]
     rows, cols, rank = *grad.shape[-2:], site.rank

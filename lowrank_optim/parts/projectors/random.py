@@ -20,7 +20,7 @@ class Random(Basis):
     """A uniformly random orthonormal basis, a function of (seed, step of the last refresh).
 
     Only that step is stored. The basis is made again when needed and shared by all matrices of one
-    width that were refreshed at the same step. It cannot be aligned, for it is not stored.
+    width that were refreshed at the same step. It cannot be aligned, since it is not stored.
     """
 
     keys: ClassVar[tuple[str, ...]] = ("drawn",)

@@ -22,7 +22,7 @@ class SVD(Basis):
     the same subspace in a small part of the time. Signs are made canonical, so that kept moments do
     not depend on the library. Where there are fewer rows than the rank, the basis is completed.
 
-    At least as many rows as columns in float32, and rows that are shared out on processes, take the
+    At least as many rows as columns in float32, and rows shared out over processes, take the
     eigenvectors of G^T G in float64: products of two float32 are exact there, and its rounding
     falls below singular values of 1e-8 times the largest, which a float32 SVD does not find either.
     Otherwise the SVD of G in float64 (of R where G = QR has more rows). Shared rows add up G^T G

@@ -23,7 +23,8 @@ class NormScaled(Limited):
     numbers are the published ones (`form="code"`), and 1 in the paper (`form="paper"`).
     |S|_F comes from row norms alone: |G_i - c R_i P^T|^2 = |G_i|^2 - (2c - c^2) |R_i|^2, where a
     difference below rounding noise is 0. It is measured before bias correction, as in the authors'
-    code.  A row whose norm overflows has phi 0.
+    code.  A row whose norm overflows has phi 0. The limiter is `parts/limiter.py`; the base
+    `Limited` declares its number, keeps its norm, and checks it.
 
     Args:
         limiter: largest growth of the norm in one step; None for no limit.

@@ -1,4 +1,4 @@
-"""What rules have in common that look at whole matrices."""
+"""What rules for whole matrices have in common."""
 
 from __future__ import annotations
 

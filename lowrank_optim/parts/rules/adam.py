@@ -138,7 +138,7 @@ def call_adamw(pieces: list[Piece], group: Group, foreach: bool | None) -> None:
 
 
 def goes_in_a_loop(job: Job, group: Group) -> bool:
-    """Return whether torch steps parameters one by one: on a CPU, where no form is asked for."""
+    """Return whether torch steps parameters one by one: on a CPU, unless a form is asked for."""
     return job.param.device.type == "cpu" and not group.get("foreach") and not group.get("fused")
 
 
@@ -151,8 +151,8 @@ def one_piece(job: Job) -> Piece:
 def in_pieces(job: Job) -> Iterator[Piece]:
     """Yield a parameter in pieces for a CPU's cache.
 
-    Torch's loop goes over a parameter some ten times; of 16 million elements, 200 pieces take a
-    third of the time, and give the same bits. Only the last piece counts the step.
+    Torch's loop goes over a parameter some ten times. With 16 million elements in 200 pieces, it
+    takes a third of the time and gives the same bits. Only the last piece counts the step.
     """
     *tensors, step = one_piece(job)
     if job.param.numel() < 2 * PIECE or not all(x.is_contiguous() for x in tensors):

@@ -1,4 +1,4 @@
-"""Rules with one moment: momentum, and the sign of it."""
+"""Rules with one moment: momentum, and its sign."""
 
 from __future__ import annotations
 

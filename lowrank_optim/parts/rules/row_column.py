@@ -19,7 +19,7 @@ from ..types import Group, Job, Site, State, site_of
 from ._matrix import OfMatrices, zeros
 
 OUTLYING = 10.0
-"""What the values of a first step are cut off at; of Gaussian gradients they stay below."""
+"""Where the values of a first step are cut off; with Gaussian gradients they stay below."""
 
 
 @dataclass(frozen=True)

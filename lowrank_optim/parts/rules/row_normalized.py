@@ -20,8 +20,8 @@ class RowNormalized(OfMatrices):
 
     M <- mu M + (1-mu) R,  N_i = M_i / |M_i|, and 0 where M_i = 0
 
-    A neuron i is a row of the weight, (out, in), wherever the projected axis lies: its values, in
-    of them, have a root mean square of 1 / sqrt(in).
+    A neuron i is a row of the weight, (out, in), wherever the projected axis lies. The values of
+    N_i have a root mean square of 1 / sqrt(in).
 
     Args:
         momentum: mu, in [0, 1).

@@ -1,8 +1,12 @@
-"""What the launches share on the host: types, run-time numbers, places in memory."""
+"""What the launches share on the host: types, run-time numbers, places in memory.
+
+One launch serves many tensors: it is given tables of their addresses.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cache
 
@@ -10,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .tables import addresses
 
 Stored = Tensor | tuple[Tensor, Tensor]
 """A moment as it lies in memory: a tensor, or 8-bit codes and their scales."""
@@ -118,3 +120,52 @@ def roomy(device: torch.device) -> bool:
 def precision() -> str:
     """Return how products of float32 are made: as torch's are, which by default is exactly."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+KEPT = 4096
+"""Uploads that are kept, two a launch of a step; the least recently used one goes first."""
+
+_tables: OrderedDict[tuple[object, ...], tuple[Tensor, ...]] = OrderedDict()
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device; the host does not wait for it."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Return where tensors begin; the caller keeps them alive."""
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def tables(device: torch.device, *columns: Sequence[int]) -> tuple[Tensor, ...]:
+    """Return lists of numbers, of one length, as int64 tensors on a device, by one upload.
+
+    If the length is odd, a number without meaning follows each, so that all start at multiples of
+    16 bytes. Gradients and states mostly lie where they lay in the step before, so tables are kept
+    under what they hold. They are uploaded, from pinned memory and in the order of the current
+    stream, only when something in them is new; they belong to that stream. In the capture of a
+    graph, an upload would be replayed from memory that is gone: there, kernels write the values,
+    which are not kept.
+    """
+    length = len(columns[0])
+    shape = (len(columns), length + length % 2)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        table = torch.empty(shape, dtype=torch.int64, device=device)
+        for row, values in zip(table.unbind(), columns, strict=True):
+            for place, value in zip(row.unbind(), values, strict=False):
+                place.fill_(value)
+        return table.unbind()
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (device, stream, *map(tuple, columns))
+    kept = _tables.get(key)
+    if kept is not None:
+        _tables.move_to_end(key)
+        return kept
+    rows = [[*values, 0] if length % 2 else list(values) for values in columns]
+    _tables[key] = upload(torch.tensor(rows, dtype=torch.int64), device).unbind()
+    if len(_tables) > KEPT:
+        _tables.popitem(last=False)
+    return _tables[key]

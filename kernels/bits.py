@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ._device import number
 from ._device import random_bits as bits_of
-from ._host import over
-from .tables import tables
+from ._host import over, tables
 
 HEIGHT, WIDTH = 8, 256
 

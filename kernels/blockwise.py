@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import peaks
-from ._host import over
-from .tables import upload
+from ._host import over, upload
 
 BLOCK = 256
 LEVELS = 65536.0

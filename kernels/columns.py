@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import address, number, peaks, random_bits
-from ._host import aligned, numbers, over
+from ._host import aligned, numbers, over, tables
 from .blockwise import (
     BLOCK,
     codes_of,
@@ -21,7 +21,6 @@ from .blockwise import (
     signed_tables,
     square_table,
 )
-from .tables import tables
 
 VALUES = 2048
 """Values that a program moves; a row is never cut, however long."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .tables import upload
+from ._host import upload
 
 LARGEST = (128, 64)
 """The largest n1 and n2: beyond them a tile no longer fits the registers of a program."""

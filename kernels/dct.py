@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._host import over
+from ._host import addresses, over, tables
 from .cosines import Factoring, cosines, factored, supports
-from .tables import addresses, tables
 
 __all__ = ["dct_scores", "supports"]
 

@@ -12,8 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import address, dot, halves, narrow, number, random_bits, stochastic_round
-from ._host import aligned, numbers, over, precision, rates, roomy, tl_type
-from .tables import addresses, tables
+from ._host import addresses, aligned, numbers, over, precision, rates, roomy, tables, tl_type
 
 WEIGHT = tl.constexpr(0)
 

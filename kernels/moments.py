@@ -13,6 +13,7 @@ from torch import Tensor
 from ._device import address, narrow, number, peaks, random_bits, stochastic_round
 from ._host import (
     Stored,
+    addresses,
     aligned,
     corrections,
     matrix_shape,
@@ -20,6 +21,7 @@ from ._host import (
     over,
     places_of_moments,
     rates,
+    tables,
     tl_type,
     types_of,
 )
@@ -31,7 +33,6 @@ from .blockwise import (
     signed_tables,
     square_table,
 )
-from .tables import addresses, tables
 
 EXP_AVG = tl.constexpr(1)
 EXP_AVG_SQ = tl.constexpr(2)

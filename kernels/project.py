@@ -15,6 +15,7 @@ from ._device import address, dot, halves, narrow, number
 from ._host import (
     TYPES,
     Stored,
+    addresses,
     aligned,
     corrections,
     numbers,
@@ -22,13 +23,13 @@ from ._host import (
     places_of_moments,
     precision,
     roomy,
+    tables,
     tl_type,
     types_of,
 )
 from .blockwise import signed_tables, square_table
 from .moments import adam, load_moments, scales_of, store_moments, store_scales
 from .norms import row_norms
-from .tables import addresses, tables
 
 HEIGHT = 1
 """Rows of a tile of 8-bit moments: of one, a warp finds the scale without the others."""
@@ -233,8 +234,7 @@ def _project(
         )  # fmt: skip
         if NORMS:
             part = matrices.to(tl.int64) * rows * rank_tiles
-            # (ROWS,), into (2, K, rows, rank_tiles): of R, then of N
-            spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block
+            spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block  # (ROWS,)
             tl.store(spot, low_squares, mask=row < rows)
             tl.store(spot + part, direction_squares, mask=row < rows)
 

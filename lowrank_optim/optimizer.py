@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,12 @@ class LowRank(Optimizer):
         state_budget: with `rank="auto"`, the most that the states of a group's matrices may take
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
-        scale: factor of the projected update (GradScaled: of its square).
+        scale: factor of the projected update (GradScaled: of its square); with `length` "rms" or
+            "adamw" of the whole update. None is the method's own with this length.
+        length: how long an update is. "published": as the rule and the residual say. "rms": its
+            root mean square is `scale` times 0.2. "adamw": `scale` times that of AdamW's own step,
+            measured on a sample of some 1024 entries of the matrix, so that AdamW's lr, schedule
+            and decay keep their meaning (see `parts.length`). It acts on what is projected.
         projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
             `Projector`.
         feed: what is projected: "gradient", "error_feedback", "general_error_feedback",
@@ -111,7 +116,14 @@ class LowRank(Optimizer):
             complex gradient.
     """
 
+    published_scale: ClassVar[float] = 1.0
+    measured_scale: ClassVar[float] = 1.0
     _session: Session
+
+    @classmethod
+    def scale_of(cls, length: str) -> float:
+        """Return the scale where none is given with a length: the method's for this length."""
+        return cls.published_scale if length == "published" else cls.measured_scale
 
     def __init__(
         self,
@@ -125,7 +137,8 @@ class LowRank(Optimizer):
         min_dim: int = MIN_DIM,
         state_budget: int | str | None = None,
         update_proj_gap: int = 200,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "svd",
         feed: str | Feed = "gradient",
         rule: str | Rule = "adam",
@@ -150,6 +163,7 @@ class LowRank(Optimizer):
     ) -> None:
         check_unknown(unknown, type(self).__name__)
         check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        scale = self.scale_of(length) if scale is None else scale
         given_here = locals()
         defaults: dict[str, Any] = {
             **{key: given_here[key] for key in CHECKS if key in given_here},
@@ -206,6 +220,8 @@ class LowRank(Optimizer):
         group = dict(param_group)
         translate(group, where)
         defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
+        if group.get("length", defaults["length"]) != defaults["length"]:
+            defaults["scale"] = self.scale_of(group["length"])
         group = placed({**defaults, **group}, where, self.defaults)
         check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):

@@ -137,6 +137,13 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
+    there = saved.get("length", BEFORE["length"] if "projector" in saved else group["length"])
+    if there != group["length"] and "adamw" in (there, group["length"]):
+        raise SettingError(
+            f"the checkpoint was made with length={there!r} in group {index}, this optimizer has "
+            f'{group["length"]!r}: with "adamw" a sample of each matrix is kept. Build it with the '
+            "checkpoint's setting to resume, or start without its optimizer state"
+        )
     plan, numbers = plan_of(group), numbers_in(group)
     for key in (key for key in plan.optional if key in numbers and key in saved):
         if (saved[key] is None) != (group[key] is None):

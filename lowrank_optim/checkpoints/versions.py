@@ -17,7 +17,7 @@ STATE_VERSION = 2
 In 1, numbers of parts stood in their texts; in 2, they are keys of the group.
 """
 
-BEFORE = {"min_dim": 1}
+BEFORE = {"min_dim": 1, "length": "published"}
 """What a checkpoint of this package means that was written before there was such a setting."""
 
 

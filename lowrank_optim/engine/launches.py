@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..functional import Noise, Stored, is_index, on_device
+from ..functional import Noise, Stored, is_index, on_device, update_squares
 from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.storage import stored
@@ -24,6 +25,7 @@ from ..parts.types import (
     site_of,
 )
 from .backend import kernels
+from .length import Sums, lengths_of
 from .two_phase import Half
 
 AT_ONCE = 48 << 20
@@ -54,6 +56,7 @@ class Operand(NamedTuple):
     age: int | Tensor
     noise: Noise
     residual: dict[str, Tensor]
+    sampled: Tensor | None
 
 
 class PlainOperand(NamedTuple):
@@ -104,8 +107,11 @@ def operands_of(
     moments = [states[slot] if slot in states else stored(states, slot) for slot in plan.slots]
     residual = {key: job.state[key] for key in (*plan.kept, *plan.kept_by_row)}
     count, noise = age_of(job, group), noise_of(job, group)
+    first, second = moments
     if view.ndim == 2:
-        yield Operand(job, None, view, copy, grad, moments[0], moments[1], count, noise, residual)
+        yield Operand(
+            job, None, view, copy, grad, first, second, count, noise, residual, job.sampled
+        )  # fmt: skip
         return
     for place in range(view.shape[0]):
         yield Operand(
@@ -114,11 +120,12 @@ def operands_of(
             view[place],
             None,
             grad[place],
-            piece_of(moments[0], place),
-            piece_of(moments[1], place),
+            piece_of(first, place),
+            piece_of(second, place),
             count,
             noise._replace(stream=noise.stream + place * job.layout.rows),
             {key: value[place] for key, value in residual.items()},
+            None if job.sampled is None else job.sampled[place],
         )
 
 
@@ -194,7 +201,7 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
     """Do the first launch for some matrices, and return the second, which needs the residual."""
     site = operands[0].job.site
     assert site is not None
-    ops, want = site.ops, plan.want
+    ops, want, length = site.ops, plan.want, plan.length
     grads, factors = [operand.grad for operand in operands], factors_of(operands, plan)
     noises, counts = [operand.noise for operand in operands], [operand.age for operand in operands]
     low, direction, norms = ops.project_moments(
@@ -206,7 +213,7 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
         *group["betas"],
         group["eps"],
         noises,
-        want,
+        want._replace(norms=want.norms or length.measured),
     )
     count = (
         counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
@@ -216,9 +223,25 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
         for key in operands[0].residual
     }
 
-    def finish(sums: Tensor | None) -> None:
-        uncorrected = plan.rule.uncorrected(count, group) if want.norms else 1.0
-        update = plan.residual.update(norms, sums, state, site, group, uncorrected)
+    inside = length.inside(group)
+    limiting = plan.residual.sums(norms, state, site, inside) if want.norms else None
+    update = plan.residual.update(norms, state, site, inside)
+    sums = Sums(limiting)
+    if length.measured:
+        squares = update_squares(grads, factors, low, direction, update, norms)
+        samples = [operand.sampled for operand in operands if operand.sampled is not None]
+        sums = Sums(limiting, squares, torch.stack(samples) if samples else None)
+
+    def finish(total: Tensor | None) -> None:
+        found = sums if total is None else sums.split(total)
+        written, lengths = update, None
+        limit: Tensor | float = 1.0
+        if found.limiting is not None:
+            uncorrected = plan.rule.uncorrected(count, group)
+            limit = plan.residual.limited(found.limiting, state, site, inside, uncorrected)
+            written = replace(update, low=update.low * limit, grad=update.grad * limit)
+        if found.squares is not None:
+            lengths = lengths_of(found.squares, limit, found.sampled, site, group, plan)
         for key, value in state.items():
             torch._foreach_copy_(
                 [operand.residual[key] for operand in operands], list(value.unbind())
@@ -231,17 +254,17 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
                 factors,
                 low,
                 direction,
-                update,
+                written,
                 *rates_of(group),
                 noises if rounds(param, group) else None,
+                lengths,
             )
         for operand in operands:
             if operand.copy is not None:
                 operand.job.param.copy_(operand.copy.view(operand.job.param.shape))
 
     places = [(operand.job, operand.place or 0) for operand in operands]
-    sums = plan.residual.sums(norms, state, site, group) if want.norms else None
-    return Half(places, sums, finish)
+    return Half(places, sums.joined(), finish)
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional.factors import oriented
+from ..parts.length import LENGTHS
 from ..parts.plan import Plan
 from ..parts.protocols import Storage
 from ..parts.rank import rank_asked
@@ -45,7 +46,7 @@ def init_state(
         state["pending"] = 1
         state["unset"] = torch.ones(batch, dtype=torch.bool, device=param.device)
     state.update(plan.projector.init(batch, plan.storage.dtype(param), site))
-    for part in (plan.rule, plan.residual):
+    for part in (plan.rule, plan.residual, plan.length):
         state.update(part.init(batch, rows, site))
     return state
 
@@ -163,5 +164,6 @@ def owned() -> frozenset[str]:
     parts = [part for registry in PARTS.values() for part in registry.values()]
     slots = {slot for part in parts for slot in getattr(part, "slots", ())}
     keys = {key for part in parts for key in getattr(part, "kinds", {})}
+    keys.update(key for length in LENGTHS.values() for key in length.keys)
     found = {key for slot in slots for form in forms(slot) for key in form}
     return frozenset({*COUNTED, *keys, *found})

@@ -62,7 +62,7 @@ def summed_chunks(jobs: list[Job], group: Group, plan: Plan) -> Iterator[list[Jo
     def size(job: Job) -> int:
         site = job.site
         assert site is not None
-        if not want.norms or site.team.size == 1:
+        if not (want.norms or plan.length.measured) or site.team.size == 1:
             return 0
         lines = kinds * job.layout.rows // site.team.size + cuts * site.cols
         return lines * job.layout.matrices * site.rank * site.dtype.itemsize

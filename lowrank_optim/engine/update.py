@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..functional import Factor, Norms, down, down_some, lift_write, load, row_norms
+from ..functional import (
+    Factor,
+    Norms,
+    down,
+    down_some,
+    lift_write,
+    load,
+    row_norms,
+    update_squares,
+)
 from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.protocols import Rule
@@ -31,6 +40,7 @@ from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
 from .feed import fed, fed_chunks, keep
+from .length import Sums, lengths_of, sampled
 from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, run, summed_chunks
@@ -48,6 +58,8 @@ Below, calls take longer than the arithmetic, and torch makes fewer of them for 
 
 def step_projected(jobs: list[Job], group: Group, plan: Plan) -> list[Waiting]:
     """Do one step of projected parameters, in place; return which may lack a subspace."""
+    if plan.length.sampled:
+        jobs = sampled(jobs, group, plan)
     if not plan.feed.slots:
         return step_together(jobs, group, plan)
     waiting: list[Waiting] = []
@@ -250,15 +262,16 @@ def directions_of(
 def write_together(begun: list[Begun], rates: Rates, group: Group, plan: Plan) -> bool:
     """Write parameters whose updates have equal factors in one call; return whether that was so.
 
-    Only for updates that need no norms, of parameters that are written in place.
+    Only for updates that need no norms and have their published length, of parameters that are
+    written in place.
     """
     want = plan.want
-    if want.norms:
+    if want.norms or plan.length.measured:
         return False
     jobs = [each.job for each in begun]
     updates: list[Update] = []
     for job in jobs:
-        made = plan.residual.update(None, None, job.state, site_of(job), group, 1.0)
+        made = plan.residual.update(None, job.state, site_of(job), group)
         by_row = isinstance(made.low, Tensor) or isinstance(made.grad, Tensor)
         if by_row or job.kept is not None or job.param.ndim > 3 or made != (updates or [made])[0]:
             return False
@@ -288,29 +301,42 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
     moved = [begun.direction] if want.direction else None
     _, factor, _, _, taken, age = begun
     del begun
-    sums = plan.residual.sums(norms, job.state, site, group) if want.norms else None
+    inside = plan.length.inside(group)
+    limiting = plan.residual.sums(norms, job.state, site, inside) if want.norms else None
+    update = plan.residual.update(norms, job.state, site, inside)
+    update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
+    sums = Sums(limiting)
+    if plan.length.measured:
+        of_list = None if norms is None else Norms(*(norm.unsqueeze(0) for norm in norms))
+        squares = update_squares([grad], [factor], kept, moved, update, of_list)
+        sums = Sums(limiting, squares[0], job.sampled)
+    del norms
 
-    def finish(sums: Tensor | None) -> None:
-        if sums is not None and grad.ndim == 2:
-            sums = sums[0]
-        uncorrected = plan.rule.uncorrected(age, group) if want.norms else 1.0
-        update = plan.residual.update(norms, sums, job.state, site, group, uncorrected)
-        if want.norms:
-            update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
+    def finish(total: Tensor | None) -> None:
+        found = sums if total is None else sums.split(total[0] if grad.ndim == 2 else total)
+        written, lengths = update, None
+        limit: Tensor | float = 1.0
+        if found.limiting is not None:
+            uncorrected = plan.rule.uncorrected(age, group)
+            limit = plan.residual.limited(found.limiting, job.state, site, inside, uncorrected)
+            written = replace(update, low=update.low * limit, grad=update.grad * limit)
+        if found.squares is not None:
+            lengths = [lengths_of(found.squares, limit, found.sampled, site, group, plan)]
         matrix, view = oriented(job.param, job.layout.wide)
         noises = [noise_of(job, group)] if rounds(job.param, group) else None
         step_size, decay = rates
-        lift_write([view], [grad], [factor], kept, moved, update, step_size, decay, noises)
+        lift_write(
+            [view], [grad], [factor], kept, moved, written, step_size, decay, noises, lengths
+        )
         if matrix is not job.param and matrix.data_ptr() != job.param.data_ptr():
             job.param.copy_(matrix.view(job.param.shape))
         if job.kept is not None:
             keep(job, taken, factor, noise_of(job, group))
 
-    if sums is not None:
-        sums = sums.reshape(-1, sums.shape[-1])
-        if job.layout.team is not ALONE:
-            return Half([(job, place) for place in range(grad.shape[:-2].numel())], sums, finish)
-    finish(sums)
+    if job.layout.team is not ALONE and (joined := sums.joined()) is not None:
+        places = [(job, place) for place in range(grad.shape[:-2].numel())]
+        return Half(places, joined.reshape(-1, joined.shape[-1]), finish)
+    finish(None)
     return None
 
 

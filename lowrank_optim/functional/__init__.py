@@ -19,6 +19,7 @@ from .cosine import dct, dct_scores
 from .draws import CARRIED, EXP_AVG, EXP_AVG_SQ, FED, MOMENTS, WEIGHT
 from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_, reach
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
+from .length import sample_columns, sample_moments, update_squares
 from .moments import (
     adam,
     adam_some,
@@ -129,11 +130,14 @@ __all__ = [
     "round_into_",
     "row_chunks",
     "row_norms",
+    "sample_columns",
+    "sample_moments",
     "select_moment",
     "square_map",
     "stochastic_round",
     "store",
     "stream_of",
+    "update_squares",
     "upload",
     "usable",
 ]

@@ -51,10 +51,11 @@ def lift_write(
     step_size: float | Tensor,
     decay: float | Tensor,
     noises: Sequence[Noise] | None = None,
+    lengths: Several | None = None,
 ) -> None:
     """Apply updates to weights in place, without a full-size temporary.
 
-    W <- decay * W + step_size * ((a N + b R) P^T + phi G + c sgn(G - R P^T))
+    W <- decay * W + step_size * s ((a N + b R) P^T + phi G + c sgn(G - R P^T))
 
     The sum is made in float32 (float64 for float64) and rounded once; what has to be widened or
     copied for that is at most `CHUNK` elements at a time.
@@ -70,10 +71,12 @@ def lift_write(
         step_size: `-lr`, or `+lr` to maximise; a number or a 0-d tensor.
         decay: `1 - lr * weight_decay`; likewise.
         noises: round bfloat16 weights stochastically with these; None rounds to nearest.
+        lengths: s of each matrix, `(K, ...)`; None for 1.
     """
     for k, (param, grad, factor) in enumerate(zip(params, grads, factors, strict=True)):
-        inner = inner_of(low, direction, update, step_size, k)
-        scale_grad = times(update.grad, step_size, k)
+        step = step_size if lengths is None else stretched(step_size, lengths[k])
+        inner = inner_of(low, direction, update, step, k)
+        scale_grad = times(update.grad, step, k)
         if param.dtype in EXACT and not update.sign:
             add_into_(param, grad, inner, factor, scale_grad, decay)
             continue
@@ -83,12 +86,13 @@ def lift_write(
             target = param[..., chunk, :]
             out = target.to(dtype)
             part = None if inner is None else inner[..., chunk, :]
-            by_row = isinstance(scale_grad, Tensor) and scale_grad.ndim
-            scale = scale_grad[..., chunk, :] if by_row else scale_grad  # type: ignore[index]
+            scale = scale_grad
+            if isinstance(scale, Tensor) and scale.ndim and scale.shape[-2] == rows:
+                scale = scale[..., chunk, :]
             add_into_(out, grad[..., chunk, :], part, factor, scale, decay)
             if update.sign and low is not None:
                 rest = low[k][..., chunk, :], factor
-                add_sign_(out, grad[..., chunk, :], *rest, update.sign * step_size)
+                add_sign_(out, grad[..., chunk, :], *rest, update.sign * step)
             bits = None
             if noises is not None and param.dtype == torch.bfloat16:
                 bits = chunk_bits(noises[k], target, rows, chunk)
@@ -100,8 +104,10 @@ def add_sign_(
 ) -> None:
     """Add `scale sgn(G - R P^T)` in place; for a choice of columns, sgn(G) in the others."""
     if isinstance(factor, Tensor) and is_index(factor):
-        columns = torch.ones(grad.shape[-1], dtype=out.dtype, device=out.device).mul_(scale)
+        columns = torch.ones(grad.shape[-1], dtype=out.dtype, device=out.device)
         columns.index_fill_(0, factor, 0)
+        each = isinstance(scale, Tensor) and scale.ndim > 0
+        columns = columns * scale if each else columns.mul_(scale)
         out.addcmul_(grad.to(out.dtype).sign(), columns)
         return
     dropped = drop_(grad.to(out.dtype, copy=True), low, factor).sign_()
@@ -109,6 +115,16 @@ def add_sign_(
         out.add_(dropped.mul_(scale))
     else:
         out.add_(dropped, alpha=scale)
+
+
+def stretched(step_size: float | Tensor, length: Tensor) -> float | Tensor:
+    """Return a step size times the length of a matrix, or of each of a stack, `(..., 1, 1)`.
+
+    It is a number where reading one takes no wait.
+    """
+    if length.ndim:
+        return (length * step_size)[..., None, None]
+    return step_size * length.item() if length.device.type == "cpu" else length * step_size
 
 
 def inner_of(

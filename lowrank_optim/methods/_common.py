@@ -6,6 +6,7 @@ from typing import Any, TypedDict
 
 import torch
 
+from ..parts.length import LENGTHS
 from ..parts.protocols import Feed
 
 
@@ -35,3 +36,13 @@ class WithFeed(Common, total=False):
     """The same for methods whose feed can be chosen."""
 
     feed: str | Feed
+
+
+def split_length(length: str) -> tuple[str, str]:
+    """Return the group's length and Muon's own, of which a user gives one.
+
+    Args:
+        length: "published", "rms" or "adamw", with which Muon's own has no effect; or one of
+            `Orthogonal`, which is how a "published" step is long.
+    """
+    return (length, "original") if length in LENGTHS else ("published", length)

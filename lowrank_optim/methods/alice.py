@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -37,6 +37,8 @@ class CompensatedAdamW(LowRank):
         Alice, without its subspace switching and tracking.
     """
 
+    published_scale: ClassVar[float] = 0.3
+
     def __init__(
         self,
         params: Params,
@@ -47,7 +49,8 @@ class CompensatedAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 0.3,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "power",
         on_refresh: str = "keep",
         compensation: float = 0.4,
@@ -56,7 +59,7 @@ class CompensatedAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=Compensated(compensation, limiter=limiter), **common,
         )  # fmt: skip
 

@@ -46,7 +46,8 @@ class ApolloAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "random",
         limiter: float | None = 1.01,
         on_refresh: str = "keep",
@@ -54,7 +55,7 @@ class ApolloAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=GradScaled(limiter), **common,
         )  # fmt: skip
 

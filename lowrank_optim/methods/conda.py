@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -41,6 +41,8 @@ class CondaW(LowRank):
         decay comes before the update, as in `torch.optim.AdamW`.
     """
 
+    published_scale: ClassVar[float] = 0.25
+
     def __init__(
         self,
         params: Params,
@@ -51,13 +53,14 @@ class CondaW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = 1.0,
         update_proj_gap: int = 2000,
-        scale: float = 0.25,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "svd",
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, rule=Adam(), residual=Drop(),
+            scale=scale, length=length, projector=projector, rule=Adam(), residual=Drop(),
             feed=WholeMomentum(), **common,
         )  # fmt: skip
 

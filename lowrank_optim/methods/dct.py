@@ -46,15 +46,16 @@ class DCTAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 1,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "dct",
         on_refresh: str = "rotate",
         **common: Unpack[WithFeed],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
-            **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            residual=Drop(), **common,
         )  # fmt: skip
 
 

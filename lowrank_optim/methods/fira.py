@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -35,6 +35,8 @@ class FiraAdamW(LowRank):
         Constraint?", arXiv 2410.01623, in the form of the authors' code.
     """
 
+    published_scale: ClassVar[float] = 0.25
+
     def __init__(
         self,
         params: Params,
@@ -45,7 +47,8 @@ class FiraAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 0.25,
+        scale: float | None = None,
+        length: str = "published",
         limiter: float | None = 1.01,
         projector: str | Projector = "svd",
         on_refresh: str = "keep",
@@ -53,7 +56,7 @@ class FiraAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=NormScaled(limiter), **common,
         )  # fmt: skip
 

@@ -50,7 +50,8 @@ class FrugalAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = 0.25,
         update_proj_gap: int = 200,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "columns",
         on_refresh: str = "reset",
         state_free: str = "sign",
@@ -59,7 +60,7 @@ class FrugalAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
             residual=StateFree(state_free, state_free_scale), **common,
         )  # fmt: skip
 

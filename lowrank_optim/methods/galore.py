@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ class GaLoreAdamW(LowRank):
         vectors are fixed.
     """
 
+    published_scale: ClassVar[float] = 0.25
+
     def __init__(
         self,
         params: Params,
@@ -50,15 +52,16 @@ class GaLoreAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 200,
-        scale: float = 0.25,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = "svd",
         on_refresh: str = "keep",
         **common: Unpack[WithFeed],
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
-            **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            residual=Drop(), **common,
         )  # fmt: skip
 
 

@@ -48,7 +48,8 @@ class LDAdamW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = None,
         update_proj_gap: int = 1,
-        scale: float = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         projector: str | Projector = Power(1, plain=True),  # noqa: B008
         on_refresh: str = "rotate",
         rho: float = 0.908,
@@ -58,8 +59,8 @@ class LDAdamW(LowRank):
         feed = GeneralErrorFeedback(dtype=error_dtype, rho=rho)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Adam(), residual=Drop(),
-            feed=feed, **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
+            residual=Drop(), feed=feed, **common,
         )  # fmt: skip
 
 

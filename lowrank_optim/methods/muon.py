@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import Muon
+from ._common import split_length
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -46,14 +47,17 @@ class MuonW(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
+        scale: float | None = None,
         momentum: float = 0.95,
         nesterov: bool = True,
         length: str = "original",
         **common: Unpack[Common],
     ) -> None:
+        length, own = split_length(length)
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=Muon(length, momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, projector="identity",
+            length=length, rule=Muon(own, momentum=momentum, nesterov=nesterov), residual=Drop(),
+            **common,
         )  # fmt: skip
 
 

@@ -45,13 +45,16 @@ class NorMuonW(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         momentum: float = 0.95,
         nesterov: bool = False,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            projector="identity", rule=NorMuon(momentum=momentum, nesterov=nesterov),
+            residual=Drop(), **common,
         )  # fmt: skip
 
 

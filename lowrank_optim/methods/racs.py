@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -37,6 +37,8 @@ class RACS(LowRank):
         Fisher Approximation with a Low-Rank Extension", arXiv 2502.07752.
     """
 
+    published_scale: ClassVar[float] = 0.05
+
     def __init__(
         self,
         params: Params,
@@ -46,14 +48,16 @@ class RACS(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
-        scale: float = 0.05,
+        scale: float | None = None,
+        length: str = "published",
         beta: float = 0.9,
         limiter: float | None = 1.01,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, projector="identity",
-            rule=RowColumnScaled(beta, limiter=limiter), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            projector="identity", rule=RowColumnScaled(beta, limiter=limiter), residual=Drop(),
+            **common,
         )  # fmt: skip
 
 

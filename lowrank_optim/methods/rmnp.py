@@ -46,12 +46,14 @@ class RMNPW(LowRank):
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
+        scale: float | None = None,
+        length: str = "published",
         momentum: float = 0.95,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, projector="identity",
-            rule=RowNormalized(momentum), residual=Drop(), **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            projector="identity", rule=RowNormalized(momentum), residual=Drop(), **common,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Orthogonal
+from ._common import split_length
 from .bibliography import Paper
 from .dct import PAPER as DCT
 from .muon import PAPER as MUON
@@ -55,7 +56,7 @@ class TrionW(LowRank):
         *,
         rank: int | float | str | AutoRank | None = 0.25,
         update_proj_gap: int = 1,
-        scale: float = 1.0,
+        scale: float | None = None,
         projector: str | Projector = "dct",
         on_refresh: str = "keep",
         momentum: float = 0.95,
@@ -63,10 +64,12 @@ class TrionW(LowRank):
         length: str = "original",
         **common: Unpack[Common],
     ) -> None:
+        length, own = split_length(length)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, rule=Orthogonal(length),
-            residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype), **common,
+            scale=scale, projector=projector, on_refresh=on_refresh, length=length,
+            rule=Orthogonal(own), residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype),
+            **common,
         )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The structure of one group's update: its five parts, and which of them go together."""
+"""The structure of one group's update: its parts, and which of them go together."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import cached_property
 from ..functional import MOMENTS, Want
 from ..sharding.layout import Each
 from .kinds import NOT_NEGATIVE, Kind
+from .length import SAMPLE, Published
 from .numbers import Number, numbers_of
 from .protocols import Feed, Projector, Residual, Rule, Storage
 from .storage import STORAGES
@@ -22,6 +23,7 @@ class Plan:
     rule: Rule
     projector: Projector
     residual: Residual
+    length: Published
     storage: Storage
     feed_storage: Storage
     side: str
@@ -62,7 +64,7 @@ class Plan:
         """Which values entries of a state may have; other entries may have any finite values."""
         squares = {*self.rule.squares, *self.rule.plain.squares}
         kinds = {**COUNTED, **dict.fromkeys(squares, NOT_NEGATIVE)}
-        for part in (self.projector, self.rule, self.residual):
+        for part in (self.projector, self.rule, self.residual, self.length):
             kinds.update(getattr(part, "kinds", {}))  # a part of a user's own may not say
         return kinds
 
@@ -96,7 +98,7 @@ class Plan:
     def each(self, group: Group) -> Each:
         """Return which entries of a state are kept by row, once for a stack, and in parts."""
         cut = self.projector.bases if group["shard_basis"] else ()
-        by_row = (*self.slots, *self.rule.plain.slots, *self.feed.slots, *self.kept_by_row)
+        by_row = (*self.slots, *self.rule.plain.slots, *self.feed.slots, *self.kept_by_row, SAMPLE)
         return Each(by_row, self.projector.common, cut)
 
     def __post_init__(self) -> None:

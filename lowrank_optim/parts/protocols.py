@@ -1,4 +1,5 @@
-"""The five parts of a plan, as protocols: feed, projector, rule, residual, storage.
+"""The parts of a plan, as protocols: feed, projector, rule, residual, storage. For lengths see
+`length.py`.
 
 A feed, projector, rule or residual may declare the numbers that it reads from its group, in
 `numbers`: a `ClassVar` of `Number` by group key, see `numbers.py`. It is optional, and so stands in
@@ -192,18 +193,16 @@ class Residual(Protocol):
         Called if it wants norms. What is kept for rows changes here, in place.
         """
 
-    def update(
-        self,
-        norms: Norms | None,
-        sums: Tensor | None,
-        state: State,
-        site: Site,
-        group: Group,
-        uncorrected: float | Tensor,
-    ) -> Update:
-        """Return the factors of the update, from row norms and `sums`; state in place.
+    def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
+        """Return the factors of the update, from row norms; called after `sums`."""
 
-        `uncorrected` is the result of `Rule.uncorrected` where norms are wanted, else 1.
+    def limited(
+        self, sums: Tensor, state: State, site: Site, group: Group, uncorrected: float | Tensor
+    ) -> Tensor | float:
+        """Return a factor of `low` and `grad`, `(..., 1, 1)`, by what `sums` has come to.
+
+        Called where `sums` returns some; state in place. `uncorrected` is the result of
+        `Rule.uncorrected`.
         """
 
 

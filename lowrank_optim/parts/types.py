@@ -141,6 +141,8 @@ class Job(NamedTuple):
         low: the projected gradient, if it was accumulated before in a subspace that has moved
             already; `grad` is then only the last part of it.
         kept: what a feed stores at the end, if `grad` is what the feed made of it, see `Fed`.
+        sampled: sum of squares of Adam's directions on the entries of the sample that lie here, one
+            number a matrix, where the length of the update is measured so.
     """
 
     param: Tensor
@@ -152,6 +154,7 @@ class Job(NamedTuple):
     leaf: Tensor
     low: Tensor | None = None
     kept: Moments | None = None
+    sampled: Tensor | None = None
 
 
 def site_of(job: Job) -> Site:

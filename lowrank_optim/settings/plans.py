@@ -13,6 +13,7 @@ from ..parts.checks import (
     fail,
 )
 from ..parts.feeds import Feed
+from ..parts.length import LENGTHS
 from ..parts.numbers import Number, bare_text, numbers_of, with_numbers
 from ..parts.plan import Plan
 from ..parts.protocols import Projector, Residual, Rule
@@ -104,6 +105,7 @@ def plan_of(group: Group) -> Plan:
         group["rule"],
         group["projector"],
         group["residual"],
+        group["length"],
         group["state_dtype"],
         group["side"],
         group["on_refresh"],
@@ -129,6 +131,7 @@ def _plan(
     rule: Rule | str,
     projector: Projector | str,
     residual: Residual | str,
+    length: str,
     dtype: str | None,
     side: str,
     on_refresh: str,
@@ -144,6 +147,7 @@ def _plan(
             rule=part_of("rule", rule),
             projector=part_of("projector", projector),
             residual=part_of("residual", residual),
+            length=LENGTHS[length],
             storage=STORAGES[dtype],
             feed_storage=FEED_STORAGES[kept],
             side=side,

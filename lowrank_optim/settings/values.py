@@ -25,6 +25,7 @@ from ..parts.checks import (
     text_of,
 )
 from ..parts.feeds import FEEDS
+from ..parts.length import LENGTHS
 from ..parts.numbers import numbers_of
 from ..parts.projectors import PROJECTORS
 from ..parts.rank import AutoRank, rank_of
@@ -128,6 +129,7 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "state_budget": state_budget,
     "update_proj_gap": integer(1),
     "scale": number("at least 0", lambda x: 0 <= x < math.inf),
+    "length": one_of(*LENGTHS),
     "feed": part(FEEDS, "feed"),
     "projector": part(PROJECTORS, "refresh"),
     "rule": part(RULES, "direction"),

@@ -33,7 +33,7 @@ SETTINGS = {
     "eps": [-1e-8, nan, "x"],
     "weight_decay": [-0.1, nan],
     "update_proj_gap": [0, -1, 2.5, "200", True],
-    "scale": [-1.0, nan, None],
+    "scale": [-1.0, nan],
     "projector": ["pca", 3, DCT],
     "side": ["std", "middle", None],
     "on_refresh": ["drop", None],

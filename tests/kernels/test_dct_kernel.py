@@ -3,9 +3,9 @@
 import pytest
 import scipy.fft
 import torch
+from lowrank_optim.kernels import _host as tables
 from lowrank_optim.kernels import cosines as cosine_tables
 from lowrank_optim.kernels import dct as kernel
-from lowrank_optim.kernels import tables
 
 from helpers.pairwise import crossed
 from lowrank_optim.functional import dct, dct_basis

@@ -117,7 +117,7 @@ def test_a_projector_rule_and_residual_of_the_user():
 
     @dataclass(frozen=True)
     class Double(Drop):
-        def update(self, norms, sums, state, rank, group, uncorrected):
+        def update(self, norms, state, site, group):
             return Update(direction=2.0)
 
     param = torch.nn.Parameter(torch.zeros(6, 5))

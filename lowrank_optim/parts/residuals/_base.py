@@ -38,6 +38,12 @@ class Stateless:
         """Return None."""
         return None
 
+    def limited(
+        self, sums: Tensor, state: State, site: Site, group: Group, uncorrected: float | Tensor
+    ) -> Tensor | float:
+        """Return 1."""
+        return 1.0
+
 
 class Limited(Stateless):
     """A residual with a limiter: what it keeps is one norm a matrix, or nothing without one."""

@@ -84,23 +84,19 @@ class Compensated(Limited):
             return None
         return (energy * self._inverse(p, norms)).sum(-2) * (site.cols - site.rank)
 
-    def update(
-        self,
-        norms: Norms | None,
-        sums: Tensor | None,
-        state: State,
-        site: Site,
-        group: Group,
-        uncorrected: float | Tensor,
-    ) -> Update:
+    def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
         """Return the factors k of N, c_i of G and -c_i of R."""
         assert norms is not None
         scale = group["scale"] * group["compensation"]
         rest = self._inverse(state["residual_sq"], norms).sqrt_()
         rest.mul_(scale * math.sqrt(site.cols - site.rank))
-        if sums is not None:
-            rest = rest * limit(sums[..., 0].sqrt(), state, group["limiter"], first_norm(site))
         return Update(direction=group["scale"], low=-rest, grad=rest)
+
+    def limited(
+        self, sums: Tensor, state: State, site: Site, group: Group, uncorrected: float | Tensor
+    ) -> Tensor | float:
+        """Return the factor of c, by |C|."""
+        return limit(sums[..., 0].sqrt(), state, group["limiter"], first_norm(site))
 
     def _inverse(self, p: Tensor, norms: Norms) -> Tensor:
         """Return 1 / p, and 0 in rows whose C is 0."""

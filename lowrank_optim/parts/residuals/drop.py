@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from ...functional import Norms, Want
 from ..types import Group, Site, State, Update
 from ._base import Stateless
@@ -24,14 +22,6 @@ class Drop(Stateless):
         """The direction alone."""
         return Want(low=False, norms=False)
 
-    def update(
-        self,
-        norms: Norms | None,
-        sums: Tensor | None,
-        state: State,
-        site: Site,
-        group: Group,
-        uncorrected: float | Tensor,
-    ) -> Update:
+    def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
         """Return k as the factor of N."""
         return Update(direction=group["scale"])

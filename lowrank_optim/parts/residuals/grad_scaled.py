@@ -61,29 +61,25 @@ class GradScaled(Limited):
         norms = measured(norms)
         return (phi_of(norms) * norms.grad).square_().sum(-2) * scale
 
-    def update(
-        self,
-        norms: Norms | None,
-        sums: Tensor | None,
-        state: State,
-        site: Site,
-        group: Group,
-        uncorrected: float | Tensor,
-    ) -> Update:
-        """Return phi as the factor of G, and nothing else."""
+    def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
+        """Return phi of each row as the factor of G; of a matrix 1, which `limited` makes phi."""
         assert norms is not None
+        if self._by_matrix(site):
+            return Update(grad=torch.ones_like(norms.grad))
+        return Update(grad=math.sqrt(group["scale"]) * phi_of(measured(norms)))
+
+    def limited(
+        self, sums: Tensor, state: State, site: Site, group: Group, uncorrected: float | Tensor
+    ) -> Tensor | float:
+        """Return the factor of phi; phi itself, limited, where it is one of a matrix."""
         root = math.sqrt(group["scale"])
         first = root * first_norm(site) * uncorrected
-        if sums is not None and self._by_matrix(site):
-            whole = measured(Norms(*sums.sqrt().unbind(-1)))
-            factor = root * phi_of(whole)
-            phi = factor[..., None, None].expand_as(norms.grad)
-            norm = factor * whole.grad * uncorrected
-            return Update(grad=phi * limit(norm, state, group["limiter"], first))
-        phi = root * phi_of(measured(norms))
-        if sums is not None:
-            phi = phi * limit(sums[..., 0].sqrt() * uncorrected, state, group["limiter"], first)
-        return Update(grad=phi)
+        if not self._by_matrix(site):
+            return limit(sums[..., 0].sqrt() * uncorrected, state, group["limiter"], first)
+        whole = measured(Norms(*sums.sqrt().unbind(-1)))
+        factor = root * phi_of(whole)
+        norm = factor * whole.grad * uncorrected
+        return factor[..., None, None] * limit(norm, state, group["limiter"], first)
 
     def _by_matrix(self, site: Site) -> bool:
         return self.per == "tensor" or (self.per == "auto" and site.rank == 1)

@@ -63,22 +63,18 @@ class NormScaled(Limited):
         noise = whole_row.mul_(16 * torch.finfo(dropped.dtype).eps)
         return dropped.masked_fill_(dropped < noise, 0).sum(-2)
 
-    def update(
-        self,
-        norms: Norms | None,
-        sums: Tensor | None,
-        state: State,
-        site: Site,
-        group: Group,
-        uncorrected: float | Tensor,
-    ) -> Update:
-        """Return the factors k of N, phi of G and -c phi of R, the last two limited."""
+    def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
+        """Return the factors k of N, phi of G and -c phi of R."""
         assert norms is not None
         phi = phi_of(measured(norms))
-        if sums is not None:
-            norm, first = sums[..., 0].sqrt() * uncorrected, first_norm(site) * uncorrected
-            phi = phi * limit(norm, state, group["limiter"], first)
         return Update(direction=group["scale"], low=phi * -self._kept(group), grad=phi)
+
+    def limited(
+        self, sums: Tensor, state: State, site: Site, group: Group, uncorrected: float | Tensor
+    ) -> Tensor | float:
+        """Return the factor of S, by |S|."""
+        norm, first = sums[..., 0].sqrt() * uncorrected, first_norm(site) * uncorrected
+        return limit(norm, state, group["limiter"], first)
 
     def _kept(self, group: Group) -> float:
         return float(group["scale"]) if self.form == "code" else 1.0

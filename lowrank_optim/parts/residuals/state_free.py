@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from ...functional import Norms, Want
 from ..numbers import Number, check_numbers
 from ..types import Group, Site, State, Update
@@ -47,15 +45,7 @@ class StateFree(Stateless):
         """The direction, and the projected gradient if the rest is used."""
         return Want(low=self.form != "none", norms=False)
 
-    def update(
-        self,
-        norms: Norms | None,
-        sums: Tensor | None,
-        state: State,
-        site: Site,
-        group: Group,
-        uncorrected: float | Tensor,
-    ) -> Update:
+    def update(self, norms: Norms | None, state: State, site: Site, group: Group) -> Update:
         """Return the factors k of N and c of the sign, or k of N, c of G and -c of R."""
         if self.form == "sign":
             return Update(direction=group["scale"], sign=group["state_free_scale"])

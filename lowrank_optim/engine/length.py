@@ -1,0 +1,104 @@
+"""The length of updates in a step: AdamW's on a sample, and the factor that gives an update one."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..parts.length import SAMPLE, first_entry
+from ..parts.plan import Plan
+from ..parts.types import Group, Job, Site, site_of
+from .refresh import grad_of
+
+
+def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
+    """Return jobs that know the length of AdamW's step on their samples, whose moments move.
+
+    Gradients are the ones that AdamW would see: before a feed makes something else of them, and
+    before the step is counted.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for place, job in enumerate(jobs):
+        grad, site = grad_of(job), site_of(job)
+        count = None if group["capturable"] else int(job.state["step"])
+        kind = (grad.shape, grad.stride(), grad.dtype, grad.device, site.dtype, site.ops, count)
+        alike.setdefault(kind, []).append(place)
+    found = list(jobs)
+    for places in alike.values():
+        some = [jobs[place] for place in places]
+        squares = site_of(some[0]).ops.sample_moments(
+            [grad_of(job) for job in some],
+            [job.state[f"{SAMPLE}.exp_avg"] for job in some],
+            [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
+            [first_entry(site_of(job), job.position) for job in some],
+            [next_count(job, group) for job in some],
+            *group["betas"],
+            group["eps"],
+        )
+        for place, square in zip(places, squares.unbind(), strict=True):
+            found[place] = jobs[place]._replace(sampled=square)
+    return found
+
+
+def next_count(job: Job, group: Group) -> int | Tensor:
+    """Return the number of gradients that the sample has seen, with this one."""
+    step: Tensor = job.state["step"] + 1
+    return step if group["capturable"] else int(step)
+
+
+class Sums(NamedTuple):
+    """What a step sums over all rows of each matrix; each is None where there is none.
+
+    Attributes:
+        limiting: of the residual, `(..., k)`, see `Residual.sums`.
+        squares: of `update_squares`, `(..., 1)` or `(..., 3)`.
+        sampled: of `sampled`, `(...)`.
+    """
+
+    limiting: Tensor | None = None
+    squares: Tensor | None = None
+    sampled: Tensor | None = None
+
+    def joined(self) -> Tensor | None:
+        """Return all of them, `(..., k)`, to be summed at once."""
+        sampled = None if self.sampled is None else self.sampled[..., None]
+        parts = [x for x in (self.limiting, self.squares, sampled) if x is not None]
+        return torch.cat(parts, -1) if parts else None
+
+    def split(self, total: Tensor) -> Sums:
+        """Return them, summed, from the sum of `joined`."""
+        sizes = [0 if x is None else x.shape[-1] for x in (self.limiting, self.squares)]
+        sizes.append(total.shape[-1] - sum(sizes))
+        limiting, squares, sampled = torch.split(total, sizes, -1)
+        return Sums(
+            None if self.limiting is None else limiting,
+            None if self.squares is None else squares,
+            None if self.sampled is None else sampled[..., 0],
+        )
+
+
+def lengths_of(
+    squares: Tensor,
+    limited: Tensor | float,
+    sample: Tensor | None,
+    site: Site,
+    group: Group,
+    plan: Plan,
+) -> Tensor:
+    """Return the factor of the update of each matrix, `(...)`.
+
+    Args:
+        squares: of `update_squares`, summed over all rows.
+        limited: t there, a number or `(..., 1, 1)`.
+        sample: sum of squares on the whole sample, if there is one.
+        site, group, plan: of the matrices.
+    """
+    total = squares[..., 0]
+    if squares.shape[-1] == 3:
+        t = limited[..., 0, 0] if isinstance(limited, Tensor) else limited
+        total = total + t * (2 * squares[..., 1] + t * squares[..., 2])
+    scale: float = group["scale"]
+    return plan.length.factor(scale, total.clamp_min(0).sqrt(), sample, site)

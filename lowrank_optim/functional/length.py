@@ -1,0 +1,196 @@
+"""How long an update is, and how long AdamW's would be: measured, and no matrix is formed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .factors import Factor, Unit, drop_, is_index, lift_
+from .moments import adam, adam_some
+from .products import row_chunks, row_norms
+from .steps import Norms
+from .write import Coefficients, Several
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@cache
+def stride_of(cols: int) -> int:
+    """Return the columns between one entry of a sample and the next, without a common divisor.
+
+    Near the golden section of a row, so that any few entries in turn are spread over the columns.
+    """
+    stride = max(1, round(cols * GOLDEN))
+    while math.gcd(stride, cols) != 1:
+        stride += 1
+    return stride
+
+
+def sample_columns(
+    rows: int, cols: int, width: int, first: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Return the columns of the entries of a sample, int64 `(rows, width)`, distinct in a row.
+
+    Entry t of a matrix, `width` of them a row, lies in column `t stride mod cols`.
+
+    Args:
+        rows: those that lie here.
+        cols: of the matrix.
+        width: entries a row.
+        first: t of the first of them.
+        device: of the result.
+    """
+    stride = stride_of(cols)
+    start = first % cols * stride
+    count = rows * width
+    places = torch.arange(start, start + count * stride, stride, dtype=torch.int64, device=device)
+    return places.remainder_(cols).view(rows, width)
+
+
+def sample_moments(
+    grads: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    firsts: Sequence[int],
+    counts: Sequence[int | Tensor],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> Tensor:
+    """Update Adam's moments of a sample of entries, and return the sum of the squared directions.
+
+    a = Adam(g) on the entries g of `sample_columns`, see `moments.adam`; the result is sum a*a.
+
+    Args:
+        grads: K gradients `(..., rows, cols)` of one shape; matrices of a stack have the same
+            entries.
+        exp_avg, exp_avg_sq: K moments `(..., rows, width)`; modified in place.
+        firsts: number of the first entry of each that lies here, see `sample_columns`.
+        counts: K numbers of gradients seen, this one included.
+        beta1, beta2, eps: as in `torch.optim.AdamW`.
+
+    Returns:
+        `(K, ...)`, one number a matrix, in the dtype of the moments.
+    """
+    *_, rows, cols = grads[0].shape
+    entries = []
+    for grad, moment, first in zip(grads, exp_avg, firsts, strict=True):
+        columns = sample_columns(rows, cols, moment.shape[-1], first, grad.device)
+        entries.append(grad.gather(-1, columns.expand(moment.shape)).to(moment.dtype))
+    alike = all(isinstance(count, int) and count == counts[0] for count in counts)
+    if alike and len(entries) > 1:
+        some = list(exp_avg), list(exp_avg_sq)
+        directions = adam_some(entries, *some, counts[0], beta1, beta2, eps)
+    else:
+        moments = zip(entries, exp_avg, exp_avg_sq, counts, strict=True)
+        directions = [adam(g, m, v, count, beta1, beta2, eps) for g, m, v, count in moments]
+    return torch.stack([square_sum(direction) for direction in directions])
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Return the sum of squares of each matrix, `(..., rows, cols)` to `(...)`."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    return norm.square()
+
+
+def update_squares(
+    grads: Sequence[Tensor],
+    factors: Sequence[Factor],
+    low: Several | None,
+    direction: Several | None,
+    update: Coefficients,
+    norms: Norms | None,
+) -> Tensor:
+    """Return the squared norms of updates, as far as their rows lie here.
+
+    U = X + t Y with X = a N P^T + c sgn(G - R P^T) and Y = b R P^T + phi G, where t is a factor of
+    the matrix that is not known yet, see `Residual.limited`:
+
+    |U|^2 = |X|^2 + 2 t <X, Y> + t^2 |Y|^2
+
+    Columns of P are orthonormal and R = G P, so that without a sign norms and products of rows of
+    N, R and G are enough; the sign of what a basis drops is made again, some rows at a time.
+
+    Args:
+        grads, factors, low, direction, update: as in `lift_write`.
+        norms: row norms `(K, ..., rows, 1)`, if they are known.
+
+    Returns:
+        `(K, ..., 1)`, |X|^2, where b and phi are 0; else `(K, ..., 3)`, with <X, Y> and |Y|^2.
+    """
+    rest = any(isinstance(x, Tensor) or x != 0 for x in (update.low, update.grad))
+    if update.sign and low is not None:
+        return torch.stack(
+            [
+                signed_squares(grad, factor, low[k], direction, update, k, rest)
+                for k, (grad, factor) in enumerate(zip(grads, factors, strict=True))
+            ]
+        )
+    a = update.direction if direction is not None else 0.0
+    if norms is not None:
+        inside = (norms.direction * a).square().sum((-2, -1))
+    elif a:
+        inside = torch.stack([square_sum(n) for n in direction or ()]) * a**2
+    else:
+        inside = torch.stack([grad.new_zeros(grad.shape[:-2]) for grad in grads])
+    if not rest:
+        return inside[..., None]
+    if norms is None:
+        dtype = inside.dtype
+        whole = torch.stack([row_norms(grad, dtype) for grad in grads])
+        projected = torch.stack([row_norms(r, dtype) for r in low or ()])
+    else:
+        whole, projected = norms.grad, norms.low
+    b, phi = update.low, update.grad
+    g, r, q = phi * whole, phi * projected, b * projected
+    outside = g.square() + q * (q + 2 * r)
+    mixed = torch.zeros_like(inside)
+    if a and direction is not None and low is not None:
+        inner = [(n * r).sum(-1, keepdim=True) for n, r in zip(direction, low, strict=True)]
+        mixed = ((b + phi) * torch.stack(inner)).sum((-2, -1)) * a
+    return torch.stack([inside, mixed, outside.sum((-2, -1))], -1)
+
+
+def signed_squares(
+    grad: Tensor,
+    factor: Factor,
+    low: Tensor,
+    direction: Several | None,
+    update: Coefficients,
+    k: int,
+    rest: bool,
+) -> Tensor:
+    """Return |X|^2 of one matrix, or |X|^2, <X, Y> and |Y|^2, where X has a sign."""
+    n = None if direction is None or not update.direction else direction[k]
+    plain = isinstance(factor, Unit) or is_index(factor)
+    if plain and not rest:  # the sign is 0 in all columns that N is lifted to
+        kept = 0 if isinstance(factor, Unit) else low.count_nonzero((-2, -1))
+        dropped = 0 if isinstance(factor, Unit) else grad.count_nonzero((-2, -1)) - kept
+        total = update.sign**2 * torch.as_tensor(dropped).to(low)
+        if n is not None:
+            total = total + square_sum(n) * update.direction**2
+        return total.expand(grad.shape[:-2])[..., None]
+    rows = grad.shape[-2]
+    found = grad.new_zeros((*grad.shape[:-2], 3 if rest else 1), dtype=low.dtype)
+    for chunk in row_chunks(rows, grad.numel() // max(1, rows)):
+        part, inner = grad[..., chunk, :].to(low.dtype), low[..., chunk, :]
+        x = drop_(part.clone(), inner, factor).sign_().mul_(update.sign)
+        if n is not None:
+            lift_(x, n[..., chunk, :], factor, scale=update.direction)
+        pairs = [(x, x)]
+        if rest:
+            phi, b = (cut(each, k, chunk) for each in (update.grad, update.low))
+            y = part.mul_(phi)
+            lift_(y, inner * b, factor)
+            pairs += [(x, y), (y, y)]
+        found += torch.stack([(one * two).sum((-2, -1)) for one, two in pairs], -1)
+    return found
+
+
+def cut(factor: Tensor | float, k: int, chunk: slice) -> Tensor | float:
+    """Return the factor of some rows of the k-th matrix."""
+    return factor[k][..., chunk, :] if isinstance(factor, Tensor) else factor

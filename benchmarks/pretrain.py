@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     ledger = Ledger(args.results)
     end = time.monotonic() + args.budget
-    note_text(ledger, args.task, args.work)
+    note_text(ledger, args.task, args.work, args.text)
     for phase in args.phases:
         args.budget = end - time.monotonic()
         finished = run(PHASES[phase](ledger, args), args)
@@ -97,7 +97,7 @@ def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     for seed in args.seeds:
         for method in args.methods:
             spec, _, _ = tuned(ledger, base(args.task, method, args.steps))
-            state = args.state if METHODS[method].optimizer != "AdamW" else "float32"
+            state = args.state if METHODS[method].record.optimizer is not None else "float32"
             wanted.append(
                 spec._replace(split="final", seed=seed, weights=args.weights, state=state)
             )
@@ -107,9 +107,9 @@ def final(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
 PHASES = {"tune": tune, "descend": descend, "final": final}
 
 
-def note_text(ledger: Ledger, task: str, work: Path) -> None:
+def note_text(ledger: Ledger, task: str, work: Path, source: str = "machine") -> None:
     """Write what a task's text is beside the ledger; ValueError if its runs are of another."""
-    text = data.load(TASKS[task].vocab, TASKS[task].text << 20, work)
+    text = data.load(TASKS[task].vocab, TASKS[task].text << 20, work, source)
     ledger.check_text(task, text.name)
     path = ledger.path.with_name(f"{ledger.path.stem}_text.json")
     known = json.loads(path.read_text()) if path.exists() else {}

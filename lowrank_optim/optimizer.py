@@ -23,7 +23,7 @@ from .layerwise.hooks import InBackward, check_accumulable
 from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
-from .settings.keys import check_keys, check_unknown, translate
+from .settings.keys import check_kept, check_keys, check_unknown, translate
 from .settings.numbers import default_of, placed
 from .settings.plans import check_values
 from .settings.values import CHECKS
@@ -218,6 +218,7 @@ class LowRank(Optimizer):
         index = len(self.param_groups)
         where = f" in group {index}"
         group = dict(param_group)
+        check_kept(group, where, STATE_VERSION)
         translate(group, where)
         defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
         if group.get("length", defaults["length"]) != defaults["length"]:

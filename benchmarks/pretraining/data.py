@@ -1,5 +1,9 @@
 """Real text from this machine as tokens: the source and documentation of what is installed.
 
+The source "machine" reads the standard library and all packages, and is another text wherever other
+packages are. The source "stdlib" reads the modules of the standard library alone, which are the
+same wherever the same release of Python is.
+
 Texts are taken in the order of their names' hashes, so that any number of bytes is a fair sample.
 A text is left out if half of its lines stood in texts before it: copies, vendored ones, licences.
 Whole files are held out, for the choice of rates and for the final losses; the tokenizer, a
@@ -12,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +35,7 @@ SKIPPED = frozenset(
 )
 LARGEST = 2**18
 """Bytes; longer files are generated tables more often than not."""
+SOURCES = ("machine", "stdlib")
 SPLITS = ("final", "tune", "train")
 HELD = 50
 """One text in so many goes to each of the held-out splits."""
@@ -52,18 +58,20 @@ class Data:
 
 
 @lru_cache(maxsize=1)
-def load(vocab: int, limit: int, work: Path) -> Data:
+def load(vocab: int, limit: int, work: Path, source: str = "machine") -> Data:
     """Return the tokens for a vocabulary, from a cache in `work` if it is there.
 
     Args:
         vocab: size of the BPE; 256 for bytes.
         limit: bytes of text to read.
         work: folder of the cache; deleting it reads the machine's text again.
+        source: one of `SOURCES`.
     """
-    path = work / f"text-{vocab}-{limit >> 20}.npz"
+    mark = "" if source == "machine" else f"{source}-"
+    path = work / f"text-{mark}{vocab}-{limit >> 20}.npz"
     if not path.exists():
         work.mkdir(parents=True, exist_ok=True)
-        arrays, manifest = prepare(roots(), vocab, limit)
+        arrays, manifest = prepare(roots(source), vocab, limit, source)
         arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), dtype=np.uint8)
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         with unfinished.open("wb") as file:
@@ -74,19 +82,23 @@ def load(vocab: int, limit: int, work: Path) -> Data:
         return Data(splits, json.loads(saved["manifest"].tobytes()))
 
 
-def roots() -> list[Path]:
-    """Return the folders of the standard library and of the installed packages."""
+def roots(source: str) -> list[Path]:
+    """Return the folders of the standard library and, unless it is all, of what is installed."""
     paths = sysconfig.get_paths()
-    return [Path(paths["stdlib"]), Path(paths["purelib"])]
+    stdlib = Path(paths["stdlib"])
+    return [stdlib] if source == "stdlib" else [stdlib, Path(paths["purelib"])]
 
 
 def prepare(
-    folders: Sequence[Path], vocab: int, limit: int
+    folders: Sequence[Path], vocab: int, limit: int, source: str = "machine"
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Read, split and encode; returns arrays by split and the manifest."""
+    found = read(folders)
+    if source == "stdlib":
+        found = standard(found)
     texts: dict[str, list[bytes]] = {name: [] for name in SPLITS}
     total = 0
-    for name, text in distinct(read(folders)):
+    for name, text in distinct(found):
         texts[split_of(name)].append(text)
         total += len(text)
         if total >= limit:
@@ -95,12 +107,13 @@ def prepare(
         "vocab": vocab,
         "tokenizer": "bytes" if vocab == BYTES else "byte-level BPE of the training texts",
         "python": platform.python_version(),
-        "packages": sorted(
-            f"{found.metadata['Name']} {found.version}"
-            for found in distributions()
-            if found.metadata["Name"] != "lowrank-optim"
-        ),
     }
+    if source == "machine":
+        manifest["packages"] = sorted(
+            f"{package.metadata['Name']} {package.version}"
+            for package in distributions()
+            if package.metadata["Name"] != "lowrank-optim"
+        )
     arrays = encode(texts, vocab)
     for name in SPLITS:
         manifest[name] = {
@@ -128,6 +141,13 @@ def read(folders: Sequence[Path]) -> Iterator[tuple[str, bytes]]:
         except OSError:
             continue
         if 256 <= len(text) <= LARGEST and b"\0" not in text:
+            yield name, text
+
+
+def standard(texts: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+    """Leave out what a build or a distribution adds to the standard library's modules."""
+    for name, text in texts:
+        if name.split("/")[1].removesuffix(".py") in sys.stdlib_module_names:
             yield name, text
 
 

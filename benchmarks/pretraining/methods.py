@@ -82,6 +82,13 @@ STARTS = {
     "apollo": (3e-3, 1e-2),
     "lowrank": (1.7e-3, 1e-2),
     "muon": (3e-2, 3e-2),
+    "normuon": (1e-2, 3e-2),
+    "ldadam": (1e-2, 3e-2),
+    "trion": (5.5e-2, 3e-2),
+    "compensated": (1.7e-2, 3e-2),
+    "conda": (1e-2, 3e-2),
+    "rmnp": (3e-2, 3e-2),
+    "racs": (3e-2, 1e-2),
 }
 OWN_LABELS = {"lowrank": "LowRankAdamW"}
 METHODS = {

@@ -36,13 +36,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the csv to extend")
     parser.add_argument("--work", type=Path, default=WORK, help="tokens and unfinished runs")
+    parser.add_argument("--text", default="machine", choices=data.SOURCES, help="(%(default)s)")
 
 
 def run(plans: Iterable[Runs], args: argparse.Namespace) -> bool:
     """Do `work_off` as the command line says."""
     return work_off(
         plans, Ledger(args.results), args.work,
-        device=args.device, jobs=args.jobs, budget=args.budget,
+        device=args.device, jobs=args.jobs, budget=args.budget, source=args.text,
     )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def work_off(
     device: str,
     jobs: int,
     budget: float = math.inf,
+    source: str = "machine",
 ) -> bool:
     """Do what the plans want and is not in the ledger; return whether all of it is done.
 
@@ -62,12 +64,13 @@ def work_off(
         device: "cpu" or "cuda".
         jobs: runs at a time; on a CPU each has one thread.
         budget: seconds after which no run is begun, and those under way are saved.
+        source: of the text, see `data.load`.
 
     Raises:
         ValueError: the ledger's runs are of another text.
     """
     console, started = Console(highlight=False, soft_wrap=True), time.monotonic()
-    deadline, source, finished = started + budget, provenance(), True
+    deadline, code, finished = started + budget, provenance(), True
     known, waiting = ledger.losses(), deque(plans)
     running: dict[Future[Result], Runs] = {}
     threads = 1 if device == "cpu" else 4
@@ -84,9 +87,9 @@ def work_off(
         except StopIteration:
             return
         task = TASKS[spec.task]
-        text = data.load(task.vocab, task.text << 20, work)  # made before anyone needs it
+        text = data.load(task.vocab, task.text << 20, work, source)  # made before anyone needs it
         ledger.check_text(spec.task, text.name)
-        running[pool.submit(train, spec, device, work, deadline)] = plan
+        running[pool.submit(train, spec, device, work, deadline, source)] = plan
 
     with pool:
         while waiting or running:
@@ -105,7 +108,7 @@ def work_off(
                     console.print(str(error))
                     finished = False
                     continue
-                ledger.add(result, device, threads, source)
+                ledger.add(result, device, threads, code)
                 known[result.spec] = result.loss
                 console.print(line(result))
                 if time.monotonic() > deadline:

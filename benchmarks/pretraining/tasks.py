@@ -9,10 +9,12 @@ they are in large models. The tasks for a GPU have float32 weights and take thei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+
+from lowrank_optim.demo.train import rate
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Task:
         clip: largest norm of all gradients together; None for the protocol's none.
         weight_decay: of all but norms.
         mixed: whether the forward pass takes its products in bf16, whatever the weights are.
+        schedule: one of `SCHEDULES`.
     """
 
     name: str
@@ -47,6 +50,21 @@ class Task:
     clip: float | None = None
     weight_decay: float = 0.0
     mixed: bool = False
+    schedule: str = "cosine"
+
+
+def stable(step: int, steps: int) -> float:
+    """Share of the peak rate: linear over the first tenth and over the last fifth, to a tenth.
+
+    Args:
+        step: steps already taken, from 0.
+    """
+    warm, last = max(1, steps // 10), max(1, steps // 5)
+    left = min(1.0, max(0.0, (steps - step) / last))
+    return min((step + 1) / warm, 0.1 + 0.9 * left)
+
+
+SCHEDULES = {"cosine": rate, "stable": stable}
 
 
 TASKS = {
@@ -61,6 +79,23 @@ TASKS = {
         Task("130m", 32000, 768, 2048, 12, 12, 256, 64, 1000, text=128, mixed=True),
     )
 }
+
+
+def variants(task: Task) -> list[Task]:
+    """Return a task under other conditions: clipping or its lack, schedule, batch."""
+    changed: dict[str, dict[str, Any]] = {
+        "clip": {"clip": 1.0 if task.clip is None else None},
+        "stable": {"schedule": "stable"},
+        "batch": {"batch": 4 * task.batch},
+    }
+    return [
+        replace(task, name=f"{task.name}+{variant}", **change)
+        for variant, change in changed.items()
+    ]
+
+
+for known in ("smoke", "bytes-128", "3m"):
+    TASKS |= {task.name: task for task in variants(TASKS[known])}
 
 
 def build_model(task: Task, seed: int, weights: str, device: str) -> Any:

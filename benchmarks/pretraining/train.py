@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank_optim import LowRank, state_bytes
-from lowrank_optim.demo.train import rate
 from lowrank_optim.engine.memory import shared_bytes
 
 from . import data
 from .methods import Spec, build_optimizer
-from .tasks import TASKS, Task, build_model
+from .tasks import SCHEDULES, TASKS, Task, build_model
 
 SAVE_EVERY = 60.0
 """Seconds between two checkpoints of a run."""
@@ -67,7 +66,12 @@ class Result:
 
 
 def train(
-    spec: Spec, device: str, work: Path, deadline: float = math.inf, text: data.Data | None = None
+    spec: Spec,
+    device: str,
+    work: Path,
+    deadline: float = math.inf,
+    source: str = "machine",
+    text: data.Data | None = None,
 ) -> Result:
     """Train as the spec says.
 
@@ -75,16 +79,19 @@ def train(
         device: "cpu" or "cuda".
         work: folder of the tokens' cache and of unfinished runs.
         deadline: `time.monotonic()` after which the run is saved and left.
+        source: of the text, see `data.load`.
+        text: in its place.
 
     Raises:
         OutOfTimeError: the deadline has passed.
     """
     task = TASKS[spec.task]
-    text = text or data.load(task.vocab, task.text << 20, work)
+    text = text or data.load(task.vocab, task.text << 20, work, source)
     model = build_model(task, spec.seed, spec.weights, device)
     optimizer = build_optimizer(spec, model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, spec.steps))
-    saved = work / f"run-{hashlib.sha256(repr(spec).encode()).hexdigest()[:16]}.pt"
+    share = SCHEDULES[task.schedule]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: share(step, spec.steps))
+    saved = work / f"run-{hashlib.sha256(repr((spec, source)).encode()).hexdigest()[:16]}.pt"
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
     progress = restore(saved, parts)
     held = windows(text.splits[spec.split], task.length, task.windows).to(device)

@@ -16,6 +16,7 @@ from pretraining.methods import METHODS
 from pretraining.tasks import TASKS
 
 from .groups import Settings, all_at_best
+from .swaps import sweep_content
 from .times import costs
 
 COLOURS = {
@@ -27,6 +28,13 @@ COLOURS = {
     "apollo": "#D55E00",
     "lowrank": "#0072B2",
     "muon": "#882255",
+    "normuon": "#117733",
+    "ldadam": "#F0E442",
+    "trion": "#AA4499",
+    "compensated": "#999933",
+    "conda": "#88CCEE",
+    "rmnp": "#661100",
+    "racs": "#DDCC77",
 }
 KEY = "lowrank-optim results"
 """Name of the text in the PNG that holds the hash."""
@@ -132,6 +140,23 @@ def draw_pretraining(drawing: Any, content: Any) -> None:
         finish(axes)
 
 
+def draw_sweep(drawing: Any, content: Any) -> None:
+    """Draw the loss by multiples of AdamW's rates, a curve a method."""
+    axes = drawing.subplots()
+    for name, found in content["methods"].items():
+        factors, losses = zip(*found["points"], strict=True)
+        axes.plot(factors, losses, "o-", color=COLOURS[name], lw=1.6, ms=5, label=found["label"])
+    axes.set_xscale("log", base=2)
+    title = f"Loss at multiples of AdamW's rates, {content['task']}, {content['steps']} steps"
+    axes.set_title(title, loc="left", fontsize=10)
+    if content["methods"]:
+        shown = [factor for found in content["methods"].values() for factor, _ in found["points"]]
+        ticks = sorted(set(shown))
+        axes.set_xticks(ticks, [f"{factor:g}" for factor in ticks])
+        axes.legend(fontsize=8, frameon=False)
+    finish(axes)
+
+
 def finish(axes: Any) -> None:
     """Take away what does not help to read a plot."""
     axes.tick_params(length=0, labelsize=8)
@@ -141,5 +166,9 @@ def finish(axes: Any) -> None:
 
 
 LONG: Settings = {"adamw": {}, "lowrank": {}, "muon": {"state": "8bit"}}
-FIGURES = {"pretrain.png": pretraining("3m"), "long.png": pretraining("bytes-128", 4000, LONG)}
+FIGURES = {
+    "pretrain.png": pretraining("3m"),
+    "long.png": pretraining("bytes-128", 4000, LONG),
+    "transfer.png": Figure(sweep_content, draw_sweep, (7, 4)),
+}
 """Name in docs/ and figure."""

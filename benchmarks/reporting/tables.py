@@ -17,7 +17,7 @@ from rows import read
 from lowrank_optim.demo.command import METHODS as SHOWN
 from lowrank_optim.demo.recipes import RECIPES
 
-from . import cpu, gpu
+from . import cpu, gpu, swaps
 from .groups import Runs, all_at_best, at_best, conditions, finals
 from .layout import NOTHING, table
 
@@ -273,7 +273,8 @@ def rates(tasks: tuple[str, ...]) -> Callable[[Ledger], str]:
                     cells.append("-")
                     continue
                 cells.append(f"{spec.lr:g}, {spec.lr / adamw.lr:.2g} times; {spec.rest_lr:g}")
-            lines.append([method.label, *cells])
+            if set(cells) != {"-"}:
+                lines.append([method.label, *cells])
         return table(["method", *(f"{task}: lr; rest lr" for task in tasks)], lines)
 
     return made
@@ -350,6 +351,7 @@ TABLES: dict[str, Callable[[Ledger], str]] = {
     "tries-4000": tries("bytes-128", 4000),
     **gpu.TABLES,
     **cpu.TABLES,
+    **swaps.TABLES,
     "parts": parts("bytes-128", 400),
     "parts-frugal": parts("bytes-128", 400, "frugal"),
     "sensitivity": sensitivity("bytes-128", ("lowrank",)),

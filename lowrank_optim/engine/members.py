@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from operator import is_
@@ -83,11 +83,17 @@ class Members:
             if "params" not in group:
                 raise SettingError(f"group {index} has no 'params'")
             if not isinstance(group["params"], list):
-                single = isinstance(group["params"], Tensor)
-                group["params"] = [group["params"]] if single else list(group["params"])
+                group["params"] = as_list(group["params"], index)
         now = [group["params"] for group in groups]
         if all_same(now, self._lists):
             return
+        for index, params in enumerate(now):
+            for place, param in enumerate(params):
+                if not isinstance(param, Tensor):
+                    raise SettingError(
+                        f"'params' of group {index} has a value of type {type(param).__name__} at "
+                        f"place {place}: every one must be a tensor"
+                    )
         if any("param_names" in group for group in groups):
             for index, group in enumerate(groups):
                 taken = {name for other in groups for name in other.get("param_names", ())}
@@ -121,6 +127,15 @@ class Members:
                     check_param(param, name_of(group, index, place), self._gone)
         self._new.clear()
         self._gone.clear()
+
+
+def as_list(params: Any, index: int) -> list[Tensor]:
+    """Return the `params` of a group that are no list as one."""
+    if isinstance(params, Tensor):
+        return [params]
+    if not isinstance(params, Iterable):
+        raise SettingError(f"params={params!r} in group {index}: params must be a list of tensors")
+    return list(params)
 
 
 def all_same(now: list[list[Tensor]], seen: list[list[Tensor]]) -> bool:

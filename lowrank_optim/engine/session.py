@@ -47,6 +47,7 @@ class Signature(NamedTuple):
         types: the types of these: a rank of 1 is one column, of 1.0 all.
         keys: the keys of the group.
         numbers: the numbers of its parts.
+        kinds: the types of rates and numbers: True equals 1.0 and is refused.
     """
 
     rates: Any
@@ -54,6 +55,7 @@ class Signature(NamedTuple):
     types: list[type]
     keys: list[str]
     numbers: dict[str, Any]
+    kinds: list[type]
 
     def settings(self) -> tuple[Any, ...]:
         """Return all but numbers."""
@@ -86,10 +88,13 @@ def signature(group: Group, read: Collection[str]) -> Signature | None:
         read: numbers that its parts read.
     """
     try:
-        numbers = {k: x if type(x := group[k]) in PLAIN else id(x) for k in read} if read else {}
-        structure = structure_of(group)
-        types = list(map(type, structure))
-        return Signature(rates_in(group), structure, types, list(group), numbers)
+        rates, structure = rates_in(group), structure_of(group)
+        types, kinds, numbers = list(map(type, structure)), list(map(type, rates)), {}
+        for key in read:
+            value = group[key]
+            kinds.append(kind := type(value))
+            numbers[key] = value if kind in PLAIN else id(value)
+        return Signature(rates, structure, types, list(group), numbers, kinds)
     except KeyError:
         return None
 
@@ -202,7 +207,10 @@ class Prepared:
         for index, group in enumerate(groups):
             if not self.group_keeps_up(index, groups):
                 return False
-            if list(map(seen, group["params"])) != self._seen[index]:
+            try:
+                if list(map(seen, group["params"])) != self._seen[index]:
+                    return False
+            except AttributeError:  # no tensor
                 return False
         return True
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..functional.factors import oriented
+from ..parts.checks import is_real
 from ..parts.length import LENGTHS
+from ..parts.numbers import numbers_of, with_numbers
 from ..parts.plan import Plan
 from ..parts.protocols import Storage
 from ..parts.rank import rank_asked
@@ -134,16 +137,30 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
     """
     at_times: tuple[str, ...] = ()  # moments that are there only in a matrix's turn
     if site is not None:
-        site = replace(site, step=max(0, int(state.get("step", 0)) - 1))
+        step = state.get("step", 0)
+        site = replace(site, step=max(0, int(step) - 1) if is_one_number(step) else 0)
         at_times = plan.slots if plan.takes_turns else ()
     wanted = template(param, site, group, plan)
     if strange := [key for key in state if key not in wanted and key in owned()]:
-        return f"{strange[0]!r} belongs to another method in"
-    counter = step_device(param, state if site is None else None, group, plan)
+        number = decided_by(strange[0], wanted, param, site, group, plan)
+        why = (
+            f"does not go with {number}={group[number]!r}"
+            if number
+            else "belongs to another method"
+        )
+        return f"{strange[0]!r} {why} in"
     for key, like in wanted.items():
         held = state.get(key)
         if held is None:
-            return f"there is no {key!r} in"
+            number = decided_by(key, wanted, param, site, group, plan)
+            why = f", which goes with {number}={group[number]!r}," if number else ""
+            return f"there is no {key!r}{why} in"
+        kind, called = (Tensor, "tensor") if isinstance(like, Tensor) else (Real, "number")
+        if not isinstance(held, kind):
+            return f"{key!r} is of type {type(held).__name__}, and should be a {called}, in"
+    counter = step_device(param, state if site is None else None, group, plan)
+    for key, like in wanted.items():
+        held = state[key]
         if not isinstance(like, Tensor):
             continue
         home = counter if key in ("step", "age") else param.device
@@ -155,6 +172,34 @@ def misfit(param: Tensor, site: Site | None, state: State, group: Group, plan: P
         ):
             if there != here:
                 return f"{key!r} has the {what} {there}, and should have {here}, in"
+    return None
+
+
+def is_one_number(value: Any) -> bool:
+    """Return whether a value is a number, or a tensor of one."""
+    return is_real(value) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def decided_by(
+    key: str, wanted: State, param: Tensor, site: Site | None, group: Group, plan: Plan
+) -> str | None:
+    """Return the number that decides, by being None or not, whether a state has a key, if any.
+
+    Args:
+        key: of a state.
+        wanted: the state that the parameter should have, see `template`.
+        param, site, group, plan: of the parameter.
+    """
+    for name in PARTS if site is not None else ():
+        part = getattr(plan, name)
+        for found, number in numbers_of(part).items():
+            if not number.good(None):
+                continue
+            absent = getattr(part, number.field) is None
+            other = next(filter(number.good, (0.5, 1.0, 2.0)), None) if absent else None
+            changed = replace(plan, **{name: with_numbers(part, {found: other})})
+            if (key in template(param, site, group, changed)) != (key in wanted):
+                return found
     return None
 
 

@@ -1,11 +1,13 @@
-"""Settings that every method takes, for type checkers."""
+"""Settings that every method takes, for type checkers, and parts that one fixes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import torch
 
+from ..parts.checks import SettingError
 from ..parts.length import LENGTHS
 from ..parts.protocols import Feed
 
@@ -46,3 +48,23 @@ def split_length(length: str) -> tuple[str, str]:
             `Orthogonal`, which is how a "published" step is long.
     """
     return (length, "original") if length in LENGTHS else ("published", length)
+
+
+def with_parts(common: Mapping[str, Any], optimizer: object, **parts: Any) -> dict[str, Any]:
+    """Return the settings that a method passes on, and the parts that make it what it is.
+
+    Args:
+        common: settings that were given to its constructor.
+        optimizer: whose class a message names.
+        **parts: what the method fixes.
+
+    Raises:
+        SettingError: one of these parts was given too.
+    """
+    for key in parts:
+        if key in common:
+            raise SettingError(
+                f"{key}={common[key]!r}: {type(optimizer).__name__} is the method with "
+                f"{key}={parts[key]!r}. Leave it away, or take LowRank, which takes any {key}"
+            )
+    return {**common, **parts}

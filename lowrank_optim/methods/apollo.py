@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import GradScaled
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -55,8 +56,8 @@ class ApolloAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=GradScaled(limiter), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(common, self, rule=Adam(), residual=GradScaled(limiter)),
         )  # fmt: skip
 
 

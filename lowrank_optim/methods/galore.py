@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import ICML, Paper
 from .record import Method, Rates
 
@@ -60,8 +61,8 @@ class GaLoreAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=Drop(), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(common, self, rule=Adam(), residual=Drop()),
         )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import ICLR, Paper
 from .record import Method, Rates
 
@@ -29,7 +30,8 @@ class LDAdamW(LowRank):
     with it.  Memory: 2 m r + n r values, and m n for the error, in `error_dtype`.
 
     Args:
-        rho: share of the momentum in what the subspace is learnt from.
+        rho: share of the momentum in what the subspace is learnt from. A wrapper that puts a `rho`
+            of its own into the groups, as those for SAM do, sets it.
         error_dtype: how the error is stored, see `ErrorFeedback`.
         For the other arguments and errors see `LowRank`.
 
@@ -59,8 +61,8 @@ class LDAdamW(LowRank):
         feed = GeneralErrorFeedback(dtype=error_dtype, rho=rho)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=Drop(), feed=feed, **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(common, self, rule=Adam(), residual=Drop(), feed=feed),
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import StateFree
 from ..parts.rules import Adam
+from ._common import with_parts
 from .bibliography import HALKO
 from .frugal import PAPER as FRUGAL
 from .galore import PAPER as GALORE
@@ -62,8 +63,10 @@ class LowRankAdamW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, length=length, projector=projector, on_refresh=on_refresh, rule=Adam(),
-            residual=StateFree(state_free, state_free_scale), **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(
+                common, self, rule=Adam(), residual=StateFree(state_free, state_free_scale),
+            ),
         )  # fmt: skip
 
 

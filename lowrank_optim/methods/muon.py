@@ -9,7 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import Muon
-from ._common import split_length
+from ._common import split_length, with_parts
 from .bibliography import Paper
 from .record import Method, Rates
 
@@ -28,7 +28,8 @@ class MuonW(LowRank):
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`).
-        betas, eps: of AdamW, for parameters that are not matrices.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
         momentum, nesterov, length: see `Muon`; with "match_rms_adamw" AdamW's lr fits.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
@@ -55,9 +56,11 @@ class MuonW(LowRank):
     ) -> None:
         length, own = split_length(length)
         super().__init__(
-            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, projector="identity",
-            length=length, rule=Muon(own, momentum=momentum, nesterov=nesterov), residual=Drop(),
-            **common,
+            params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
+            **with_parts(
+                common, self, projector="identity",
+                rule=Muon(own, momentum=momentum, nesterov=nesterov), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import NorMuon
+from ._common import with_parts
 from .bibliography import Paper
 from .muon import PAPER as MUON
 from .record import Method, Rates
@@ -27,7 +28,8 @@ class NorMuonW(LowRank):
     Args:
         lr: of matrices: near AdamW's, since a step is 0.2 a weight on average.
         betas, eps: of AdamW, for parameters that are not matrices; the second beta also averages
-            the squares of neurons.
+            the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
+            `momentum`.
         momentum, nesterov: see `NorMuon`.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
@@ -53,8 +55,10 @@ class NorMuonW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
-            projector="identity", rule=NorMuon(momentum=momentum, nesterov=nesterov),
-            residual=Drop(), **common,
+            **with_parts(
+                common, self, projector="identity",
+                rule=NorMuon(momentum=momentum, nesterov=nesterov), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowColumnScaled
+from ._common import with_parts
 from .alice import PAPER as ALICE
 from .record import Method, Rates
 
@@ -56,8 +57,10 @@ class RACS(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
-            projector="identity", rule=RowColumnScaled(beta, limiter=limiter), residual=Drop(),
-            **common,
+            **with_parts(
+                common, self, projector="identity", rule=RowColumnScaled(beta, limiter=limiter),
+                residual=Drop(),
+            ),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from ..optimizer import LowRank, Params
 from ..parts.residuals import Drop
 from ..parts.rules import RowNormalized
+from ._common import with_parts
 from .bibliography import ICML, Paper
 from .record import Method
 
@@ -27,8 +28,9 @@ class RMNPW(LowRank):
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`). Not tuned here: the default is
-            the authors' code's.
-        betas, eps: of AdamW, for parameters that are not matrices.
+            that of the authors' code.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
@@ -53,7 +55,9 @@ class RMNPW(LowRank):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, scale=scale, length=length,
-            projector="identity", rule=RowNormalized(momentum), residual=Drop(), **common,
+            **with_parts(
+                common, self, projector="identity", rule=RowNormalized(momentum), residual=Drop(),
+            ),
         )  # fmt: skip
 
 

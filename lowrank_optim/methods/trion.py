@@ -12,7 +12,7 @@ from ..parts.protocols import Projector
 from ..parts.rank import AutoRank
 from ..parts.residuals import Drop
 from ..parts.rules import Orthogonal
-from ._common import split_length
+from ._common import split_length, with_parts
 from .bibliography import Paper
 from .dct import PAPER as DCT
 from .muon import PAPER as MUON
@@ -34,7 +34,8 @@ class TrionW(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
-        betas, eps: of AdamW, for parameters that are not matrices.
+        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
+            `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         momentum_dtype: how M is stored, see `ErrorFeedback`.
         length: see `Orthogonal`: the forms of Jordan, Kimi, Dion and none.
@@ -67,9 +68,11 @@ class TrionW(LowRank):
         length, own = split_length(length)
         super().__init__(
             params, lr, betas, eps, weight_decay, rank=rank, update_proj_gap=update_proj_gap,
-            scale=scale, projector=projector, on_refresh=on_refresh, length=length,
-            rule=Orthogonal(own), residual=Drop(), feed=ErrorFeedback(momentum, momentum_dtype),
-            **common,
+            scale=scale, length=length, projector=projector, on_refresh=on_refresh,
+            **with_parts(
+                common, self, rule=Orthogonal(own), residual=Drop(),
+                feed=ErrorFeedback(momentum, momentum_dtype),
+            ),
         )  # fmt: skip
 
 

@@ -36,6 +36,10 @@ NOT_OFFERED = ("amsgrad", "differentiable")
 """Settings of torch's AdamW that may be False here."""
 
 
+KEPT = ("skipped_steps", "grad_norm")
+"""What an optimizer writes into its groups, beside `state_version`."""
+
+
 PROJ_TYPES = {"std": "auto", "reverse_std": "reverse", "left": "left", "right": "right"}
 
 
@@ -76,7 +80,12 @@ def check_keys(group: Group, where: str, read: Collection[str] = ()) -> None:
             raise SettingError(
                 f"group key {key!r}{where} is not read by what the group has: it is a number of "
                 f"{' and '.join(NUMBERS[key])}"
-                + (f"; did you mean {near!r}?" if near else ", take one of them or remove the key")
+                + (
+                    f"; did you mean {near!r}?"
+                    if near
+                    else ". Take one of them, or remove the key; a wrapper that keeps a number of "
+                    "its own in the groups has to give it another name"
+                )
             )
         if key in FOREIGN:
             raise SettingError(f"group key {key!r}{where} is not read here: {FOREIGN[key]}")
@@ -87,6 +96,30 @@ def check_keys(group: Group, where: str, read: Collection[str] = ()) -> None:
         near = nearest(key, read)
         if near is not None and not set(near.split("_")) < set(key.lower().split("_")):
             raise SettingError(f"unknown group key {key!r}{where}: did you mean {near!r}?")
+
+
+def check_kept(group: Group, where: str, version: int) -> None:
+    """Raise SettingError for what an optimizer keeps in its groups by itself.
+
+    A copy of the groups of an optimizer has all of it, with the version of what is kept.
+
+    Args:
+        group: settings of a new group, as they were given.
+        where: names it in a message.
+        version: of the layout.
+    """
+    given = group.get("state_version", version)
+    if given != version:
+        raise SettingError(
+            f"state_version={given!r}{where}: this package writes {version}. The optimizer keeps "
+            "it by itself: remove the key, or load a checkpoint with load_state_dict"
+        )
+    for key in KEPT if "state_version" not in group else ():
+        if key in group:
+            raise SettingError(
+                f"{key}={group[key]!r}{where}: the optimizer keeps it by itself, and a checkpoint "
+                "restores it: remove the key"
+            )
 
 
 def check_unknown(keywords: dict[str, Any], name: str) -> None:

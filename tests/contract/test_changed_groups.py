@@ -177,6 +177,10 @@ def test_groups_in_odd_forms_between_steps(form, alone):
         param.grad = torch.ones_like(param)
     optimizer.step_param(params[1]) if alone else optimizer.step()
     optimizer.param_groups[0]["params"] = form(params)
+    optimizer.zero_grad()
+    for param in params:
+        assert param.grad is None or form not in (in_turn, tuple)
+        param.grad = torch.ones_like(param)
     optimizer.step_param(params[0]) if alone else optimizer.step()
     kept = params[:1] if form not in (in_turn, tuple) else params
     assert isinstance(optimizer.param_groups[0]["params"], list)

@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 from helpers.cases import (
     CASES,
     GAP,
+    PRESETS,
     PROJECTED,
     SHAPES,
     Model,
@@ -20,7 +21,8 @@ from helpers.cases import (
     train,
     weights,
 )
-from lowrank_optim import GaLoreAdamW
+from lowrank_optim import RACS, RMNPW, GaLoreAdamW, MuonW, NorMuonW, TrionW
+from lowrank_optim.settings.plans import numbers_in
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -251,6 +253,27 @@ def test_schedulers_set_the_rate_that_is_applied(schedule):
     scheduled = list(directions(True, betas))
     for left, right in zip(scheduled, directions(False, betas), strict=True):
         torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_cycle_moves_betas_and_no_number_of_a_part(preset):
+    """Where the rule of matrices has a momentum of its own, they do not notice."""
+    ends = []
+    for cycles in (True, False):
+        param = torch.nn.Parameter(torch.ones(13, 7))
+        optimizer = preset([param], rank=3, min_dim=1)
+        (group,) = optimizer.param_groups
+        schedule = lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=9, cycle_momentum=cycles)
+        before = {key: group[key] for key in ("betas", *numbers_in(group))}
+        for step in range(4):
+            param.grad = gradient(param, step, 0)
+            optimizer.step()
+            schedule.step()
+        moved = [key for key, value in before.items() if group[key] != value]
+        assert moved == (["betas"] if cycles else [])
+        ends.append(param.detach())
+    same = preset in (MuonW, NorMuonW, RMNPW, TrionW, RACS)
+    assert torch.equal(*ends) == same
 
 
 def test_learning_rate_as_tensor_projects_alike():

@@ -40,7 +40,7 @@ from lowrank_optim import (
     param_groups,
 )
 from lowrank_optim.parts.numbers import Number
-from lowrank_optim.settings.plans import numbers_in
+from lowrank_optim.settings.plans import numbers_in, plan_of
 from lowrank_optim.settings.values import NUMBERS
 
 SHAPES = ((13, 7), (5, 11), (3, 8, 5), (11,))
@@ -362,16 +362,33 @@ def test_momentum_beside_error_feedback_is_that_of_the_rule():
         build(LDAdamW, {"momentum": 0.5})
 
 
-def test_with_and_without_a_limiter_other_things_are_kept():
-    optimizer = build(FiraAdamW)
-    train(optimizer, range(2))
-    before = held(optimizer)
-    optimizer.param_groups[0]["limiter"] = None
-    with pytest.raises(RuntimeError, match=r"'residual_norm'.*cannot change once there is state"):
+OPTIONAL = [
+    (name, key)
+    for name, key in EVERY
+    if key in plan_of(METHODS[name]().param_groups[0]).optional and name != "RACS"
+]
+"""Numbers whose being None or not decides what is kept; RACS keeps the norm without a limiter."""
+
+
+@pytest.mark.parametrize(("name", "key"), OPTIONAL)
+def test_a_number_that_is_none_or_not_decides_what_is_kept_and_is_named(name, key):
+    number = METHODS[name]().param_groups[0][key]
+    for start, later, message in (
+        (number, None, rf"' does not go with {key}=None in the state of .* cannot change once"),
+        (None, number, rf"there is no '\w+', which goes with {key}={number}, in the state of"),
+    ):
+        optimizer = METHODS[name]({key: start})
+        train(optimizer, range(2))
+        before = held(optimizer)
+        optimizer.param_groups[0][key] = later
+        with pytest.raises(RuntimeError, match=message):
+            train(optimizer, range(2, 3))
+        assert not differ(before, held(optimizer))
+        optimizer.param_groups[0][key] = start
         train(optimizer, range(2, 3))
-    assert not differ(before, held(optimizer))
-    optimizer.param_groups[0]["limiter"] = 1.5
-    train(optimizer, range(2, 3))
+
+
+def test_a_checkpoint_without_a_limiter_does_not_go_with_one():
     for here, there in ((1.5, None), (None, 1.5)):
         saved = build(FiraAdamW, {"limiter": there}).state_dict()
         with pytest.raises(

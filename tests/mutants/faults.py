@@ -416,6 +416,33 @@ FAULTS = {
             "test_skip_nonfinite_leaves_everything_and_counts[galore]",
         ),
     ),
+    "a bool over an equal number": Fault(
+        "a checkpoint holds what no optimizer takes",
+        "lowrank_optim/engine/session.py",
+        "kinds.append(kind := type(value))",
+        "kind = type(value)",
+        (
+            "tests/unit/test_session.py::"
+            "test_a_bool_is_no_number_and_a_number_no_bool_though_they_are_equal",
+        ),
+    ),
+    "a generator used up": Fault(
+        "a group has no parameters after zero_grad",
+        "lowrank_optim/optimizer.py",
+        "self._session.note_members()  # else torch would use up a generator among the groups",
+        "pass",
+        ("tests/contract/test_changed_groups.py::test_groups_in_odd_forms_between_steps",),
+    ),
+    "a number that decides on a key": Fault(
+        "nobody learns which number was changed to None",
+        "lowrank_optim/engine/state.py",
+        "if (key in template(param, site, group, changed)) != (key in wanted):",
+        "if False:",
+        (
+            "tests/contract/test_numbers.py::"
+            "test_a_number_that_is_none_or_not_decides_what_is_kept_and_is_named",
+        ),
+    ),
     # Checkpoints.
     "names paired by place": Fault(
         "states go to other parameters of the same shape",

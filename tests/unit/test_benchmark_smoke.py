@@ -32,6 +32,7 @@ ELSEWHERE = {
     "pretrain_time": "test_pretraining.py",
     "scaling": "test_scaling.py",
     "step_time": "test_benchmarks.py",
+    "transfer": "test_transfer.py",
 }
 """Scripts that other files run from end to end; here, `test_NAME` does."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from helpers.cases import AUTO, CASES, Model, gradient
-from lowrank_optim import FiraAdamW, GaLoreAdamW
+from lowrank_optim import FiraAdamW, GaLoreAdamW, LowRankAdamW, MuonW, SettingError
 
 
 def stepped(**settings):
@@ -64,6 +64,43 @@ def test_numbers_are_checked_when_they_change():
     optimizer.param_groups[0]["lr"] = float("nan")
     with pytest.raises(ValueError, match="lr=nan in group 0"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("preset", "key", "value"),
+    [
+        (MuonW, "nesterov", 1),
+        (LowRankAdamW, "state_free_scale", True),
+        (GaLoreAdamW, "lr", True),
+        (GaLoreAdamW, "weight_decay", False),
+        (GaLoreAdamW, "maximize", 0),
+        (GaLoreAdamW, "skipped_steps", False),
+    ],
+)
+def test_a_bool_is_no_number_and_a_number_no_bool_though_they_are_equal(preset, key, value):
+    """A checkpoint with one would be refused."""
+    start = {} if preset is MuonW else {"rank": 3}
+    start |= {key: 1.0} if value is True else {"weight_decay": 0.0}
+    optimizer = preset([nn.Parameter(torch.ones(9, 7))], **start)
+    param, group = optimizer.param_groups[0]["params"][0], optimizer.param_groups[0]
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    before, weight = group[key], param.detach().clone()
+    assert before == value
+    group[key] = value
+    with pytest.raises(SettingError, match=f"{key}={value} in group 0: {key} must be"):
+        optimizer.step()
+    assert torch.equal(param, weight)
+    group[key] = before
+    optimizer.step()
+
+
+def test_an_int_of_the_same_value_becomes_a_float_and_changes_nothing_else():
+    optimizer = stepped(lr=1.0)
+    before = optimizer._session.prepared()
+    optimizer.param_groups[0]["lr"] = 1
+    assert optimizer._session.prepared() is before
+    assert type(optimizer.param_groups[0]["lr"]) is float
 
 
 @pytest.mark.parametrize("change", [set_gap, freeze, widen, replace, forget])

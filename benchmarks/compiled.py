@@ -25,6 +25,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from lowrank_optim.kernels import dct
+from lowrank_optim.kernels import length as measuring
 from lowrank_optim.kernels import lift as lifting
 from lowrank_optim.kernels import project as projection
 from rich.console import Console
@@ -140,6 +141,7 @@ def lift(
     rounds: bool = False,
     indexed: bool = False,
     label: str = "galore",
+    length: bool = False,
 ) -> Variant:
     """Return a variant of the lift."""
 
@@ -148,13 +150,39 @@ def lift(
         param, grad = (grid_of(rows, cols, kind, wide) for _ in range(2))
         factor = torch.arange(rank) if indexed else grid_of(cols, rank, kind, False)
         low = torch.empty(1, rows, rank, dtype=kind)
-        kernels.lift_write(
-            [param], [grad], [factor], low, low, update, -1e-3, 0.99, noise() if rounds else None
-        )
+        numbers = -1e-3, 0.99, noise() if rounds else None, torch.ones(1) if length else None
+        kernels.lift_write([param], [grad], [factor], low, low, update, *numbers)
 
     parts = [dtype, label, f"r {rank}", "wide" if wide else "tall"]
-    parts += ["stochastic"] * rounds + ["columns"] * indexed
+    parts += ["stochastic"] * rounds + ["columns"] * indexed + ["length"] * length
     return Variant("lift", ", ".join(parts), call)
+
+
+def signs(dtype: str, rank: int, wide: bool = False, indexed: bool = False) -> Variant:
+    """Return a variant of the norms of updates with a sign."""
+
+    def call() -> None:
+        rows, cols, kind = 4096, 4096, getattr(torch, dtype)
+        grad = grid_of(rows, cols, kind, wide)
+        factor = torch.arange(rank) if indexed else grid_of(cols, rank, kind, False)
+        low = torch.empty(1, rows, rank, dtype=kind)
+        kernels.sign_squares([grad], [factor], low, low, SIGN)
+
+    parts = [dtype, f"r {rank}", "wide" if wide else "tall"] + ["columns"] * indexed
+    return Variant("signs", ", ".join(parts), call)
+
+
+def sample(dtype: str, rows: int, width: int, counted: bool = False) -> Variant:
+    """Return a variant of the length of AdamW's step on a sample; counts may be on the device."""
+
+    def call() -> None:
+        grad = torch.empty(rows, 4096, dtype=getattr(torch, dtype))
+        moments = [[torch.empty(rows, width)] for _ in range(2)]
+        count = torch.tensor(3.0) if counted else 3
+        kernels.sample_moments([grad], *moments, [5], [count], *BETAS, EPS)
+
+    parts = [dtype, f"{width} a row"] + ["counted"] * counted
+    return Variant("sample", ", ".join(parts), call)
 
 
 def adam(dtype: str, state: str, rounds: bool = False) -> Variant:
@@ -223,7 +251,12 @@ def variants(every: bool) -> list[Variant]:
         lift(half, 256, rounds=True),
         lift(half, 1024, **wide, update=FIRA, label="fira", rounds=True),
         lift(half, 128, update=SIGN, label="frugal"),
+        lift(half, 256, update=SIGN, label="frugal", length=True),
         lift("float32", 128),
+        signs(half, 256),
+        signs(half, 1024, **wide),
+        sample(half, 4096, 1),
+        sample(half, 100, 11, True),
         adam(half, "float32", True),
         adam(half, "8bit", True),
         codes(False),
@@ -248,6 +281,9 @@ def variants(every: bool) -> list[Variant]:
     found += [
         project("float16", "float32", 256),
         lift("float32", 256, update=SIGN, label="frugal"),
+        lift(half, 1024, length=True, rounds=True),
+        signs("float32", 256),
+        signs(half, 256, indexed=True),
         lift(half, 256, update=APOLLO, label="apollo", rounds=True),
         lift(half, 256, **wide, update=SIGN, label="frugal", rounds=True),
         lift(half, 256, update=SIGN, label="frugal", rounds=True, indexed=True),
@@ -271,14 +307,16 @@ def launches(variant: Variant, arch: int) -> list[Launch]:
         first = torch.float16 if dtype == torch.float16 else torch.bfloat16
         return w.to(first), t, m.to(torch.bfloat16)
 
-    room = projection.roomy
+    room, roomy = projection.roomy, (projection, lifting, measuring)
     JITFunction.run, dct.cosines = note, cosines
-    projection.roomy = lifting.roomy = lambda device: arch >= 90
+    for module in roomy:
+        module.roomy = lambda device: arch >= 90
     try:
         variant.call()
     finally:
         JITFunction.run, dct.cosines = run, made
-        projection.roomy = lifting.roomy = room
+        for module in roomy:
+            module.roomy = room
     return found
 
 

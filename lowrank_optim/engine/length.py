@@ -25,7 +25,8 @@ def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     for place, job in enumerate(jobs):
         grad, site = grad_of(job), site_of(job)
         count = None if group["capturable"] else int(job.state["step"])
-        kind = (grad.shape, grad.stride(), grad.dtype, grad.device, site.dtype, site.ops, count)
+        laid = (grad.shape, grad.stride(), job.state[f"{SAMPLE}.exp_avg"].shape)
+        kind = (laid, grad.dtype, grad.device, site.dtype, site.ops, count)
         alike.setdefault(kind, []).append(place)
     found = list(jobs)
     for places in alike.values():

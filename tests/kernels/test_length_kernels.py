@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.cases import gradient
 from helpers.kernels import Small, draw
@@ -151,6 +152,21 @@ def test_sign_squares(size, kind, dtype, layout, name, device):
     torch.testing.assert_close(found, wanted, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
 
 
+def test_a_sign_and_a_rest_leave_the_gradient_alone():
+    """The norms are those of the formed matrices, and what they are made of stays."""
+    grads, factors, _, low, direction = drawn("tall", "basis", torch.float32, "straight", "cpu")
+    before = [grad.clone() for grad in grads]
+    update = Update(direction=0.75, sign=0.5, low=-0.3, grad=0.25)
+    found = functional.update_squares(grads, factors, low, direction, update, None)
+    for k, grad in enumerate(before):
+        basis = factors[k]
+        x = 0.75 * direction[k] @ basis.mT + 0.5 * (grad - low[k] @ basis.mT).sign()
+        y = 0.25 * grad - 0.3 * low[k] @ basis.mT
+        wanted = torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()])
+        torch.testing.assert_close(found[k], wanted, rtol=1e-5, atol=1e-3)
+        assert torch.equal(grads[k], grad)
+
+
 UPDATES = {
     "drop": Update(direction=0.25),
     "fira": Update(direction=0.25, low=-0.3, grad=0.3),
@@ -258,6 +274,33 @@ def test_a_length_goes_on_the_way_of_the_direction(device):
         optimizer.step()
         norm = (param.detach() - weights).norm().item()
         assert norm == pytest.approx(1e-2 * 0.2 * math.sqrt(21 * 9), rel=1e-4), name
+
+
+class Reads(TorchDispatchMode):
+    """Counts the values of tensors that the host looks at: each is a wait for a device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_host_reads_no_number_for_a_length(name, device):
+    counts = []
+    for length in ("published", "adamw"):
+        param = nn.Parameter(draw((12, 7), torch.float32, device, 1))
+        factory, settings = CASES[name]
+        optimizer = factory(
+            [param], rank=3, length=length, impl="triton", capturable=True, **settings
+        )
+        param.grad = draw((12, 7), torch.float32, device, 2)
+        optimizer.step()
+        with Reads() as reads:
+            optimizer.step()
+        counts.append(reads.count)
+    assert counts[0] == counts[1]
 
 
 def test_matrices_share_the_launches_of_a_length(monkeypatch, device):

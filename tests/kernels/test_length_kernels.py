@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.cases import gradient
-from helpers.kernels import Small, draw
+from helpers.kernels import Small, assert_alike, bases, columns, draw, matrices
 from helpers.pairwise import crossed
 from lowrank_optim import (
     ApolloAdamW,
@@ -33,32 +33,6 @@ LAYOUTS = ("straight", "transposed", "strided")
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def tensors(count, shape, dtype, device, layout="straight", seed=0):
-    """Some tensors `(..., rows, cols)`: contiguous, transposed, or every second row and column."""
-    *batch, rows, cols = shape
-    found = []
-    for k in range(count):
-        if layout == "transposed":
-            found.append(draw((*batch, cols, rows), dtype, device, seed + k).mT)
-        elif layout == "strided":
-            whole = draw((*batch, 2 * rows, 2 * cols), dtype, device, seed + k)
-            found.append(whole[..., ::2, ::2])
-        else:
-            found.append(draw(shape, dtype, device, seed + k))
-    return found
-
-
-def factors_of(kind, count, cols, rank, dtype, device):
-    rng = torch.Generator().manual_seed(3)
-    if kind == "columns":
-        return [
-            torch.randperm(cols, generator=rng)[:rank].sort().values.to(device)
-            for _ in range(count)
-        ]
-    drawn = [torch.randn(cols, rank, generator=rng) for _ in range(count)]
-    return [torch.linalg.qr(x).Q.to(dtype).to(device) for x in drawn]
-
-
 SAMPLES = {
     "one a row": ((1201, 7), 1),
     "few": ((33, 45), 5),
@@ -75,7 +49,8 @@ SAMPLES = {
 )  # fmt: skip
 def test_sample_moments(size, layout, dtype, counted, device):
     shape, width = SAMPLES[size]
-    grads = tensors(3, shape, dtype, device, layout)
+    *batch, rows, cols = shape
+    grads = matrices(3, rows, cols, dtype, device, layout, batch=batch)
     held = (*shape[:-1], width)
     first = [draw(held, torch.float32, device, 40 + k, 0.1) for k in range(3)]
     second = [draw(held, torch.float32, device, 50 + k, 0.1).square() for k in range(3)]
@@ -93,7 +68,7 @@ def test_sample_moments(size, layout, dtype, counted, device):
 
 def test_what_is_beyond_a_sample_is_no_part_of_the_sum(device):
     """Without an eps, what is not there has no direction."""
-    grads = tensors(1, (130, 9), torch.float32, device)
+    grads = matrices(1, 130, 9, torch.float32, device, "straight")
     moments = [[torch.zeros(130, 1, device=device)] for _ in range(2)]
     found = kernels.sample_moments(grads, *moments, [0], [1], *BETAS, 0.0)
     assert found.item() == pytest.approx(130, rel=1e-5)
@@ -108,7 +83,7 @@ def test_a_sample_of_no_rows_adds_nothing(device):
 
 
 def test_counts_of_one_launch_of_samples_are_alike(device):
-    grads = tensors(2, (9, 7), torch.float32, device)
+    grads = matrices(2, 9, 7, torch.float32, device, "straight")
     moments = [[torch.zeros(9, 2, device=device) for _ in grads] for _ in range(2)]
     with pytest.raises(ValueError, match="same count"):
         kernels.sample_moments(grads, *moments, [0, 0], [1, 2], *BETAS, EPS)
@@ -124,9 +99,12 @@ SIGNS = {
 def drawn(size, kind, dtype, layout, device):
     """Gradients, factors, their products and some directions of two matrices."""
     rows, cols, rank = SIZES[size]
-    grads = tensors(2, (rows, cols), dtype, device, layout)
-    factors = factors_of(kind, 2, cols, rank, dtype, device)
-    wide = [factor if kind == "columns" else factor.float() for factor in factors]
+    grads = matrices(2, rows, cols, dtype, device, layout)
+    if kind == "basis":
+        factors = bases(2, cols, rank, dtype, device)
+        wide = [factor.float() for factor in factors]
+    else:
+        factors = wide = columns(2, cols, rank, device)
     pairs = zip(grads, wide, strict=True)
     low = torch.stack([functional.down(grad.float(), f, torch.float32) for grad, f in pairs])
     direction = draw(low.shape, dtype, device, 5)
@@ -152,21 +130,6 @@ def test_sign_squares(size, kind, dtype, layout, name, device):
     torch.testing.assert_close(found, wanted, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=0)
 
 
-def test_a_sign_and_a_rest_leave_the_gradient_alone():
-    """The norms are those of the formed matrices, and what they are made of stays."""
-    grads, factors, _, low, direction = drawn("tall", "basis", torch.float32, "straight", "cpu")
-    before = [grad.clone() for grad in grads]
-    update = Update(direction=0.75, sign=0.5, low=-0.3, grad=0.25)
-    found = functional.update_squares(grads, factors, low, direction, update, None)
-    for k, grad in enumerate(before):
-        basis = factors[k]
-        x = 0.75 * direction[k] @ basis.mT + 0.5 * (grad - low[k] @ basis.mT).sign()
-        y = 0.25 * grad - 0.3 * low[k] @ basis.mT
-        wanted = torch.stack([(x * x).sum(), (x * y).sum(), (y * y).sum()])
-        torch.testing.assert_close(found[k], wanted, rtol=1e-5, atol=1e-3)
-        assert torch.equal(grads[k], grad)
-
-
 UPDATES = {
     "drop": Update(direction=0.25),
     "fira": Update(direction=0.25, low=-0.3, grad=0.3),
@@ -182,7 +145,7 @@ UPDATES = {
 def test_lift_write_stretches_each_matrix(name, kind, dtype, layout, rated, device):
     """A length of each matrix is a factor of its step, to a rounding, and not of its decay."""
     grads, factors, _, low, direction = drawn("tall", kind, dtype, layout, device)
-    params = tensors(2, grads[0].shape, torch.float32, device, layout, 30)
+    params = matrices(2, *grads[0].shape, torch.float32, device, layout, 30)
     lengths = torch.tensor([0.125, 3.0], device=device)
     rate = torch.tensor(-0.1, device=device) if rated else -0.1
     before = [param.clone() for param in params]
@@ -221,18 +184,6 @@ def trained(name, impl, device, dtype=torch.float32, steps=5, few=True, **change
             param.grad = gradient(param.cpu(), step, position).to(device)
         optimizer.step()
     return model, optimizer
-
-
-def assert_alike(left, right, start, worst, mean):
-    """Differences relative to the way that the weights have gone."""
-    for name, weights in left.named_parameters():
-        param, other = weights.detach(), getattr(right, name).detach()
-        origin = getattr(start, name).detach().to(param.device)
-        way = (other.double() - origin.double()).abs().mean()
-        apart = (param.double() - other.double()).abs()
-        assert way > 0, name
-        assert float(apart.max() / way) <= worst, (name, float(apart.max() / way))
-        assert float(apart.mean() / way) <= mean, (name, float(apart.mean() / way))
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ EARLIER = "float32, r 256|project .*8bit|stochastic|scores|signs|sample"
 RECOMPILED = """
 import torch
 import compiled as c
+from kernel_variants import Variant, moment
 from lowrank_optim import Update, functional, kernels
 
 def forms(count, step, seed, rate, ranks=64):
@@ -37,8 +38,8 @@ def forms(count, step, seed, rate, ranks=64):
         bases = [torch.empty(128, ranks, dtype=torch.bfloat16) for _ in range(count)]
         noises = [functional.Noise(seed, step, functional.stream_of(k)) for k in range(count)]
         for state in ("float32", "8bit"):
-            moments = [[c.moment((64, ranks), state, s) for _ in grads] for s in (False, True)]
-            full = [[c.moment((64, 128), state, s) for _ in grads] for s in (False, True)]
+            moments = [[moment((64, ranks), state, s) for _ in grads] for s in (False, True)]
+            full = [[moment((64, 128), state, s) for _ in grads] for s in (False, True)]
             numbers = ([step] * count, rate, rate, rate, noises)
             found = kernels.project_moments(grads, bases, *moments, *numbers)
             numbers = ([step] * count, rate, rate, rate, rate, rate, noises, True)
@@ -52,7 +53,7 @@ def forms(count, step, seed, rate, ranks=64):
         update = Update(direction=rate or 1, sign=rate or 1)
         kernels.sign_squares(grads, bases, *found[:2], update)
     return [
-        (x.fn.__name__, c.specialized(x, 90)[1:]) for x in c.launches(c.Variant("", "", call), 90)
+        (x.fn.__name__, c.specialized(x, 90)[1:]) for x in c.launches(Variant("", "", call), 90)
     ]
 
 assert len(forms(1, 1, 5, 0.5)) == 11

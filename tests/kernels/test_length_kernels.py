@@ -24,6 +24,10 @@ from lowrank_optim import (
     Update,
     functional,
 )
+from lowrank_optim.engine.length import sampled
+from lowrank_optim.parts.length import Sampled
+from lowrank_optim.parts.types import Job, Site
+from lowrank_optim.sharding.layout import Layout
 
 pytest.importorskip("triton", reason="kernels need triton")
 from lowrank_optim import kernels
@@ -80,6 +84,28 @@ def test_a_sample_of_no_rows_adds_nothing(device):
     moments = [[torch.zeros(0, 2, device=device)] for _ in range(2)]
     found = kernels.sample_moments(grads, *moments, [0], [1], *BETAS, EPS)
     assert found.tolist() == [0.0]
+
+
+def test_samples_of_other_widths_have_launches_of_their_own(monkeypatch, device):
+    """Shards of 47 rows, of matrices of 93 and of 94, have 12 and 11 entries a row."""
+    widths, jobs = [], []
+    real = kernels.sample_moments
+
+    def noted(grads, *rest):
+        widths.append([moment.shape[-1] for moment in rest[0]])
+        return real(grads, *rest)
+
+    monkeypatch.setattr(kernels, "sample_moments", noted)
+    for place, width in enumerate((12, 11, 12)):
+        grad = draw((47, 30), torch.float32, device, place)
+        state = {key: torch.zeros(47, width, device=device) for key in Sampled.keys}
+        state["step"] = torch.tensor(0.0)
+        site = Site(3, 30, torch.float32, grad.device, ops=kernels, layout=Layout((47, 30)))
+        jobs.append(Job(grad, grad, state, site, place, site.layout, grad))
+    found = sampled(jobs, {"capturable": False, "betas": BETAS, "eps": EPS}, None)
+    assert widths == [[12, 12], [11]]
+    sums = [job.sampled.item() for job in found]
+    assert sums == pytest.approx([47 * 12, 47 * 11, 47 * 12], rel=1e-4)
 
 
 def test_counts_of_one_launch_of_samples_are_alike(device):

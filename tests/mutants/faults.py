@@ -414,6 +414,13 @@ FAULTS = {
         "",
         (LENGTHS + "test_sign_squares[cpu-tall-basis-float32-straight-both]",),
     ),
+    "samples of two widths in a launch": Fault(
+        "shards of one shape, of matrices of unlike height, have entries of one width",
+        "lowrank_optim/engine/length.py",
+        """grad.stride(), job.state[f"{SAMPLE}.exp_avg"].shape)""",
+        "grad.stride())",
+        (LENGTHS + "test_samples_of_other_widths_have_launches_of_their_own[cpu]",),
+    ),
     "a length reads the gradient again": Fault(
         "norms of gradients are made where nothing asks for them",
         "lowrank_optim/engine/launches.py",

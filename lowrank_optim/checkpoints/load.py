@@ -137,7 +137,7 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 f"optimizer has {value}: build it with the checkpoint's setting to resume, or "
                 "start without its optimizer state"
             )
-    there = saved.get("length", BEFORE["length"] if "projector" in saved else group["length"])
+    there = meant(saved).get("length", group["length"])
     if there != group["length"] and "adamw" in (there, group["length"]):
         raise SettingError(
             f"the checkpoint was made with length={there!r} in group {index}, this optimizer has "
@@ -157,9 +157,14 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
     check_keys({**dict.fromkeys(saved), **names}, where, numbers)
 
 
+def meant(saved: Group) -> dict[str, Any]:
+    """Return a group of a checkpoint with what it means by not saying, if it is one of ours."""
+    return {**(BEFORE if "projector" in saved else {}), **saved}
+
+
 def merged_settings(group: Group, saved: Group, where: str) -> dict[str, Any]:
     """Return the checked settings of a group after the load: the checkpoint's, except live ones."""
-    taken = {**(BEFORE if "projector" in saved else {}), **saved}
+    taken = meant(saved)
     merged = {key: taken.get(key, own) if key not in LIVE else own for key, own in group.items()}
     merged.update({key: group[key] for key in ("params", "param_names") if key in group})
     norm = merged["grad_norm"]

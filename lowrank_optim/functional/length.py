@@ -184,7 +184,7 @@ def signed_squares(
         pairs = [(x, x)]
         if rest:
             phi, b = (cut(each, k, chunk) for each in (update.grad, update.low))
-            y = part.mul_(phi)
+            y = part * phi
             lift_(y, inner * b, factor)
             pairs += [(x, y), (y, y)]
         found += torch.stack([(one * two).sum((-2, -1)) for one, two in pairs], -1)

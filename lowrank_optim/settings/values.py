@@ -31,6 +31,7 @@ from ..parts.projectors import PROJECTORS
 from ..parts.rank import AutoRank, rank_of
 from ..parts.residuals import RESIDUALS
 from ..parts.rules import RULES
+from ..parts.rules.muon import LENGTHS as OWN_LENGTHS
 from ..parts.storage import DTYPES, STORAGES
 
 PARTS: dict[str, dict[str, Any]] = {
@@ -75,6 +76,17 @@ def state_budget(key: str, value: Any, where: str) -> int | None:
     found = int(value) if number else bytes_in(value) if isinstance(value, str) else None
     if not found or found < 0:
         raise fail(where, key, value, 'None, a number of bytes above 0, or a text such as "2GiB"')
+    return found
+
+
+def length(key: str, value: Any, where: str) -> str:
+    """Check length; one of Muon's own belongs to the rule."""
+    if value in OWN_LENGTHS and value not in LENGTHS:
+        raise SettingError(
+            f"group key {key!r}{where} is {value!r}, which is a length of the rule: put it there, "
+            f"as in rule=Muon(length={value!r})"
+        )
+    found: str = one_of(*LENGTHS)(key, value, where)
     return found
 
 
@@ -129,7 +141,7 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "state_budget": state_budget,
     "update_proj_gap": integer(1),
     "scale": number("at least 0", lambda x: 0 <= x < math.inf),
-    "length": one_of(*LENGTHS),
+    "length": length,
     "feed": part(FEEDS, "feed"),
     "projector": part(PROJECTORS, "refresh"),
     "rule": part(RULES, "direction"),

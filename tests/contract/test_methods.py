@@ -16,6 +16,7 @@ from lowrank_optim import (
     SGDM,
     ApolloAdamW,
     Blocks,
+    CompensatedAdamW,
     DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
@@ -116,6 +117,19 @@ def test_apollo(shape, rank, per):
         shape,
         lambda p: ApolloAdamW(p, rank=rank, **settings),
         lambda bases: ref.Apollo(rank, per=per, subspace=ref.Given(bases), **settings),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("compensation", "limiter"), [(0.4, 1.01), (1.5, 1.2)])
+@pytest.mark.parametrize("on_refresh", ["keep", "rotate"])
+def test_compensated(shape, compensation, limiter, on_refresh):
+    parts = {"compensation": compensation, "limiter": limiter, "on_refresh": on_refresh}
+    parts = {**COMMON, "update_proj_gap": GAP, "scale": 0.3, **parts}
+    compare(
+        shape,
+        lambda p: CompensatedAdamW(p, rank=RANK, projector="svd", **parts),
+        lambda _: ref.Compensated(RANK, **parts),
     )
 
 

@@ -133,7 +133,7 @@ def test_a_flat_checkpoint_of_the_first_layout_alone_is_refused_by_torch(tmp_pat
     model, optimizer, nested, _ = of_the_first_layout("fira")
     saved = flat(nested)
     before = dict(optimizer.param_groups[0])
-    with pytest.raises(KeyError, match=r"param_groups\.\w+\.limiter"):
+    with pytest.raises(KeyError, match=r"param_groups\.\w+\.length"):
         set_optimizer_state_dict(model, optimizer, saved, options=FLAT)
     dcp.save(saved, checkpoint_id=tmp_path)
     whole = get_optimizer_state_dict(model, optimizer, options=FLAT)

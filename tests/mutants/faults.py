@@ -27,7 +27,9 @@ class Fault(NamedTuple):
 
 
 METHODS = "tests/contract/test_methods.py::"
-MORE = "tests/contract/test_more_methods.py::"
+WHOLE = "tests/contract/test_whole_matrices.py::"
+FEEDS = "tests/contract/test_feeds.py::"
+FOURBIT = "tests/unit/test_fourbit.py::"
 KERNELS = "tests/kernels/test_kernels.py::"
 FORMATS = "tests/kernels/test_kernel_formats.py::"
 SHARDED = "tests/sharded/test_sharded.py::"
@@ -92,7 +94,7 @@ FAULTS = {
         "lowrank_optim/functional/orthogonal.py",
         "QUINTIC = (3.4445, -4.7750, 2.0315)",
         "QUINTIC = (3.4445, -4.7550, 2.0315)",
-        (MORE + "test_newton_schulz[5-(13, 7)]",),
+        (WHOLE + "test_newton_schulz[5-(13, 7)]",),
     ),
     "second moment of an old basis": Fault(
         "a row that is rarely active jumps after a refresh",
@@ -240,7 +242,7 @@ FAULTS = {
         "lowrank_optim/parts/residuals/compensated.py",
         "scale * math.sqrt(site.cols - site.rank)",
         "scale * math.sqrt(site.cols)",
-        (MORE + "test_compensated[keep-0.4-1.01-(13, 7)]",),
+        (METHODS + "test_compensated[keep-0.4-1.01-(13, 7)]",),
     ),
     "decay after the update": Fault(
         "the update decays too",
@@ -268,14 +270,14 @@ FAULTS = {
         "lowrank_optim/engine/feed.py",
         "lift_(value, taken, factor, scale=-1.0)",
         "lift_(value, taken, factor, scale=0.0)",
-        (MORE + "test_error_feedback[galore-0.0-(13, 7)]",),
+        (FEEDS + "test_error_feedback[galore-0.0-(13, 7)]",),
     ),
     "LDAdam learns from the gradient": Fault(
         "the momentum has no part in the subspace",
         "lowrank_optim/parts/feeds/general_error_feedback.py",
         "lesson.add_(fed, alpha=1 - rho)",
         "lesson.mul_(0).add_(fed, alpha=1 - rho)",
-        (MORE + "test_ldadam[0.5-(13, 7)]",),
+        (FEEDS + "test_ldadam[0.5-(13, 7)]",),
     ),
     # Formats and random bits.
     "a scale per block shifted": Fault(
@@ -324,7 +326,7 @@ FAULTS = {
         "lowrank_optim/functional/fourbit.py",
         "torch.stack([low, packed >> 4], -1)",
         "torch.stack([packed >> 4, low], -1)",
-        (MORE + "test_4bit_keeps_places",),
+        (FOURBIT + "test_keeps_places",),
     ),
     # Kernels.
     "the scale sees what is beyond the row": Fault(

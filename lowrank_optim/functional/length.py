@@ -63,7 +63,8 @@ def sample_moments(
 ) -> Tensor:
     """Update Adam's moments of a sample of entries, and return the sum of the squared directions.
 
-    a = Adam(g) on the entries g of `sample_columns`, see `moments.adam`; the result is sum a*a.
+    a = Adam(g) on the entries g of `sample_columns`, see `moments.adam`; the result is sum a*a. An
+    entry whose a is not finite counts as 0, so that it spoils no other entry of its matrix.
 
     Args:
         grads: K gradients `(..., rows, cols)` of one shape; matrices of a stack have the same
@@ -88,7 +89,8 @@ def sample_moments(
     else:
         moments = zip(entries, exp_avg, exp_avg_sq, counts, strict=True)
         directions = [adam(g, m, v, count, beta1, beta2, eps) for g, m, v, count in moments]
-    return torch.stack([square_sum(direction) for direction in directions])
+    finite = [direction.nan_to_num_(0.0, 0.0, 0.0) for direction in directions]
+    return torch.stack([square_sum(direction) for direction in finite])
 
 
 def square_sum(x: Tensor) -> Tensor:

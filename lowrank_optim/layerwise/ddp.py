@@ -149,6 +149,11 @@ def check_compressible(step: Step) -> None:
                 f"{what}: the update of {type(plan.residual).__name__} needs the whole gradient; "
                 "leave the hook out"
             )
+        if plan.length.sampled:
+            raise SettingError(
+                f"{what}: length={group['length']!r} is measured on entries of the whole gradient; "
+                'leave the hook out, or take length="rms" or "published"'
+            )
         if plan.projector.learns and group["update_proj_gap"] == 1:
             raise SettingError(
                 f"{what}: update_proj_gap=1 moves the subspace in every step, which takes the "

@@ -15,10 +15,10 @@ from .refresh import grad_of
 
 
 def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
-    """Return jobs that know the length of AdamW's step on their samples, whose moments move.
+    """Move the moments of samples, and return jobs with the length of AdamW's step on these.
 
-    Gradients are the ones that AdamW would see: before a feed makes something else of them, and
-    before the step is counted.
+    Gradients are the ones that AdamW would see, before a feed makes something else of them. The
+    step is not counted yet.
     """
     alike: dict[Hashable, list[int]] = {}
     for place, job in enumerate(jobs):
@@ -44,13 +44,13 @@ def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
 
 
 def next_count(job: Job, group: Group) -> int | Tensor:
-    """Return the number of gradients that the sample has seen, with this one."""
+    """Return the number of gradients that the sample has seen, this one included."""
     step: Tensor = job.state["step"] + 1
     return step if group["capturable"] else int(step)
 
 
 class Sums(NamedTuple):
-    """What a step sums over all rows of each matrix; each is None where there is none.
+    """What a step sums over all rows of each matrix; an entry is None if it is not needed.
 
     Attributes:
         limiting: of the residual, `(..., k)`, see `Residual.sums`.

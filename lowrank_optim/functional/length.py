@@ -22,7 +22,7 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 def stride_of(cols: int) -> int:
     """Return the columns between one entry of a sample and the next, without a common divisor.
 
-    Near the golden section of a row, so that any few entries in turn are spread over the columns.
+    It is near the golden section of a row, so that successive entries spread over its columns.
     """
     stride = max(1, round(cols * GOLDEN))
     while math.gcd(stride, cols) != 1:
@@ -38,8 +38,8 @@ def sample_columns(
     Entry t of a matrix, `width` of them a row, lies in column `t stride mod cols`.
 
     Args:
-        rows: those that lie here.
-        cols: of the matrix.
+        rows: number of rows that lie here.
+        cols: number of columns of the matrix.
         width: entries a row.
         first: t of the first of them.
         device: of the result.

@@ -31,7 +31,9 @@ class LowRankAdamW(LowRank):
     are at a refresh.  Memory: 2 m r + n r values.
 
     Args:
-        lr: larger than AdamW's best rate for the same matrices: two to five times.
+        lr, weight_decay: AdamW's, for all parameters.
+        length: "adamw" goes as far as AdamW would; with "published", which is Adam's length inside
+            the subspace, the best lr is two to five times AdamW's.
         rank: a share of the projected axis, a quarter by default.
         update_proj_gap: updates between refreshes.
         state_free_scale: length of the sign step relative to `lr`.
@@ -54,7 +56,7 @@ class LowRankAdamW(LowRank):
         rank: int | float | str | AutoRank | None = 0.25,
         update_proj_gap: int = 50,
         scale: float | None = None,
-        length: str = "published",
+        length: str = "adamw",
         projector: str | Projector = "power",
         on_refresh: str = "keep",
         state_free: str = "sign",

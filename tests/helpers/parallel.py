@@ -47,7 +47,6 @@ METHODS: dict[str, tuple[type[LowRank], dict[str, Any]]] = {
     "galore-rms": (GaLoreAdamW, {"length": "rms"}),
     "fira-length": (FiraAdamW, {"length": "adamw"}),
     "galore-length": (GaLoreAdamW, {"length": "adamw"}),
-    "normuon-length": (NorMuonW, {"update_proj_gap": None, "length": "adamw"}),
 }
 """The presets with float32 and 8-bit states, and lengths, and the projector to recommend."""
 

@@ -27,7 +27,7 @@ from lowrank_optim.parts import length as lengths
 pytestmark = pytest.mark.slow
 
 STEPS = GAP + 2
-MEASURED = [case for case in CASES if "length" in case.settings]
+MEASURED = [case for case in CASES if case.measured]
 FEW = 20
 """Entries of a sample that lie in some columns of each row alone, where 1024 would be all."""
 

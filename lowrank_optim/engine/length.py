@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..functional import on_device
 from ..parts.length import SAMPLE, first_entry
 from ..parts.plan import Plan
 from ..parts.types import Group, Job, Site, site_of
@@ -24,20 +25,23 @@ def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
     for place, job in enumerate(jobs):
         grad, site = grad_of(job), site_of(job)
         count = None if group["capturable"] else int(job.state["step"])
-        kind = (grad.shape, grad.stride(), grad.dtype, grad.device, site.dtype, site.ops, count)
+        laid = (grad.shape, grad.stride(), job.state[f"{SAMPLE}.exp_avg"].shape)
+        kind = (laid, grad.dtype, grad.device, site.dtype, site.ops, count)
         alike.setdefault(kind, []).append(place)
     found = list(jobs)
     for places in alike.values():
         some = [jobs[place] for place in places]
-        squares = site_of(some[0]).ops.sample_moments(
-            [grad_of(job) for job in some],
-            [job.state[f"{SAMPLE}.exp_avg"] for job in some],
-            [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
-            [first_entry(site_of(job), job.position) for job in some],
-            [next_count(job, group) for job in some],
-            *group["betas"],
-            group["eps"],
-        )
+        site = site_of(some[0])
+        with on_device(site.device):
+            squares = site.ops.sample_moments(
+                [grad_of(job) for job in some],
+                [job.state[f"{SAMPLE}.exp_avg"] for job in some],
+                [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
+                [first_entry(site_of(job), job.position) for job in some],
+                [next_count(job, group) for job in some],
+                *group["betas"],
+                group["eps"],
+            )
         for place, square in zip(places, squares.unbind(), strict=True):
             found[place] = jobs[place]._replace(sampled=square)
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .factors import Factor, Unit, drop_, is_index, lift_
 from .moments import adam, adam_some
-from .products import row_chunks, row_norms
+from .products import compute_dtype, row_chunks, row_norms
 from .steps import Norms
 from .write import Coefficients, Several
 
@@ -93,10 +93,47 @@ def sample_moments(
     return torch.stack([square_sum(direction) for direction in finite])
 
 
+def squares_of(several: Several) -> Tensor:
+    """Return the sum of squares of each of K matrices or stacks, `(K, ...)`."""
+    if isinstance(several, Tensor):
+        return square_sum(several)
+    return torch.stack([square_sum(x) for x in several])
+
+
 def square_sum(x: Tensor) -> Tensor:
-    """Return the sum of squares of each matrix, `(..., rows, cols)` to `(...)`."""
-    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1))
+    """Return the sum of squares of each matrix, `(..., rows, cols)` to `(...)`, in full dtype."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), dtype=compute_dtype(x.dtype))
     return norm.square()
+
+
+def sign_squares(
+    grads: Sequence[Tensor],
+    factors: Sequence[Factor],
+    low: Several,
+    direction: Several | None,
+    update: Coefficients,
+) -> Tensor:
+    """Return the squared norms of updates with a sign, as far as their rows lie here.
+
+    |X|^2 with X = a N P^T + c sgn(G - R P^T), which is made again, some rows at a time.
+
+    Args:
+        grads, factors, low, direction, update: as in `lift_write`.
+
+    Returns:
+        `(K, ...)`, one number a matrix.
+    """
+    matrices = enumerate(zip(grads, factors, strict=True))
+    return torch.stack(
+        [
+            signed_squares(grad, factor, low[k], direction, update, k, False)[..., 0]
+            for k, (grad, factor) in matrices
+        ]
+    )
+
+
+Signs = Callable[..., Tensor]
+"""`sign_squares`, or a kernel that does the same."""
 
 
 def update_squares(
@@ -106,6 +143,7 @@ def update_squares(
     direction: Several | None,
     update: Coefficients,
     norms: Norms | None,
+    signs: Signs = sign_squares,
 ) -> Tensor:
     """Return the squared norms of updates, as far as their rows lie here.
 
@@ -120,25 +158,29 @@ def update_squares(
     Args:
         grads, factors, low, direction, update: as in `lift_write`.
         norms: row norms `(K, ..., rows, 1)`, if they are known.
+        signs: who does updates with a sign and no Y.
 
     Returns:
         `(K, ..., 1)`, |X|^2, where b and phi are 0; else `(K, ..., 3)`, with <X, Y> and |Y|^2.
     """
-    rest = any(isinstance(x, Tensor) or x != 0 for x in (update.low, update.grad))
+    rest = has_rest(update)
+    if update.sign and low is not None and not rest:
+        return signs(grads, factors, low, direction, update)[..., None]
     if update.sign and low is not None:
         return torch.stack(
             [
-                signed_squares(grad, factor, low[k], direction, update, k, rest)
+                signed_squares(grad, factor, low[k], direction, update, k, True)
                 for k, (grad, factor) in enumerate(zip(grads, factors, strict=True))
             ]
         )
     a = update.direction if direction is not None else 0.0
     if norms is not None:
         inside = (norms.direction * a).square().sum((-2, -1))
-    elif a:
-        inside = torch.stack([square_sum(n) for n in direction or ()]) * a**2
+    elif a and direction is not None:
+        inside = squares_of(direction) * a**2
     else:
-        inside = torch.stack([grad.new_zeros(grad.shape[:-2]) for grad in grads])
+        dtype = compute_dtype(grads[0].dtype)
+        inside = torch.stack([grad.new_zeros(grad.shape[:-2], dtype=dtype) for grad in grads])
     if not rest:
         return inside[..., None]
     if norms is None:
@@ -152,9 +194,17 @@ def update_squares(
     outside = g.square() + q * (q + 2 * r)
     mixed = torch.zeros_like(inside)
     if a and direction is not None and low is not None:
-        inner = [(n * r).sum(-1, keepdim=True) for n, r in zip(direction, low, strict=True)]
+        inner = [
+            (n * r).sum(-1, keepdim=True, dtype=inside.dtype)
+            for n, r in zip(direction, low, strict=True)
+        ]
         mixed = ((b + phi) * torch.stack(inner)).sum((-2, -1)) * a
     return torch.stack([inside, mixed, outside.sum((-2, -1))], -1)
+
+
+def has_rest(update: Coefficients) -> bool:
+    """Return whether an update has a part Y, see `update_squares`; values of tensors do not say."""
+    return any(isinstance(x, Tensor) or x != 0 for x in (update.low, update.grad))
 
 
 def signed_squares(
@@ -172,21 +222,21 @@ def signed_squares(
     if plain and not rest:  # the sign is 0 in all columns that N is lifted to
         kept = 0 if isinstance(factor, Unit) else low.count_nonzero((-2, -1))
         dropped = 0 if isinstance(factor, Unit) else grad.count_nonzero((-2, -1)) - kept
-        total = update.sign**2 * torch.as_tensor(dropped).to(low)
+        total = update.sign**2 * torch.as_tensor(dropped).to(low.device, compute_dtype(low.dtype))
         if n is not None:
             total = total + square_sum(n) * update.direction**2
         return total.expand(grad.shape[:-2])[..., None]
-    rows = grad.shape[-2]
-    found = grad.new_zeros((*grad.shape[:-2], 3 if rest else 1), dtype=low.dtype)
+    rows, dtype = grad.shape[-2], compute_dtype(low.dtype)
+    found = grad.new_zeros((*grad.shape[:-2], 3 if rest else 1), dtype=dtype)
     for chunk in row_chunks(rows, grad.numel() // max(1, rows)):
-        part, inner = grad[..., chunk, :].to(low.dtype), low[..., chunk, :]
+        part, inner = grad[..., chunk, :].to(dtype), low[..., chunk, :].to(dtype)
         x = drop_(part.clone(), inner, factor).sign_().mul_(update.sign)
         if n is not None:
-            lift_(x, n[..., chunk, :], factor, scale=update.direction)
+            lift_(x, n[..., chunk, :].to(dtype), factor, scale=update.direction)
         pairs = [(x, x)]
         if rest:
             phi, b = (cut(each, k, chunk) for each in (update.grad, update.low))
-            y = part * phi
+            y = part * phi  # a float32 piece is the gradient itself
             lift_(y, inner * b, factor)
             pairs += [(x, y), (y, y)]
         found += torch.stack([(one * two).sum((-2, -1)) for one, two in pairs], -1)

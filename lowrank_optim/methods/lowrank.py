@@ -28,7 +28,7 @@ class LowRankAdamW(LowRank):
 
     W <- (1 - lr wd) W - lr (N P^T + state_free_scale sgn(G - G P P^T)),  N = Adam(G P), with P the
     top singular directions by power iteration, refreshed often, and moments that are kept as they
-    are at a refresh.  Memory: 2 m r + n r values.
+    are at a refresh.  Memory: 2 m r + n r + 2 m values.
 
     Args:
         lr, weight_decay: AdamW's, for all parameters.
@@ -76,7 +76,7 @@ METHOD = Method(
     "lowrank",
     "LowRank",
     LowRankAdamW,
-    "2mr + nr",
+    "2mr + nr + 2m",
     (GALORE, FRUGAL, HALKO),
     own_gap=True,
     rates=Rates(3e-3, 5.5e-2),

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class NorMuonW(LowRank):
     """Muon whose neurons are brought to one length, AdamW for the rest, in one object.
 
-    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, and one a neuron.
+    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, one a neuron, and two a
+    row for the length.
 
     Args:
         lr, weight_decay: AdamW's, for all parameters.
@@ -74,7 +75,7 @@ METHOD = Method(
     "normuon",
     "NorMuon",
     NorMuonW,
-    "mn + m or n",
+    "mn + 2m + m or n",
     (MUON, PAPER),
     whole=True,
     rates=Rates(1e-2, 3e-1, (0.9, 0.95)),

@@ -42,7 +42,7 @@ GROUP_KEYS = {
     "params", "lr", "betas", "eps", "weight_decay", "rank", "min_dim", "state_budget",
     "update_proj_gap", "scale", "feed", "projector", "rule", "residual", "side", "on_refresh",
     "state_dtype", "stochastic_rounding", "skip_nonfinite", "maximize", "capturable", "seed",
-    "impl", "skipped_steps", "stagger", "shard_basis",
+    "impl", "skipped_steps", "stagger", "shard_basis", "length",
 }  # fmt: skip
 NUMBERS = {
     "fira": {"limiter"},

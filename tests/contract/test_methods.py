@@ -226,6 +226,7 @@ def test_lowrank_is_frugal_in_a_power_subspace_with_half_the_sign_step():
     """Our own method is no more than the settings that its docstring names."""
     ours, same = Model(), Model()
     settings = {"lr": 1e-2, "rank": RANK, "weight_decay": 0.1, "update_proj_gap": GAP}
+    settings["length"] = "published"
     train(ours, LowRankAdamW(ours.parameters(), **settings), range(2 * GAP + 1))
     parts = {"projector": "power", "on_refresh": "keep", "state_free_scale": 0.5}
     train(same, FrugalAdamW(same.parameters(), **settings, **parts), range(2 * GAP + 1))

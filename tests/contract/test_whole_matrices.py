@@ -42,7 +42,7 @@ def test_normuon(shape, side, nesterov):
     """A neuron is a row of the weight on any side."""
     compare(
         shape,
-        lambda p: NorMuonW(p, side=side, nesterov=nesterov, **WHOLE),
+        lambda p: NorMuonW(p, side=side, nesterov=nesterov, length="published", **WHOLE),
         lambda _: ref.NorMuon(nesterov=nesterov, **WHOLE),
     )
 

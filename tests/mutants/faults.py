@@ -32,6 +32,7 @@ FEEDS = "tests/contract/test_feeds.py::"
 FOURBIT = "tests/unit/test_fourbit.py::"
 KERNELS = "tests/kernels/test_kernels.py::"
 FORMATS = "tests/kernels/test_kernel_formats.py::"
+LENGTHS = "tests/kernels/test_length_kernels.py::"
 SHARDED = "tests/sharded/test_sharded.py::"
 
 FAULTS = {
@@ -377,6 +378,62 @@ FAULTS = {
         'return sums.sqrt() if norm == "l2" else sums',
         "return sums",
         ("tests/kernels/test_dct_kernel.py::test_many_gradients_in_one_call[cpu-l2]",),
+    ),
+    "the kernel has one length for all": Fault(
+        "matrices of a launch move as far as the first of them",
+        "kernels/lift.py",
+        "tl.load(lengths + k)",
+        "tl.load(lengths)",
+        (LENGTHS + "test_lift_write_stretches_each_matrix[cpu-drop-basis-float32-straight-False]",),
+    ),
+    "the kernel's sample in other columns": Fault(
+        "entries of a row lie side by side",
+        "kernels/length.py",
+        "tl.load(starts + k) + entry * stride",
+        "tl.load(starts + k) + entry",
+        (LENGTHS + "test_sample_moments[cpu-few-straight-bfloat16-False]",),
+    ),
+    "the kernel's sample of one row": Fault(
+        "entries that are not there have a direction where eps is 0",
+        "kernels/length.py",
+        "tl.where(inside, direction * direction, 0.0)",
+        "direction * direction",
+        (LENGTHS + "test_what_is_beyond_a_sample_is_no_part_of_the_sum[cpu]",),
+    ),
+    "the kernel's norm of a sign sees chosen columns": Fault(
+        "the sign of what is projected counts too",
+        "kernels/length.py",
+        "dropped = tl.where(chosen, 0.0, g)",
+        "dropped = g",
+        (LENGTHS + "test_sign_squares[cpu-tall-columns-float16-strided-both]",),
+    ),
+    "the kernel's norm without the factor of a direction": Fault(
+        "what is measured is not what is written",
+        "kernels/length.py",
+        "        lifted *= a\n",
+        "",
+        (LENGTHS + "test_sign_squares[cpu-tall-basis-float32-straight-both]",),
+    ),
+    "samples of two widths in a launch": Fault(
+        "shards of one shape, of matrices of unlike height, have entries of one width",
+        "lowrank_optim/engine/length.py",
+        """grad.stride(), job.state[f"{SAMPLE}.exp_avg"].shape)""",
+        "grad.stride())",
+        (LENGTHS + "test_samples_of_other_widths_have_launches_of_their_own[cpu]",),
+    ),
+    "a length reads the gradient again": Fault(
+        "norms of gradients are made where nothing asks for them",
+        "lowrank_optim/engine/launches.py",
+        "norms=want.norms or norms_of_rest",
+        "norms=want.norms or length.measured",
+        (LENGTHS + "test_matrices_share_the_launches_of_a_length[cpu]",),
+    ),
+    "a length of gradients that are written to": Fault(
+        "the norm of an update with a sign and a rest scales the gradient on its way",
+        "lowrank_optim/functional/length.py",
+        "y = part * phi  #",
+        "y = part.mul_(phi)  #",
+        ("tests/unit/test_length.py::test_squares_are_those_of_the_matrix",),
     ),
     # Steps inside the backward pass.
     "hooks stay": Fault(

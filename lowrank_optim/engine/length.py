@@ -89,7 +89,7 @@ def in_list(factor: Tensor | float) -> Tensor | float:
     return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
 
 
-def limited(factor: Tensor | float, limit: Tensor | float) -> Tensor | float:
+def with_limit(factor: Tensor | float, limit: Tensor | float) -> Tensor | float:
     """Return a factor of a list of one matrix times the limit of that matrix; 0 stays a number."""
     if isinstance(factor, Tensor):
         return factor * limit

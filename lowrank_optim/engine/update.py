@@ -40,7 +40,7 @@ from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
 from .feed import fed, fed_chunks, keep
-from .length import Sums, in_list, lengths_of, limited, sampled
+from .length import Sums, in_list, lengths_of, sampled, with_limit
 from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, run, summed_chunks
@@ -320,7 +320,7 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
             uncorrected = plan.rule.uncorrected(age, group)
             limit = plan.residual.limited(found.limiting, job.state, site, inside, uncorrected)
             written = replace(
-                update, low=limited(update.low, limit), grad=limited(update.grad, limit)
+                update, low=with_limit(update.low, limit), grad=with_limit(update.grad, limit)
             )
         if found.squares is not None:
             lengths = [lengths_of(found.squares, limit, found.sampled, site, group, plan)]

@@ -349,7 +349,13 @@ def by_kernels(layout, changes):
 
 @pytest.mark.parametrize(
     ("layout", "changes"),
-    [("fsdp-2", {"shard_basis": True}), ("columns", {}), ("fsdp-2", {"state_dtype": "8bit"})],
+    [
+        ("fsdp-2", {"shard_basis": True}),
+        ("columns", {}),
+        ("fsdp-2", {"state_dtype": "8bit"}),
+        ("fsdp-2", {"length": "adamw"}),
+        ("columns", {"length": "rms"}),
+    ],
     ids=str,
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not interpret kernels")

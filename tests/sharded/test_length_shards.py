@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ pytestmark = pytest.mark.slow
 
 STEPS = GAP + 2
 MEASURED = [case for case in CASES if case.measured]
+WHOLE = ("muon", "racs", "rmnp", "trion", "conda", "compensated", "error-feedback", "auto-rank")
+OTHERS = [
+    replace(case, name=f"{case.name}-length", settings={**case.settings, "length": "adamw"})
+    for case in CASES
+    if case.name in WHOLE
+]
+"""Cases whose directions take another way: matrices taken whole, feeds, ranks that change."""
 FEW = 20
 """Entries of a sample that lie in some columns of each row alone, where 1024 would be all."""
 
@@ -42,13 +50,13 @@ def few_entries() -> Iterator[None]:
         lengths.ENTRIES = kept
 
 
-def differences(layout, side):
+def differences(cases, layout, side):
     """Return for each case how far the weights are from those of one process.
 
     The samples are those of one process to the bit: they are entries of the same gradients.
     """
     found = {}
-    for case in MEASURED:
+    for case in cases:
         with few_entries():
             ours, sharded = run_case(case, layout, torch.float64, STEPS, {"side": side})
             theirs = Model(torch.float64)
@@ -69,7 +77,18 @@ def differences(layout, side):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sample_lies_where_it_does_on_one_process(ranks, layout):
-    for found in ranks.run(size_of(layout), differences, layout, "right"):
+    for found in ranks.run(size_of(layout), differences, MEASURED, layout, "right"):
+        assert max(found.values()) < 1e-12, found
+
+
+@pytest.mark.parametrize(
+    ("layout", "cases"),
+    [("fsdp-2", OTHERS), ("fsdp-4", OTHERS[::2]), ("hybrid", OTHERS[1::2])],
+    ids=["fsdp-2", "fsdp-4", "hybrid"],
+)
+def test_every_way_to_a_direction_has_its_length(ranks, layout, cases):
+    assert len(OTHERS) == len(WHOLE)
+    for found in ranks.run(size_of(layout), differences, cases, layout, "right"):
         assert max(found.values()) < 1e-12, found
 
 

@@ -59,7 +59,8 @@ def _sample(
     )  # fmt: skip
     tl.store(m_at, m, mask=inside)
     tl.store(v_at, v, mask=inside)
-    square = tl.where(inside, direction * direction, 0.0)
+    finite = inside & (tl.abs(direction) < float("inf"))
+    square = tl.where(finite, direction * direction, 0.0)
     tl.store(out + tl.program_id(0), tl.sum(square, axis=0))
 
 

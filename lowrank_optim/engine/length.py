@@ -84,6 +84,18 @@ class Sums(NamedTuple):
         )
 
 
+def in_list(factor: Tensor | float) -> Tensor | float:
+    """Return a factor of one matrix as a factor of a list of one matrix."""
+    return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
+
+
+def with_limit(factor: Tensor | float, limit: Tensor | float) -> Tensor | float:
+    """Return a factor of a list of one matrix times the limit of that matrix; 0 stays a number."""
+    if isinstance(factor, Tensor):
+        return factor * limit
+    return factor and factor * in_list(limit)
+
+
 def lengths_of(
     squares: Tensor,
     limited: Tensor | float,

@@ -64,7 +64,7 @@ def sample_moments(
     """Update Adam's moments of a sample of entries, and return the sum of the squared directions.
 
     a = Adam(g) on the entries g of `sample_columns`, cut off at `reach`, see `moments.adam`; the
-    result is sum a*a.
+    result is sum a*a. An entry whose a is not finite counts as 0, so that it spoils no other one.
 
     Args:
         grads: K gradients `(..., rows, cols)` of one shape; matrices of a stack have the same
@@ -90,7 +90,8 @@ def sample_moments(
     else:
         moments = zip(entries, exp_avg, exp_avg_sq, counts, strict=True)
         directions = [adam(g, m, v, count, beta1, beta2, eps) for g, m, v, count in moments]
-    return torch.stack([square_sum(direction) for direction in directions])
+    finite = [direction.nan_to_num_(0.0, 0.0, 0.0) for direction in directions]
+    return torch.stack([square_sum(direction) for direction in finite])
 
 
 def squares_of(several: Several) -> Tensor:

@@ -13,6 +13,10 @@ from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 
 KEYS = {
     "galore": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset"},
+    "galore-length": {
+        "step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset", "sample.exp_avg",
+        "sample.exp_avg_sq",
+    },
     "dct": {"step", "exp_avg", "exp_avg_sq", "index", "pending", "unset"},
     "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset", "residual_norm"},
     "frugal": {"step", "exp_avg", "exp_avg_sq", "index", "age"},

@@ -28,7 +28,7 @@ REASONS = {
     "rule Lion": ["lion", "lion-state-free"],
     "rule SGDM": ["sgdm-paper-fira"],
     "feed ErrorFeedback": ["error-feedback", "error-feedback-bf16", "error-feedback-4bit"],
-    "feed GeneralErrorFeedback": ["ldadam"],
+    "feed GeneralErrorFeedback": ["ldadam", "ldadam-length"],
     "feed WholeMomentum": ["conda", "conda-low"],
     "rule Orthogonal": ["trion", "trion-8bit"],
     "rule Muon": ["muon-power"],

@@ -33,6 +33,7 @@ FOURBIT = "tests/unit/test_fourbit.py::"
 KERNELS = "tests/kernels/test_kernels.py::"
 FORMATS = "tests/kernels/test_kernel_formats.py::"
 LENGTHS = "tests/kernels/test_length_kernels.py::"
+KEPT = "tests/contract/test_length_states.py::"
 SHARDED = "tests/sharded/test_sharded.py::"
 
 FAULTS = {
@@ -396,7 +397,7 @@ FAULTS = {
     "the kernel's sample of one row": Fault(
         "entries that are not there have a direction where eps is 0",
         "kernels/length.py",
-        "tl.where(inside, direction * direction, 0.0)",
+        "tl.where(finite, direction * direction, 0.0)",
         "direction * direction",
         (LENGTHS + "test_what_is_beyond_a_sample_is_no_part_of_the_sum[cpu]",),
     ),
@@ -421,6 +422,57 @@ FAULTS = {
         "grad.stride())",
         (LENGTHS + "test_samples_of_other_widths_have_launches_of_their_own[cpu]",),
     ),
+    "every shard's sample begins at the first row": Fault(
+        "its entries lie in other columns than on one process",
+        "lowrank_optim/parts/length.py",
+        "return start + first_row * width_of(site)",
+        "return start",
+        (
+            "tests/sharded/test_length_shards.py::"
+            "test_a_sample_lies_where_it_does_on_one_process[fsdp-2]",
+        ),
+    ),
+    "a sample is kept whole": Fault(
+        "its moments are not cut as rows are",
+        "lowrank_optim/parts/plan.py",
+        "*self.kept_by_row, SAMPLE)",
+        "*self.kept_by_row)",
+        (
+            "tests/sharded/test_length_shards.py::"
+            "test_a_sample_lies_where_it_does_on_one_process[fsdp-2]",
+        ),
+    ),
+    "an entry spoils its matrix": Fault(
+        "one value that is not finite decides on the length of all",
+        "lowrank_optim/functional/length.py",
+        "direction.nan_to_num_(0.0, 0.0, 0.0)",
+        "direction",
+        (LENGTHS + "test_an_entry_that_is_not_finite_counts_as_nothing[cpu-nan]",),
+    ),
+    "a sample is not looked at": Fault(
+        "a checkpoint with negative squares is taken",
+        "lowrank_optim/checkpoints/states.py",
+        "if part and key not in saved.plan.length.keys:",
+        "if part:",
+        (KEPT + "test_a_damaged_sample_is_refused_by_name",),
+    ),
+    "a sample of projected gradients": Fault(
+        "AdamW's length is measured on what is left of a sum",
+        "lowrank_optim/layerwise/hooks.py",
+        """if group["rank"] is not None and plan.length.sampled:""",
+        "if False:",
+        (KEPT + "test_projected_accumulation_has_no_entries_for_a_sample",),
+    ),
+    "another length's scale": Fault(
+        "a scale of published updates is read as one of AdamW's length",
+        "lowrank_optim/checkpoints/imports.py",
+        """if "scale" in taken and plan.length.measured:""",
+        "if False:",
+        (
+            "tests/frameworks/test_import_refused.py::"
+            "test_what_cannot_be_imported_is_refused_and_changes_nothing[a length of its own]",
+        ),
+    ),
     "a length reads the gradient again": Fault(
         "norms of gradients are made where nothing asks for them",
         "lowrank_optim/engine/launches.py",
@@ -433,7 +485,7 @@ FAULTS = {
         "lowrank_optim/functional/length.py",
         "y = part * phi  #",
         "y = part.mul_(phi)  #",
-        ("tests/unit/test_length.py::test_squares_are_those_of_the_matrix",),
+        ("tests/unit/test_length_functions.py::test_squares_are_those_of_the_matrix",),
     ),
     # Steps inside the backward pass.
     "hooks stay": Fault(

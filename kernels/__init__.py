@@ -13,6 +13,7 @@ from .blockwise import (
 )
 from .columns import move_columns
 from .dct import dct_scores, supports
+from .length import sample_moments, sign_squares
 from .lift import lift_write
 from .moments import adam_moments, adam_step
 from .project import project_moments
@@ -29,5 +30,7 @@ __all__ = [
     "quantize_blockwise",
     "quantize_squares",
     "random_bits",
+    "sample_moments",
+    "sign_squares",
     "supports",
 ]

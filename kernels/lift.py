@@ -160,15 +160,15 @@ def _write(
 
 @triton.jit(do_not_specialize=["seed", "step", "row_tiles", "col_tiles"])
 def _lift(
-    weights, grads, factors, places, streams, low_in, direction_in,
+    weights, grads, factors, places, streams, low_in, direction_in, lengths,
     rows, cols, rank, row_tiles, col_tiles, w_row, w_col, g_row, g_col, f_col, f_rank,
     seed, step, a, b, phi, c, step_size, decay,
     W_TYPE: tl.constexpr, G_TYPE: tl.constexpr, F_TYPE: tl.constexpr,
     INDEXED: tl.constexpr, LOW: tl.constexpr, DIRECTION: tl.constexpr,
     LOW_ROWS: tl.constexpr, GRAD: tl.constexpr, GRAD_ROWS: tl.constexpr, SIGN: tl.constexpr,
-    COUNTED: tl.constexpr, RATED: tl.constexpr, ROUNDS: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr,
-    PIECE: tl.constexpr,
+    COUNTED: tl.constexpr, RATED: tl.constexpr, LONG: tl.constexpr, ROUNDS: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, RANK: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """Do one tile (rows x cols) of one matrix; tiles that share rows of N run side by side."""
     col_tile = tl.program_id(0) % col_tiles
@@ -209,11 +209,14 @@ def _lift(
                 kept = dot(narrow(low.to(tl.float32), G_TYPE), p, kept, PRECISION)
         if DIRECTION:
             update *= a
+    step_size = number(step_size, 0, RATED)
+    if LONG:
+        step_size *= tl.load(lengths + k)
     _write(
         update, kept, first, weights, grads, places, streams, low_in, direction_in,
         k, row, rows, cols, rank, w_row, w_col, g_row, g_col,
         seed, number(step, k, COUNTED).to(tl.uint32), a, share, phi, c,
-        number(step_size, 0, RATED), number(decay, 0, RATED),
+        step_size, number(decay, 0, RATED),
         W_TYPE, G_TYPE, INDEXED, LOW, DIRECTION, GRAD, GRAD_ROWS, SIGN, ROUNDS, ALIGNED, PIECE,
     )  # fmt: skip
 
@@ -246,14 +249,16 @@ def lift_write(
     step_size: float | Tensor,
     decay: float | Tensor,
     noises: Sequence[Any] | None = None,
+    lengths: Tensor | None = None,
 ) -> None:
     """Apply updates to weights in place: see `functional.lift_write`.
 
     One launch for all, one read of G where it is needed, one read and one write of W. Tensors of
     one list have one shape and strides; `low` and `direction` are contiguous, in the dtype of the
-    gradients. The sign term keeps `R P^T` in float32: where it is almost G, the sign of the
-    difference may differ from the reference's. Where both `direction` and `low` would be multiplied
-    by a basis, their sum is multiplied instead; it takes the place of `direction`.
+    gradients; `lengths` is float32 and contiguous, and is read on the device. The sign term keeps
+    `R P^T` in float32: where it is almost G, the sign of the difference may differ from the
+    reference's. Where both `direction` and `low` would be multiplied by a basis, their sum is
+    multiplied instead; it takes the place of `direction`.
     """
     param, grad, factor = params[0], grads[0], factors[0]
     (rows, cols), device = param.shape, param.device
@@ -279,13 +284,14 @@ def lift_write(
     *moved, stream_table = tables(device, *places, streams)
     _lift[(len(params) * row_tiles * col_tiles,)](
         *moved, places_of(factors, cols) if indexed else None, stream_table, low, direction,
-        rows, cols, factor.shape[-1], row_tiles, col_tiles, *param.stride(), *grad.stride(),
+        lengths, rows, cols, factor.shape[-1], row_tiles, col_tiles,
+        *param.stride(), *grad.stride(),
         *((1, 1) if indexed else factor.stride()),
         noises[0].seed if noises else 0, steps, a, b, phi,
         float(update.sign), step_size, decay,
         tl_type(param), tl_type(grad), tl_type(factor), indexed, uses_low, uses_direction,
         isinstance(b, Tensor), uses_grad, isinstance(phi, Tensor), bool(update.sign),
-        counted, rated, rounds, aligned(*places), precision(),
+        counted, rated, lengths is not None, rounds, aligned(*places), precision(),
         tile.rows, tile.cols, tile.rank, tile.piece, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

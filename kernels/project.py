@@ -234,8 +234,7 @@ def _project(
         )  # fmt: skip
         if NORMS:
             part = matrices.to(tl.int64) * rows * rank_tiles
-            # (ROWS,), into (2, K, rows, rank_tiles): of R, then of N
-            spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block
+            spot = norms_out + (k.to(tl.int64) * rows + row) * rank_tiles + block  # (ROWS,)
             tl.store(spot, low_squares, mask=row < rows)
             tl.store(spot + part, direction_squares, mask=row < rows)
 

@@ -66,7 +66,7 @@ class LowRank(Optimizer):
         scale: factor of the projected update (GradScaled: of its square); with `length` "rms" or
             "adamw" of the whole update. None is the method's own with this length.
         length: how long an update is. "published": as the rule and the residual say. "rms": its
-            root mean square is `scale` times 0.2. "adamw": `scale` times that of AdamW's own step,
+            root mean square is `scale` times 0.2. "adamw": it is `scale` times AdamW's own step's,
             measured on a sample of some 1024 entries of the matrix, so that AdamW's lr, schedule
             and decay keep their meaning (see `parts.length`). It acts on what is projected.
         projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
@@ -122,7 +122,7 @@ class LowRank(Optimizer):
 
     @classmethod
     def scale_of(cls, length: str) -> float:
-        """Return the scale where none is given with a length: the method's for this length."""
+        """Return the method's scale for a length, for where none is given."""
         return cls.published_scale if length == "published" else cls.measured_scale
 
     def __init__(
@@ -300,6 +300,7 @@ class LowRank(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients as torch does, and the ones that `step_in_backward` accumulates."""
+        self._session.note_members()  # else torch would use up a generator among the groups
         super().zero_grad(set_to_none)
         self._session.end_step()
 

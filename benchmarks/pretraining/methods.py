@@ -117,6 +117,7 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         **({} if method.record.whole else {"update_proj_gap": spec.gap}),
         "stochastic_rounding": spec.weights == "bfloat16",
         "state_dtype": {"float32": None, "bfloat16": torch.bfloat16}.get(spec.state, spec.state),
+        "length": "published",
         **changes(spec.change),
     }
     return method.record.build(

@@ -162,6 +162,11 @@ def check_group(other: Group, package: Package, plan: Plan, where: str) -> None:
         )
     if "rank" not in other:
         return
+    if plan.length.sampled:
+        raise SettingError(
+            "the checkpoint has no sample of each matrix, which this optimizer keeps with "
+            f'length="adamw"{where}: build {package.ours} with length="published"'
+        )
     if not isinstance(plan.residual, package.residual):
         raise SettingError(
             f"the checkpoint is one of {package.name}, this optimizer has "

@@ -50,7 +50,9 @@ def import_state(
     `GaLoreAdamW`, `FiraAdamW` and `ApolloAdamW` built with the same groups in the same order; the
     packages need not be installed. As `load_state_dict` does, this takes every number of the groups
     from the checkpoint (lr, betas, eps, weight_decay, update_proj_gap, scale), and what trainers
-    keep there; rank, side and the other structure must agree. Our `state_dtype` is kept to.
+    keep there; rank, side and the other structure must agree. Our `state_dtype` is kept to. Their
+    updates have the published length: with `length="rms"` our `scale` has to be kept, and
+    `length="adamw"` is refused, for the checkpoint has no sample.
 
     Subspace, moments, limiter and step count of galore-torch and fira go on as they were. With
     `stagger=False` the next refresh falls on the step where theirs would; otherwise on the next
@@ -118,6 +120,12 @@ def converted(optimizer: Optimizer, saved: dict[str, Any], keep: tuple[str, ...]
         merged = {**group, **taken, "params": group["params"]}
         check_values(merged, where)
         plan = plan_of(merged)
+        if "scale" in taken and plan.length.measured:
+            raise SettingError(
+                f"the checkpoint's scale={taken['scale']}{where} is of updates of their published "
+                f"length, this optimizer has length={group['length']!r}: build it with "
+                'length="published", or pass keep=("scale",)'
+            )
         sites = sites_of(merged, plan, session_of(optimizer).shared)
         if "scale" in taken and is_random(other):
             scale = float(merged["scale"])
@@ -177,7 +185,7 @@ def state_of(pair: Pair) -> State:
             state["unset"].fill_(False)
         norm = float(values_of("the limiter's norm", theirs.get(pair.package.norm, 0.0), True))
         if pair.package is APOLLO:
-            norm *= math.sqrt(pair.group["scale"] / ratio)
+            norm *= math.sqrt(plan.length.inside(pair.group)["scale"] / ratio)
         if "residual_norm" in state and 0 < norm < math.inf:
             state["residual_norm"].fill_(norm)
     noise = Noise(pair.group["seed"], count, stream_of(pair.position))

@@ -169,10 +169,10 @@ def unkind(where: str, kind: Kind) -> SettingError:
 
 def kind_at(saved: Saved, key: str) -> Kind | None:
     """Return what values an entry may have; None for any."""
-    slot, _, part = key.partition(".")
-    if part:
+    _, _, part = key.partition(".")
+    if part and key not in saved.plan.length.keys:
         return NOT_NEGATIVE if part == "scale" else None
-    return saved.plan.kinds.get(slot, NUMBER)
+    return saved.plan.kinds.get(key, NUMBER)
 
 
 def convertible(there: torch.dtype, here: torch.dtype) -> bool:

@@ -27,6 +27,7 @@ class Recipe:
         lr: peak learning rate of the projected matrices (AdamW's too: the same matrices).
         rest_lr: peak learning rate of embeddings, head and norms.
         betas: of the projected matrices; all other parameters have `BETAS`.
+        length: of their updates.
         settings: further settings of the optimizer; none by default, since those are the paper's.
     """
 
@@ -34,6 +35,7 @@ class Recipe:
     lr: float
     rest_lr: float
     betas: tuple[float, float] = BETAS
+    length: str = "published"
     settings: Mapping[str, object] = field(default_factory=dict)
 
     @property
@@ -48,7 +50,13 @@ class Recipe:
 
 
 RECIPES = {
-    name: Recipe(method, method.rates.lr, method.rates.rest_lr, method.rates.betas)
+    name: Recipe(
+        method,
+        method.rates.lr,
+        method.rates.rest_lr,
+        method.rates.betas,
+        method.rates.length,
+    )
     for name, method in shown_first("in_demo").items()
     if method.rates is not None
 }
@@ -99,7 +107,7 @@ def build_optimizer(
     if method.optimizer is None:
         plain = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
         return torch.optim.AdamW(plain, lr=recipe.lr, betas=BETAS)
-    settings: dict[str, Any] = dict(recipe.settings)
+    settings: dict[str, Any] = {"length": recipe.length, **recipe.settings}
     if method.default_gap is not None and not method.own_gap:
         settings["update_proj_gap"] = max(1, min(PAPERS_GAP, steps // 3))
     return method.optimizer(

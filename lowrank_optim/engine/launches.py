@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import Noise, Stored, is_index, on_device, update_squares
+from ..functional import Noise, Stored, has_rest, is_index, on_device, update_squares
 from ..functional.factors import oriented
 from ..parts.plan import Plan
 from ..parts.storage import stored
@@ -203,6 +203,13 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
     assert site is not None
     ops, want, length = site.ops, plan.want, plan.length
     grads, factors = [operand.grad for operand in operands], factors_of(operands, plan)
+    state = {
+        key: torch.stack([operand.residual[key] for operand in operands])
+        for key in operands[0].residual
+    }
+    inside = length.inside(group)
+    known = None if want.norms else plan.residual.update(None, state, site, inside)
+    norms_of_rest = known is not None and length.measured and has_rest(known) and not known.sign
     noises, counts = [operand.noise for operand in operands], [operand.age for operand in operands]
     low, direction, norms = ops.project_moments(
         grads,
@@ -213,22 +220,16 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
         *group["betas"],
         group["eps"],
         noises,
-        want._replace(norms=want.norms or length.measured),
+        want._replace(norms=want.norms or norms_of_rest),
     )
     count = (
         counts[0] if isinstance(counts[0], int) else torch.stack(list(map(torch.as_tensor, counts)))
     )
-    state = {
-        key: torch.stack([operand.residual[key] for operand in operands])
-        for key in operands[0].residual
-    }
-
-    inside = length.inside(group)
     limiting = plan.residual.sums(norms, state, site, inside) if want.norms else None
-    update = plan.residual.update(norms, state, site, inside)
+    update = known if known is not None else plan.residual.update(norms, state, site, inside)
     sums = Sums(limiting)
     if length.measured:
-        squares = update_squares(grads, factors, low, direction, update, norms)
+        squares = update_squares(grads, factors, low, direction, update, norms, ops.sign_squares)
         samples = [operand.sampled for operand in operands if operand.sampled is not None]
         sums = Sums(limiting, squares, torch.stack(samples) if samples else None)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..functional import on_device
 from ..parts.length import SAMPLE, first_entry
 from ..parts.plan import Plan
 from ..parts.types import Group, Job, Site, site_of
@@ -15,42 +16,45 @@ from .refresh import grad_of
 
 
 def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
-    """Return jobs that know the length of AdamW's step on their samples, whose moments move.
+    """Move the moments of samples, and return jobs with the length of AdamW's step on these.
 
-    Gradients are the ones that AdamW would see: before a feed makes something else of them, and
-    before the step is counted.
+    Gradients are the ones that AdamW would see, before a feed makes something else of them. The
+    step is not counted yet.
     """
     alike: dict[Hashable, list[int]] = {}
     for place, job in enumerate(jobs):
         grad, site = grad_of(job), site_of(job)
         count = None if group["capturable"] else int(job.state["step"])
-        kind = (grad.shape, grad.stride(), grad.dtype, grad.device, site.dtype, site.ops, count)
+        laid = (grad.shape, grad.stride(), job.state[f"{SAMPLE}.exp_avg"].shape)
+        kind = (laid, grad.dtype, grad.device, site.dtype, site.ops, count)
         alike.setdefault(kind, []).append(place)
     found = list(jobs)
     for places in alike.values():
         some = [jobs[place] for place in places]
-        squares = site_of(some[0]).ops.sample_moments(
-            [grad_of(job) for job in some],
-            [job.state[f"{SAMPLE}.exp_avg"] for job in some],
-            [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
-            [first_entry(site_of(job), job.position) for job in some],
-            [next_count(job, group) for job in some],
-            *group["betas"],
-            group["eps"],
-        )
+        site = site_of(some[0])
+        with on_device(site.device):
+            squares = site.ops.sample_moments(
+                [grad_of(job) for job in some],
+                [job.state[f"{SAMPLE}.exp_avg"] for job in some],
+                [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
+                [first_entry(site_of(job), job.position) for job in some],
+                [next_count(job, group) for job in some],
+                *group["betas"],
+                group["eps"],
+            )
         for place, square in zip(places, squares.unbind(), strict=True):
             found[place] = jobs[place]._replace(sampled=square)
     return found
 
 
 def next_count(job: Job, group: Group) -> int | Tensor:
-    """Return the number of gradients that the sample has seen, with this one."""
+    """Return the number of gradients that the sample has seen, this one included."""
     step: Tensor = job.state["step"] + 1
     return step if group["capturable"] else int(step)
 
 
 class Sums(NamedTuple):
-    """What a step sums over all rows of each matrix; each is None where there is none.
+    """What a step sums over all rows of each matrix; an entry is None if it is not needed.
 
     Attributes:
         limiting: of the residual, `(..., k)`, see `Residual.sums`.
@@ -78,6 +82,18 @@ class Sums(NamedTuple):
             None if self.squares is None else squares,
             None if self.sampled is None else sampled[..., 0],
         )
+
+
+def in_list(factor: Tensor | float) -> Tensor | float:
+    """Return a factor of one matrix as a factor of a list of one matrix."""
+    return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
+
+
+def with_limit(factor: Tensor | float, limit: Tensor | float) -> Tensor | float:
+    """Return a factor of a list of one matrix times the limit of that matrix; 0 stays a number."""
+    if isinstance(factor, Tensor):
+        return factor * limit
+    return factor and factor * in_list(limit)
 
 
 def lengths_of(

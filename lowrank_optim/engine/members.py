@@ -130,7 +130,7 @@ class Members:
 
 
 def as_list(params: Any, index: int) -> list[Tensor]:
-    """Return the `params` of a group that are no list as one."""
+    """Return the `params` of a group as a list, even if they are no list."""
     if isinstance(params, Tensor):
         return [params]
     if not isinstance(params, Iterable):

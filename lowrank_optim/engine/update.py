@@ -40,7 +40,7 @@ from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
 from .feed import fed, fed_chunks, keep
-from .length import Sums, lengths_of, sampled
+from .length import Sums, in_list, lengths_of, sampled, with_limit
 from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, run, summed_chunks
@@ -319,7 +319,9 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
         if found.limiting is not None:
             uncorrected = plan.rule.uncorrected(age, group)
             limit = plan.residual.limited(found.limiting, job.state, site, inside, uncorrected)
-            written = replace(update, low=update.low * limit, grad=update.grad * limit)
+            written = replace(
+                update, low=with_limit(update.low, limit), grad=with_limit(update.grad, limit)
+            )
         if found.squares is not None:
             lengths = [lengths_of(found.squares, limit, found.sampled, site, group, plan)]
         matrix, view = oriented(job.param, job.layout.wide)
@@ -338,11 +340,6 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
         return Half(places, joined.reshape(-1, joined.shape[-1]), finish)
     finish(None)
     return None
-
-
-def in_list(factor: Tensor | float) -> Tensor | float:
-    """Return a factor of one matrix as a factor of a list of one matrix."""
-    return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:

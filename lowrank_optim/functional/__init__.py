@@ -19,7 +19,7 @@ from .cosine import dct, dct_scores
 from .draws import CARRIED, EXP_AVG, EXP_AVG_SQ, FED, MOMENTS, WEIGHT
 from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_, reach
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
-from .length import sample_columns, sample_moments, update_squares
+from .length import has_rest, sample_columns, sample_moments, sign_squares, update_squares
 from .moments import (
     adam,
     adam_some,
@@ -104,6 +104,7 @@ __all__ = [
     "dynamic_map",
     "generator",
     "gram",
+    "has_rest",
     "inverse",
     "is_index",
     "least_share",
@@ -133,6 +134,7 @@ __all__ = [
     "sample_columns",
     "sample_moments",
     "select_moment",
+    "sign_squares",
     "square_map",
     "stochastic_round",
     "store",

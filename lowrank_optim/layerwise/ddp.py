@@ -144,10 +144,16 @@ def check_compressible(step: Step) -> None:
         if group["rank"] is None:
             continue
         what = f"projected_all_reduce does not go with group {index}"
-        if plan.want.low or plan.residual.want.norms:
+        if plan.feed.slots or plan.want.low or plan.residual.want.norms:
+            part = plan.feed if plan.feed.slots else plan.residual
             raise SettingError(
-                f"{what}: the update of {type(plan.residual).__name__} needs the whole gradient; "
-                "leave the hook out"
+                f"{what}: the update of {type(part).__name__} needs the whole gradient; leave the "
+                "hook out"
+            )
+        if plan.length.sampled:
+            raise SettingError(
+                f"{what}: length={group['length']!r} is measured on entries of the whole gradient; "
+                'leave the hook out, or take length="rms" or "published"'
             )
         if plan.projector.learns and group["update_proj_gap"] == 1:
             raise SettingError(

@@ -380,6 +380,12 @@ def check_accumulable(index: int, group: Group, name: str) -> None:
             f"{index} of {name}: its update needs the whole gradient, not the "
             "projected one alone; choose accumulate='full', or GaLoreAdamW or DCTAdamW"
         )
+    if group["rank"] is not None and plan.length.sampled:
+        raise SettingError(
+            f"accumulate='projected' does not go with length={group['length']!r} in group {index} "
+            f"of {name}: AdamW's length is measured on entries of the whole gradient; choose "
+            'accumulate=\'full\', or length="rms" or "published"'
+        )
 
 
 def of(session: Session) -> InBackward | None:

@@ -41,11 +41,11 @@ class WithFeed(Common, total=False):
 
 
 def split_length(length: str) -> tuple[str, str]:
-    """Return the group's length and Muon's own, of which a user gives one.
+    """Return the group's length and Muon's own length, of which the user gives one.
 
     Args:
         length: "published", "rms" or "adamw", with which Muon's own has no effect; or one of
-            `Orthogonal`, which is how a "published" step is long.
+            `Orthogonal`, which gives the length of a "published" step.
     """
     return (length, "original") if length in LENGTHS else ("published", length)
 
@@ -65,6 +65,6 @@ def with_parts(common: Mapping[str, Any], optimizer: object, **parts: Any) -> di
         if key in common:
             raise SettingError(
                 f"{key}={common[key]!r}: {type(optimizer).__name__} is the method with "
-                f"{key}={parts[key]!r}. Leave it away, or take LowRank, which takes any {key}"
+                f"{key}={parts[key]!r}. Leave it out, or take LowRank, which takes any {key}"
             )
     return {**common, **parts}

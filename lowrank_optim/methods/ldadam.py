@@ -31,7 +31,7 @@ class LDAdamW(LowRank):
 
     Args:
         rho: share of the momentum in what the subspace is learnt from. A wrapper that puts a `rho`
-            of its own into the groups, as those for SAM do, sets it.
+            of its own into the groups, as wrappers for SAM do, sets it.
         error_dtype: how the error is stored, see `ErrorFeedback`.
         For the other arguments and errors see `LowRank`.
 

@@ -28,10 +28,12 @@ class LowRankAdamW(LowRank):
 
     W <- (1 - lr wd) W - lr (N P^T + state_free_scale sgn(G - G P P^T)),  N = Adam(G P), with P the
     top singular directions by power iteration, refreshed often, and moments that are kept as they
-    are at a refresh.  Memory: 2 m r + n r values.
+    are at a refresh.  Memory: 2 m r + n r + 2 m values.
 
     Args:
-        lr: larger than AdamW's best rate for the same matrices: two to five times.
+        lr, weight_decay: AdamW's, for all parameters.
+        length: "adamw" goes as far as AdamW would; with "published", which is Adam's length inside
+            the subspace, the best lr is two to five times AdamW's.
         rank: a share of the projected axis, a quarter by default.
         update_proj_gap: updates between refreshes.
         state_free_scale: length of the sign step relative to `lr`.
@@ -54,7 +56,7 @@ class LowRankAdamW(LowRank):
         rank: int | float | str | AutoRank | None = 0.25,
         update_proj_gap: int = 50,
         scale: float | None = None,
-        length: str = "published",
+        length: str = "adamw",
         projector: str | Projector = "power",
         on_refresh: str = "keep",
         state_free: str = "sign",
@@ -74,7 +76,7 @@ METHOD = Method(
     "lowrank",
     "LowRank",
     LowRankAdamW,
-    "2mr + nr",
+    "2mr + nr + 2m",
     (GALORE, FRUGAL, HALKO),
     own_gap=True,
     rates=Rates(3e-3, 5.5e-2),

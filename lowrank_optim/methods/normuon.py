@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 class NorMuonW(LowRank):
     """Muon whose neurons are brought to one length, AdamW for the rest, in one object.
 
-    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, and one a neuron.
+    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, one a neuron, and for
+    the length two a row.
 
     Args:
-        lr: of matrices: near AdamW's, since a step is 0.2 a weight on average.
+        lr, weight_decay: AdamW's, for all parameters.
+        length: "adamw" goes as far as AdamW would; "published" is the paper's 0.2 a weight.
         betas, eps: of AdamW, for parameters that are not matrices; the second beta also averages
             the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
             `momentum`.
@@ -41,14 +43,14 @@ class NorMuonW(LowRank):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 3e-3,
-        betas: tuple[float, float] = (0.9, 0.95),
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
         rank: int | float | None = 1.0,
         scale: float | None = None,
-        length: str = "published",
+        length: str = "adamw",
         momentum: float = 0.95,
         nesterov: bool = False,
         **common: Unpack[Common],
@@ -73,7 +75,7 @@ METHOD = Method(
     "normuon",
     "NorMuon",
     NorMuonW,
-    "mn + m or n",
+    "mn + 2m + m or n",
     (MUON, PAPER),
     whole=True,
     rates=Rates(1e-2, 3e-1, (0.9, 0.95)),

@@ -22,12 +22,14 @@ class Rates:
         lr: peak rate of the matrices.
         rest_lr: peak rate of embeddings, head and norms.
         betas: of the matrices.
+        length: of the updates.
         found_by: the runs that found them, and the file with their results.
     """
 
     lr: float
     rest_lr: float
     betas: tuple[float, float] = (0.9, 0.999)
+    length: str = "published"
     found_by: str = (
         "best of twelve runs of the demo (a LLaMA of width 192 on bytes, 150 steps), with another "
         "seed and without the texts that it validates on: benchmarks/results/tune_demo.csv"

@@ -28,7 +28,7 @@ class RMNPW(LowRank):
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`). Not tuned here: the default is
-            that of the authors' code.
+            the authors' code's.
         betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
             `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.

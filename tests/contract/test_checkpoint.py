@@ -13,6 +13,10 @@ from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 
 KEYS = {
     "galore": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset"},
+    "galore-length": {
+        "step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset", "sample.exp_avg",
+        "sample.exp_avg_sq",
+    },
     "dct": {"step", "exp_avg", "exp_avg_sq", "index", "pending", "unset"},
     "fira": {"step", "exp_avg", "exp_avg_sq", "basis", "pending", "unset", "residual_norm"},
     "frugal": {"step", "exp_avg", "exp_avg_sq", "index", "age"},
@@ -38,7 +42,7 @@ GROUP_KEYS = {
     "params", "lr", "betas", "eps", "weight_decay", "rank", "min_dim", "state_budget",
     "update_proj_gap", "scale", "feed", "projector", "rule", "residual", "side", "on_refresh",
     "state_dtype", "stochastic_rounding", "skip_nonfinite", "maximize", "capturable", "seed",
-    "impl", "skipped_steps", "stagger", "shard_basis",
+    "impl", "skipped_steps", "stagger", "shard_basis", "length",
 }  # fmt: skip
 NUMBERS = {
     "fira": {"limiter"},

@@ -61,6 +61,7 @@ BAD = {
 }
 FREE = {
     "exp_avg": {"below", "far"}, "error": {"below", "far"}, "basis": {"below"},
+    "sample.exp_avg": {"below", "far"},
     "residual_norm": {"infinite", "far"}, "update_norm": {"infinite", "far"}, "packed": {"below"},
 }  # fmt: skip
 """What entries may be, as far as it is in the list above; all other may be none of it but far."""
@@ -75,7 +76,8 @@ def test_every_entry_of_every_method_is_looked_at(case):
         if not isinstance(value, torch.Tensor) or not value.numel() or key == "pending":
             continue
         for bad, (number, applies) in BAD.items():
-            free = FREE.get(key.rpartition(".")[2] if "packed" in key else key.partition(".")[0])
+            name = key.rpartition(".")[2] if "packed" in key else key.partition(".")[0]
+            free = FREE.get(key, FREE.get(name))
             far = bad == "far" and key not in (*COUNTS, "basis")
             scale = key.endswith(".scale")
             if not applies(value) or far or (not scale and free and bad in free):

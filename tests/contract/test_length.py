@@ -16,9 +16,7 @@ from lowrank_optim.parts.checks import SettingError
 
 SHAPES = [(13, 7), (5, 11), (3, 8, 5), (6, 2, 3, 3)]
 EXACT = [
-    case
-    for case in CASES
-    if not case.coarse and "rounding" not in case.name and "length" not in case.settings
+    case for case in CASES if not case.coarse and "rounding" not in case.name and not case.measured
 ]
 """Cases whose moments are not rounded, so that float64 shows the formula."""
 LENGTHS = ("rms", "adamw")

@@ -21,6 +21,7 @@ from lowrank_optim import GaLoreAdamW, param_groups
 
 ONE_FACTOR = {
     "apollo-mini", "muon", "muon-8bit", "muon-power", "normuon", "trion", "trion-8bit",
+    "apollo-mini-length", "normuon-length",
 }  # fmt: skip
 """Cases whose update of a row depends on all others."""
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

@@ -23,6 +23,8 @@ from lowrank_optim.engine.memory import shared_bytes
 M, N, R = 40, 24, 5
 STEP = 4
 """Bytes of the step count."""
+SAMPLE = 2 * 4 * M * N
+"""Bytes of Adam's moments of a sample: all of a matrix of at most 1024 entries, in float32."""
 
 EXACT = {
     "galore": (GaLoreAdamW, {}, lambda v: (2 * M * R + N * R) * v + 1),
@@ -30,7 +32,8 @@ EXACT = {
     "dct": (DCTAdamW, {}, lambda v: 2 * M * R * v + R * 8 + 1),
     "fira": (FiraAdamW, {}, lambda v: (2 * M * R + N * R) * v + 4 + 1),
     "frugal": (FrugalAdamW, {}, lambda v: 2 * M * R * v + R * 8 + STEP),
-    "lowrank": (LowRankAdamW, {}, lambda v: (2 * M * R + N * R) * v + 1),
+    "lowrank": (LowRankAdamW, {}, lambda v: (2 * M * R + N * R) * v + 1 + SAMPLE),
+    "a fixed length": (LowRankAdamW, {"length": "rms"}, lambda v: (2 * M * R + N * R) * v + 1),
     "apollo": (ApolloAdamW, {}, lambda v: 2 * M * R * v + 4),
     "apollo mini": (ApolloAdamW, {"rank": 1}, lambda v: 2 * M * v + 4),
 }

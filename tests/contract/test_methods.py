@@ -16,6 +16,7 @@ from lowrank_optim import (
     SGDM,
     ApolloAdamW,
     Blocks,
+    CompensatedAdamW,
     DCTAdamW,
     FiraAdamW,
     FrugalAdamW,
@@ -120,6 +121,19 @@ def test_apollo(shape, rank, per):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("compensation", "limiter"), [(0.4, 1.01), (1.5, 1.2)])
+@pytest.mark.parametrize("on_refresh", ["keep", "rotate"])
+def test_compensated(shape, compensation, limiter, on_refresh):
+    parts = {"compensation": compensation, "limiter": limiter, "on_refresh": on_refresh}
+    parts = {**COMMON, "update_proj_gap": GAP, "scale": 0.3, **parts}
+    compare(
+        shape,
+        lambda p: CompensatedAdamW(p, rank=RANK, projector="svd", **parts),
+        lambda _: ref.Compensated(RANK, **parts),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("rule", "name"), [(Lion(), "lion"), (SGDM(), "sgdm")])
 @pytest.mark.parametrize("on_refresh", ["keep", "rotate", "reset"])
 def test_other_rules(shape, rule, name, on_refresh):
@@ -212,6 +226,7 @@ def test_lowrank_is_frugal_in_a_power_subspace_with_half_the_sign_step():
     """Our own method is no more than the settings that its docstring names."""
     ours, same = Model(), Model()
     settings = {"lr": 1e-2, "rank": RANK, "weight_decay": 0.1, "update_proj_gap": GAP}
+    settings["length"] = "published"
     train(ours, LowRankAdamW(ours.parameters(), **settings), range(2 * GAP + 1))
     parts = {"projector": "power", "on_refresh": "keep", "state_free_scale": 0.5}
     train(same, FrugalAdamW(same.parameters(), **settings, **parts), range(2 * GAP + 1))

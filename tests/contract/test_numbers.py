@@ -535,7 +535,7 @@ FIRST = {
         CompensatedAdamW, {"rank": 3}, {"compensation": 0.7, "beta": 0.9, "limiter": 1.3}
     ),
     "racs": (RACS, {}, {"beta": 0.6, "iterations": 5, "limiter": 1.4}),
-    "lowrank": (LowRankAdamW, {"rank": 3}, {"state_free_scale": 0.3}),
+    "lowrank": (LowRankAdamW, {"rank": 3, "length": "published"}, {"state_free_scale": 0.3}),
     "auto": (
         GaLoreAdamW, {"rank": "auto", "min_dim": 1},
         {"rank_share": 0.7, "rank_least": 0.2, "rank_most": 0.9},

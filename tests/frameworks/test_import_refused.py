@@ -142,6 +142,16 @@ REFUSED = {
         "galore",
         "one of this package is loaded with optimizer.load_state_dict",
     ),
+    "a sample": (
+        as_it_is,
+        lambda p: our_optimizer("galore", p, length="adamw"),
+        'no sample of each matrix, .* length="adamw" in group 1: .* length="published"',
+    ),
+    "a length of its own": (
+        as_it_is,
+        lambda p: our_optimizer("galore", p, length="rms"),
+        r"scale=0\.5 in group 1 .* has length='rms': .* keep=\(\"scale\",\)",
+    ),
     "nothing": (lambda saved: {"model": {}}, "galore", "holds 0 optimizer state dicts"),
     "two": (lambda saved: {"a": saved, "b": saved}, "galore", "holds 2 optimizer state dicts"),
 }  # fmt: skip

@@ -93,6 +93,12 @@ class Case:
         """Whether moments are rounded when they are stored."""
         return "state_dtype" in self.settings or self.carries
 
+    @property
+    def measured(self) -> bool:
+        """Whether updates have another length than the published one."""
+        (group,) = self.build([nn.Parameter(torch.ones(9, 5))]).param_groups
+        return group["length"] != "published"
+
     def __str__(self) -> str:
         return self.name
 
@@ -119,7 +125,7 @@ CASES = [
     Case("apollo", ApolloAdamW),
     Case("apollo-rotate", ApolloAdamW, {"on_refresh": "rotate"}),
     Case("apollo-mini", ApolloAdamW, {"rank": 1, "scale": 2.0}),
-    Case("lowrank", LowRankAdamW),
+    Case("lowrank", LowRankAdamW, {"length": "published"}),
     Case("lion", LowRank, {"rule": "lion", "betas": (0.9, 0.99), "lr": 1e-3}),
     Case("lion-state-free", LowRank, {"rule": Lion(), "residual": StateFree(), "lr": 1e-3}),
     Case("sgdm-paper-fira", LowRank, {"rule": SGDM(), "residual": NormScaled(form="paper")}),
@@ -132,7 +138,7 @@ CASES = [
     Case("muon", MuonW, whole=True),
     Case("muon-8bit", MuonW, {"state_dtype": "8bit"}, whole=True),
     Case("muon-power", LowRank, {"rule": "muon", "projector": "power", "on_refresh": "rotate"}),
-    Case("normuon", NorMuonW, whole=True),
+    Case("normuon", NorMuonW, {"length": "published"}, whole=True),
     Case("rmnp", RMNPW, whole=True),
     Case("conda", CondaW, {"rank": 1.0}),
     Case("conda-low", CondaW),
@@ -141,6 +147,13 @@ CASES = [
     Case("racs", RACS, whole=True),
     Case("auto-rank", GaLoreAdamW, {"rank": AUTO, "min_dim": 1, "on_refresh": "rotate"}),
     Case("auto-rank-dct", FiraAdamW, {"rank": AUTO, "min_dim": 1, "projector": "dct"}),
+    Case("galore-length", GaLoreAdamW, {"length": "adamw"}),
+    Case("lowrank-length", LowRankAdamW, {"length": "adamw"}),
+    Case("frugal-length", FrugalAdamW, {"length": "adamw"}),
+    Case("fira-rms", FiraAdamW, {"length": "rms"}),
+    Case("apollo-mini-length", ApolloAdamW, {"rank": 1, "length": "adamw"}),
+    Case("ldadam-length", LDAdamW, {"update_proj_gap": 1, "length": "adamw"}, carries=True),
+    Case("normuon-length", NorMuonW, {"length": "adamw"}, whole=True),
 ]
 
 

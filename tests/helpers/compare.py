@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,22 @@ RANK, GAP, STEPS = 3, 4, 15
 """Four refreshes, the last interval cut short."""
 
 COMMON = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+WHOLE = {**COMMON, "momentum": 0.9}
+"""Settings that methods for whole matrices share; betas and eps are for the other parameters."""
+
+LENGTHS = ["original", "match_rms_adamw", "dion", "none"]
+"""Of the steps of Muon and its kin."""
+
+OF_SHAPES = pytest.mark.parametrize("shape", SHAPES, ids=str)
+OF_SIDES = pytest.mark.parametrize("side", ["auto", "left", "right"])
+
+
+def normal(shape, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def orthonormal(rows: int, cols: int, seed: int) -> Tensor:
+    return torch.linalg.qr(normal((rows, cols), seed))[0]
 
 
 def basis_of(optimizer: LowRank, param: Tensor) -> np.ndarray:

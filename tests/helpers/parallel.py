@@ -44,8 +44,11 @@ METHODS: dict[str, tuple[type[LowRank], dict[str, Any]]] = {
     "ldadam": (LDAdamW, {"update_proj_gap": 1}),
     "trion-8bit": (TrionW, {"momentum_dtype": "8bit", "update_proj_gap": 1}),
     "normuon": (NorMuonW, {"update_proj_gap": None}),
+    "galore-rms": (GaLoreAdamW, {"length": "rms"}),
+    "fira-length": (FiraAdamW, {"length": "adamw"}),
+    "galore-length": (GaLoreAdamW, {"length": "adamw"}),
 }
-"""The presets with float32 and 8-bit states, and the projector to recommend."""
+"""The presets with float32 and 8-bit states, and lengths, and the projector to recommend."""
 
 
 class Net(nn.Module):

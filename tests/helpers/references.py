@@ -446,3 +446,34 @@ class Apollo(LowRank):
         phi = math.sqrt(self.scale) * norm(N) / (norm(R) + 1e-8)
         lim = self.limiter(np.linalg.norm(phi * G) * self.rule.before_correction)
         return lim * phi * G
+
+
+class Compensated(LowRank):
+    """D = scale (N P^T + c lim C);  C_i = sqrt(cols - rank) (G - R P^T)_i / sqrt(p_i);
+
+    p_i <- beta p_i + (1-beta) e_i from the first e_i that is not 0, with e_i = |G_i|^2 - |R_i|^2
+    or, if that is less, |G_i|^2 / 256.
+
+    Reference: Alice, Gong et al., arXiv 2502.07752.
+    """
+
+    rule: Adam
+
+    def __init__(
+        self, rank: int, *, compensation: float, limiter: float, beta: float = 0.9, **kwargs
+    ):
+        super().__init__(rank, **kwargs)
+        self.compensation = compensation
+        self.limiter = Limiter(limiter)
+        self.beta = beta
+        self.p: Array | None = None
+
+    def update(self, G: Array, R: Array, N: Array) -> Array:
+        whole = (G * G).sum(axis=1)
+        e = np.maximum(whole - (R * R).sum(axis=1), whole / 256)
+        p = np.zeros_like(e) if self.p is None else self.p
+        self.p = np.where(p == 0, e, self.beta * p + (1 - self.beta) * e)
+        rest = G - R @ self.subspace.P.T
+        C = math.sqrt(G.shape[1] - self.rank) * rest / np.sqrt(self.p)[:, None]
+        lim = self.limiter(np.linalg.norm(C))
+        return self.scale * (N @ self.subspace.P.T + self.compensation * lim * C)

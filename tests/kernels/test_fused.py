@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from helpers.cases import CASES, GAP, Model, gradient
-from helpers.kernels import Small
+from helpers.kernels import Small, assert_alike
 from lowrank_optim import DCT, ApolloAdamW, DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW, LowRank
 from lowrank_optim.engine.backend import refusal
 from lowrank_optim.settings.plans import plan_of
@@ -28,7 +28,7 @@ REASONS = {
     "rule Lion": ["lion", "lion-state-free"],
     "rule SGDM": ["sgdm-paper-fira"],
     "feed ErrorFeedback": ["error-feedback", "error-feedback-bf16", "error-feedback-4bit"],
-    "feed GeneralErrorFeedback": ["ldadam"],
+    "feed GeneralErrorFeedback": ["ldadam", "ldadam-length"],
     "feed WholeMomentum": ["conda", "conda-low"],
     "rule Orthogonal": ["trion", "trion-8bit"],
     "rule Muon": ["muon-power"],
@@ -56,17 +56,6 @@ def run(case, dtype, device, impl, steps=None, few=False, **changes):
             param.grad = gradient(param.cpu(), step, position).to(device)
         optimizer.step()
     return model, optimizer
-
-
-def assert_alike(left, right, start, worst, mean):
-    """Differences relative to the way that the weights have gone."""
-    for name, param in left.named_parameters():
-        other, origin = getattr(right, name), getattr(start, name).to(param.device)
-        way = (other.double() - origin.double()).abs().mean()
-        apart = (param.double() - other.double()).abs()
-        assert way > 0, name
-        assert float(apart.max() / way) <= worst, (name, float(apart.max() / way))
-        assert float(apart.mean() / way) <= mean, (name, float(apart.mean() / way))
 
 
 ALIKE = {

@@ -6,7 +6,7 @@ from torch import nn
 
 from helpers.cases import CASES, GAP, Model, gradient
 from helpers.kernels import Small
-from lowrank_optim import DCTAdamW, FiraAdamW, GaLoreAdamW
+from lowrank_optim import DCTAdamW, FiraAdamW, FrugalAdamW, GaLoreAdamW
 from lowrank_optim.settings.plans import plan_of
 
 
@@ -14,8 +14,9 @@ from lowrank_optim.settings.plans import plan_of
 class TestOnADevice:
     """What only a CUDA device can show."""
 
+    @pytest.mark.parametrize("length", ["published", "adamw"])
     @pytest.mark.parametrize("case", CASES, ids=str)
-    def test_no_step_waits_for_the_device(self, case):
+    def test_no_step_waits_for_the_device(self, case, length):
         """The first step, refreshes and steps between; exact decompositions wait inside torch."""
         plan = plan_of(case.build(Model().parameters()).param_groups[0])
         if type(plan.projector).__name__ == "SVD":
@@ -26,7 +27,8 @@ class TestOnADevice:
             pytest.skip("the host waits for ranks that follow from gradients: they are shapes")
         model = Small(torch.bfloat16).cuda()
         rank = {**{"rank": 3}, **case.settings}["rank"]
-        optimizer = case.build(model.groups(rank))
+        changes = {} if length == "published" else {"length": length}
+        optimizer = case.build(model.groups(rank), **changes)
         for param in model.parameters():
             param.grad = torch.randn_like(param)
         torch.cuda.set_sync_debug_mode("error")
@@ -36,13 +38,15 @@ class TestOnADevice:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
+    @pytest.mark.parametrize("length", ["published", "adamw"])
     @pytest.mark.parametrize(
-        "factory", [GaLoreAdamW, FiraAdamW, DCTAdamW], ids=lambda f: f.__name__
+        "factory", [GaLoreAdamW, FiraAdamW, FrugalAdamW, DCTAdamW], ids=lambda f: f.__name__
     )
-    def test_a_captured_step_replays_as_an_eager_one(self, factory):
+    def test_a_captured_step_replays_as_an_eager_one(self, factory, length):
         settings = {
             "rank": 3, "capturable": True, "projector": "power", "update_proj_gap": 100,
             "lr": torch.tensor(1e-2, device="cuda"), "stochastic_rounding": True,
+            "length": length,
         }  # fmt: skip
         if factory is DCTAdamW:
             settings.pop("projector")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.kernels import draw
+from helpers.kernels import bases, columns, draw, matrices
 from helpers.pairwise import crossed
 from lowrank_optim import Update, functional
 
@@ -31,33 +31,6 @@ SIZES = {
 LOOSE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 pytestmark = pytest.mark.usefixtures("poisoned")
 each_device = pytest.mark.usefixtures("device")
-
-
-def matrices(count, rows, cols, dtype, device, layout, seed=0):
-    """Some (rows, cols) matrices: contiguous, transposed views, or every second row and column."""
-    found = []
-    for k in range(count):
-        if layout == "transposed":
-            found.append(draw((cols, rows), dtype, device, seed + k).mT)
-        elif layout == "strided":
-            found.append(draw((2 * rows, 2 * cols), dtype, device, seed + k)[::2, ::2])
-        else:
-            found.append(draw((rows, cols), dtype, device, seed + k))
-    return found
-
-
-def bases(count, cols, rank, dtype, device, seed=50):
-    return [
-        torch.linalg.qr(draw((cols, rank), torch.float32, "cpu", seed + k)).Q.to(dtype).to(device)
-        for k in range(count)
-    ]
-
-
-def columns(count, cols, rank, device):
-    rng = torch.Generator().manual_seed(3)
-    return [
-        torch.randperm(cols, generator=rng)[:rank].sort().values.to(device) for _ in range(count)
-    ]
 
 
 def moments(count, shape, form, device, seed=80):

@@ -27,9 +27,13 @@ class Fault(NamedTuple):
 
 
 METHODS = "tests/contract/test_methods.py::"
-MORE = "tests/contract/test_more_methods.py::"
+WHOLE = "tests/contract/test_whole_matrices.py::"
+FEEDS = "tests/contract/test_feeds.py::"
+FOURBIT = "tests/unit/test_fourbit.py::"
 KERNELS = "tests/kernels/test_kernels.py::"
 FORMATS = "tests/kernels/test_kernel_formats.py::"
+LENGTHS = "tests/kernels/test_length_kernels.py::"
+KEPT = "tests/contract/test_length_states.py::"
 SHARDED = "tests/sharded/test_sharded.py::"
 
 FAULTS = {
@@ -92,7 +96,7 @@ FAULTS = {
         "lowrank_optim/functional/orthogonal.py",
         "QUINTIC = (3.4445, -4.7750, 2.0315)",
         "QUINTIC = (3.4445, -4.7550, 2.0315)",
-        (MORE + "test_newton_schulz[5-(13, 7)]",),
+        (WHOLE + "test_newton_schulz[5-(13, 7)]",),
     ),
     "second moment of an old basis": Fault(
         "a row that is rarely active jumps after a refresh",
@@ -240,7 +244,7 @@ FAULTS = {
         "lowrank_optim/parts/residuals/compensated.py",
         "scale * math.sqrt(site.cols - site.rank)",
         "scale * math.sqrt(site.cols)",
-        (MORE + "test_compensated[keep-0.4-1.01-(13, 7)]",),
+        (METHODS + "test_compensated[keep-0.4-1.01-(13, 7)]",),
     ),
     "decay after the update": Fault(
         "the update decays too",
@@ -268,14 +272,14 @@ FAULTS = {
         "lowrank_optim/engine/feed.py",
         "lift_(value, taken, factor, scale=-1.0)",
         "lift_(value, taken, factor, scale=0.0)",
-        (MORE + "test_error_feedback[galore-0.0-(13, 7)]",),
+        (FEEDS + "test_error_feedback[galore-0.0-(13, 7)]",),
     ),
     "LDAdam learns from the gradient": Fault(
         "the momentum has no part in the subspace",
         "lowrank_optim/parts/feeds/general_error_feedback.py",
         "lesson.add_(fed, alpha=1 - rho)",
         "lesson.mul_(0).add_(fed, alpha=1 - rho)",
-        (MORE + "test_ldadam[0.5-(13, 7)]",),
+        (FEEDS + "test_ldadam[0.5-(13, 7)]",),
     ),
     # Formats and random bits.
     "a scale per block shifted": Fault(
@@ -324,7 +328,7 @@ FAULTS = {
         "lowrank_optim/functional/fourbit.py",
         "torch.stack([low, packed >> 4], -1)",
         "torch.stack([packed >> 4, low], -1)",
-        (MORE + "test_4bit_keeps_places",),
+        (FOURBIT + "test_keeps_places",),
     ),
     # Kernels.
     "the scale sees what is beyond the row": Fault(
@@ -375,6 +379,113 @@ FAULTS = {
         'return sums.sqrt() if norm == "l2" else sums',
         "return sums",
         ("tests/kernels/test_dct_kernel.py::test_many_gradients_in_one_call[cpu-l2]",),
+    ),
+    "the kernel has one length for all": Fault(
+        "matrices of a launch move as far as the first of them",
+        "kernels/lift.py",
+        "tl.load(lengths + k)",
+        "tl.load(lengths)",
+        (LENGTHS + "test_lift_write_stretches_each_matrix[cpu-drop-basis-float32-straight-False]",),
+    ),
+    "the kernel's sample in other columns": Fault(
+        "entries of a row lie side by side",
+        "kernels/length.py",
+        "tl.load(starts + k) + entry * stride",
+        "tl.load(starts + k) + entry",
+        (LENGTHS + "test_sample_moments[cpu-few-straight-bfloat16-False]",),
+    ),
+    "the kernel's sample of one row": Fault(
+        "entries that are not there have a direction where eps is 0",
+        "kernels/length.py",
+        "tl.where(finite, direction * direction, 0.0)",
+        "direction * direction",
+        (LENGTHS + "test_what_is_beyond_a_sample_is_no_part_of_the_sum[cpu]",),
+    ),
+    "the kernel's norm of a sign sees chosen columns": Fault(
+        "the sign of what is projected counts too",
+        "kernels/length.py",
+        "dropped = tl.where(chosen, 0.0, g)",
+        "dropped = g",
+        (LENGTHS + "test_sign_squares[cpu-tall-columns-float16-strided-both]",),
+    ),
+    "the kernel's norm without the factor of a direction": Fault(
+        "what is measured is not what is written",
+        "kernels/length.py",
+        "        lifted *= a\n",
+        "",
+        (LENGTHS + "test_sign_squares[cpu-tall-basis-float32-straight-both]",),
+    ),
+    "samples of two widths in a launch": Fault(
+        "shards of one shape, of matrices of unlike height, have entries of one width",
+        "lowrank_optim/engine/length.py",
+        """grad.stride(), job.state[f"{SAMPLE}.exp_avg"].shape)""",
+        "grad.stride())",
+        (LENGTHS + "test_samples_of_other_widths_have_launches_of_their_own[cpu]",),
+    ),
+    "every shard's sample begins at the first row": Fault(
+        "its entries lie in other columns than on one process",
+        "lowrank_optim/parts/length.py",
+        "return start + first_row * width_of(site)",
+        "return start",
+        (
+            "tests/sharded/test_length_shards.py::"
+            "test_a_sample_lies_where_it_does_on_one_process[fsdp-2]",
+        ),
+    ),
+    "a sample is kept whole": Fault(
+        "its moments are not cut as rows are",
+        "lowrank_optim/parts/plan.py",
+        "*self.kept_by_row, SAMPLE)",
+        "*self.kept_by_row)",
+        (
+            "tests/sharded/test_length_shards.py::"
+            "test_a_sample_lies_where_it_does_on_one_process[fsdp-2]",
+        ),
+    ),
+    "an entry spoils its matrix": Fault(
+        "one value that is not finite decides on the length of all",
+        "lowrank_optim/functional/length.py",
+        "direction.nan_to_num_(0.0, 0.0, 0.0)",
+        "direction",
+        (LENGTHS + "test_an_entry_that_is_not_finite_counts_as_nothing[cpu-nan]",),
+    ),
+    "a sample is not looked at": Fault(
+        "a checkpoint with negative squares is taken",
+        "lowrank_optim/checkpoints/states.py",
+        "if part and key not in saved.plan.length.keys:",
+        "if part:",
+        (KEPT + "test_a_damaged_sample_is_refused_by_name",),
+    ),
+    "a sample of projected gradients": Fault(
+        "AdamW's length is measured on what is left of a sum",
+        "lowrank_optim/layerwise/hooks.py",
+        """if group["rank"] is not None and plan.length.sampled:""",
+        "if False:",
+        (KEPT + "test_projected_accumulation_has_no_entries_for_a_sample",),
+    ),
+    "another length's scale": Fault(
+        "a scale of published updates is read as one of AdamW's length",
+        "lowrank_optim/checkpoints/imports.py",
+        """if "scale" in taken and plan.length.measured:""",
+        "if False:",
+        (
+            "tests/frameworks/test_import_refused.py::"
+            "test_what_cannot_be_imported_is_refused_and_changes_nothing[a length of its own]",
+        ),
+    ),
+    "a length reads the gradient again": Fault(
+        "norms of gradients are made where nothing asks for them",
+        "lowrank_optim/engine/launches.py",
+        "norms=want.norms or norms_of_rest",
+        "norms=want.norms or length.measured",
+        (LENGTHS + "test_matrices_share_the_launches_of_a_length[cpu]",),
+    ),
+    "a length of gradients that are written to": Fault(
+        "the norm of an update with a sign and a rest scales the gradient on its way",
+        "lowrank_optim/functional/length.py",
+        "y = part * phi  #",
+        "y = part.mul_(phi)  #",
+        ("tests/unit/test_length_functions.py::test_squares_are_those_of_the_matrix",),
     ),
     # Steps inside the backward pass.
     "hooks stay": Fault(

@@ -30,6 +30,12 @@ METHODS = {
     "frugal": (FrugalAdamW, {"rank": RANK}, {}, 0),
     "apollo": (ApolloAdamW, {}, {}, NUMBER),
     "apollo-mini": (ApolloAdamW, {"rank": 1}, {}, 3 * NUMBER),
+    "galore-rms": (GaLoreAdamW, {"length": "rms"}, SVD, NUMBER),
+    "galore-length": (GaLoreAdamW, {"length": "adamw"}, SVD, 2 * NUMBER),
+    "frugal-length": (FrugalAdamW, {"rank": RANK, "length": "adamw"}, {}, 2 * NUMBER),
+    "fira-rms": (FiraAdamW, {"length": "rms"}, SVD, (1 + 3) * NUMBER),
+    "fira-length": (FiraAdamW, {"length": "adamw"}, SVD, (1 + 3 + 1) * NUMBER),
+    "apollo-mini-length": (ApolloAdamW, {"rank": 1, "length": "adamw"}, {}, (3 + 3 + 1) * NUMBER),
 }
 CUT = {"galore-cut": (GaLoreAdamW, {"projector": "power", "shard_basis": True}, POWER, 0)}
 """A method, what a refresh of one matrix sends, and what each step sends for one."""

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 STEPS = 3 * GAP + 1
 WIDE = torch.float64
-SMALL = ("galore", "galore-power-rotate", "frugal-none")
+SMALL = ("galore", "galore-power-rotate", "frugal-none", "galore-rms")
 """Methods that need no more than the projected gradient, and move their subspace now and then."""
 
 
@@ -137,6 +137,8 @@ def refused(method, message):
         ("fira", "group 0: the update of NormScaled needs the whole gradient"),
         ("apollo", "group 0: the update of GradScaled needs the whole gradient"),
         ("frugal", "group 0: the update of StateFree needs the whole gradient"),
+        ("ldadam", "group 0: the update of GeneralErrorFeedback needs the whole gradient"),
+        ("galore-length", "group 0: length='adamw' is measured on .* take length=\"rms\" or"),
         ("dct", "group 0: update_proj_gap=1 moves the subspace in every step"),
     ],
 )

@@ -349,7 +349,13 @@ def by_kernels(layout, changes):
 
 @pytest.mark.parametrize(
     ("layout", "changes"),
-    [("fsdp-2", {"shard_basis": True}), ("columns", {}), ("fsdp-2", {"state_dtype": "8bit"})],
+    [
+        ("fsdp-2", {"shard_basis": True}),
+        ("columns", {}),
+        ("fsdp-2", {"state_dtype": "8bit"}),
+        ("fsdp-2", {"length": "adamw"}),
+        ("columns", {"length": "rms"}),
+    ],
     ids=str,
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU does not interpret kernels")
@@ -358,10 +364,11 @@ def test_kernels_step_parts_of_matrices(ranks, layout, changes):
     assert max(ranks.run(2, by_kernels, layout, changes)) < 1e-5
 
 
-def several_sums(bytes_held):
+def several_sums(bytes_held, length):
     """Train with room for one matrix at a time between the halves of a step."""
     halves.HELD, kept = bytes_held, halves.HELD
-    case = Case("", FiraAdamW, {"side": "right", "shard_basis": True, "stagger": False})
+    settings = {"side": "right", "shard_basis": True, "stagger": False, "length": length}
+    case = Case("", FiraAdamW, settings)
     try:
         model, _ = run_case(case, "fsdp-2", torch.float64, STEPS, {})
     finally:
@@ -369,9 +376,9 @@ def several_sums(bytes_held):
     return [whole(param) for param in model.parameters()]
 
 
-def test_a_step_may_sum_several_times_to_hold_less(ranks):
+@pytest.mark.parametrize("length", ["published", "adamw"])
+def test_a_step_may_sum_several_times_to_hold_less(ranks, length):
     """The numbers are those of one sum for all, to the bit."""
-    for ours, theirs in zip(
-        ranks.run(2, several_sums, 1), ranks.run(2, several_sums, halves.HELD), strict=True
-    ):
+    once = ranks.run(2, several_sums, halves.HELD, length)
+    for ours, theirs in zip(ranks.run(2, several_sums, 1, length), once, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -22,7 +22,7 @@ from lowrank_optim.engine.step import Step
 from lowrank_optim.parts.types import site_of
 from lowrank_optim.planner.estimate import METHODS
 from lowrank_optim.planner.models import MODELS, build
-from lowrank_optim.planner.needs import needs_of, refresh_workspace, with_state
+from lowrank_optim.planner.needs import needs_of, needs_of_ours, refresh_workspace, with_state
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +89,24 @@ def test_our_state_is_that_after_a_step(make, name, state, dtype):
     assert needs.bases == kept
 
 
+@pytest.mark.parametrize("length", ["rms", "adamw"])
+@pytest.mark.parametrize("name", ["galore", "fira", "ldadam", "muon"])
+def test_a_length_is_planned(name, length):
+    """Its sample is state and no basis, and a step on "meta" measures it."""
+    found = []
+    for place in ("meta", "cpu"):
+        model = Odd().to(place)
+        groups = OURS[name].groups(model, 7)
+        found.append(OURS[name].optimizer(groups, length=length))
+    planned, real = found
+    needs = needs_of_ours(planned)
+    assert needs.state == state_bytes(stepped(real))
+    published = needs_of(OURS[name], Odd().to("meta"), 7, None)
+    assert needs.bases == published.bases
+    assert (needs.moments > published.moments) == (length == "adamw")
+    assert needs.workspace >= published.workspace
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("make", [Odd, small_llama])
 def test_state_of_others_is_that_after_a_step(make, dtype):
@@ -144,6 +162,8 @@ def by_hand(name, size, rank, state):
                   "frugal": 8 * rank + 4, "trion": 8 * rank + 1,
                   "ldadam": 2 * rows * cols + 1, "compensated": 4 * rows + 4 + 1, "conda": 1,
                   "racs": 4 * (rows + cols + 1)}.get(name, 0)  # fmt: skip
+        if name in ("lowrank", "normuon"):  # a sample of 1024 entries, or one a row
+            total += 2 * 4 * rows * -(-1024 // rows)
     if name == "normuon":
         total += 4 * layers * (5 * hidden + 2 * inner)  # outputs of q, k, v, o, down; gate, up
     return total

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..functional import on_device
+from ..functional import CHUNK, Factor, has_rest, on_device
 from ..parts.length import SAMPLE, first_entry
 from ..parts.plan import Plan
-from ..parts.types import Group, Job, Site, site_of
+from ..parts.types import Group, Job, Site, Update, site_of
 from .refresh import grad_of
 
 
@@ -118,3 +118,9 @@ def lengths_of(
         total = total + t * (2 * squares[..., 1] + t * squares[..., 2])
     scale: float = group["scale"]
     return plan.length.factor(scale, total.clamp_min(0).sqrt(), sample, site)
+
+
+def is_formed(factor: Factor, update: Update, grad: Tensor) -> TypeGuard[Tensor]:
+    """Return whether an update that has to be measured is formed: a small one with a sign."""
+    by_basis = isinstance(factor, Tensor) and factor.is_floating_point()
+    return bool(update.sign) and by_basis and grad.numel() <= CHUNK and not has_rest(update)

@@ -19,6 +19,8 @@ from .lift import places_of, tile_of
 from .moments import adam
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+REACH = tl.constexpr(torch.finfo(torch.float32).max / 1024)
+"""What entries are cut off at, as in the reference; one that is no number stays."""
 BLOCK = 512
 """Entries of a sample that a program does."""
 
@@ -46,6 +48,7 @@ def _sample(
     col = (tl.load(starts + k) + entry * stride) % cols
     at = (entry // width) * g_row + col * g_col
     g = tl.load(address(grads, k, G_TYPE, False) + at, mask=inside, other=0.0).to(tl.float32)
+    g = tl.where(g > REACH, REACH, tl.where(g < -REACH, -REACH, g))
     m_at = address(m_table, k, tl.float32, ALIGNED) + entry
     v_at = address(v_table, k, tl.float32, ALIGNED) + entry
     m = tl.load(m_at, mask=inside, other=0.0)

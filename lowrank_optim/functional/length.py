@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .factors import Factor, Unit, drop_, is_index, lift_
+from .factors import Factor, Unit, drop_, is_index, lift_, reach
 from .moments import adam, adam_some
 from .products import compute_dtype, row_chunks, row_norms
 from .steps import Norms
@@ -63,8 +63,8 @@ def sample_moments(
 ) -> Tensor:
     """Update Adam's moments of a sample of entries, and return the sum of the squared directions.
 
-    a = Adam(g) on the entries g of `sample_columns`, see `moments.adam`; the result is sum a*a. An
-    entry whose a is not finite counts as 0, so that it spoils no other entry of its matrix.
+    a = Adam(g) on the entries g of `sample_columns`, cut off at `reach`, see `moments.adam`; the
+    result is sum a*a. An entry whose a is not finite counts as 0: it spoils no other of its matrix.
 
     Args:
         grads: K gradients `(..., rows, cols)` of one shape; matrices of a stack have the same
@@ -81,11 +81,12 @@ def sample_moments(
     entries = []
     for grad, moment, first in zip(grads, exp_avg, firsts, strict=True):
         columns = sample_columns(rows, cols, moment.shape[-1], first, grad.device)
-        entries.append(grad.gather(-1, columns.expand(moment.shape)).to(moment.dtype))
+        some, most = grad.gather(-1, columns.expand(moment.shape)), reach(moment.dtype)
+        entries.append(some.to(moment.dtype).clamp(-most, most))
     alike = all(isinstance(count, int) and count == counts[0] for count in counts)
     if alike and len(entries) > 1:
-        some = list(exp_avg), list(exp_avg_sq)
-        directions = adam_some(entries, *some, counts[0], beta1, beta2, eps)
+        held = list(exp_avg), list(exp_avg_sq)
+        directions = adam_some(entries, *held, counts[0], beta1, beta2, eps)
     else:
         moments = zip(entries, exp_avg, exp_avg_sq, counts, strict=True)
         directions = [adam(g, m, v, count, beta1, beta2, eps) for g, m, v, count in moments]
@@ -190,7 +191,7 @@ def update_squares(
     else:
         whole, projected = norms.grad, norms.low
     b, phi = update.low, update.grad
-    g, r, q = phi * whole, phi * projected, b * projected
+    g, r, q = weighted(whole, phi), weighted(projected, phi), weighted(projected, b)
     outside = g.square() + q * (q + 2 * r)
     mixed = torch.zeros_like(inside)
     if a and direction is not None and low is not None:
@@ -198,8 +199,15 @@ def update_squares(
             (n * r).sum(-1, keepdim=True, dtype=inside.dtype)
             for n, r in zip(direction, low, strict=True)
         ]
-        mixed = ((b + phi) * torch.stack(inner)).sum((-2, -1)) * a
+        mixed = weighted(torch.stack(inner), b + phi).sum((-2, -1)) * a
     return torch.stack([inside, mixed, outside.sum((-2, -1))], -1)
+
+
+def weighted(x: Tensor, factor: Tensor | float) -> Tensor:
+    """Return x times a factor, and 0 where the factor is 0: a row that overflows takes no part."""
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 0, 0.0, factor * x)
+    return factor * x if factor else torch.zeros_like(x)
 
 
 def has_rest(update: Coefficients) -> bool:

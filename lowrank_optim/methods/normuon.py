@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class NorMuonW(LowRank):
     """Muon whose neurons are brought to one length, AdamW for the rest, in one object.
 
-    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, one a neuron, and two a
-    row for the length.
+    See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, one a neuron, and for
+    the length two a row.
 
     Args:
         lr, weight_decay: AdamW's, for all parameters.

@@ -64,7 +64,7 @@ def sample_moments(
     """Update Adam's moments of a sample of entries, and return the sum of the squared directions.
 
     a = Adam(g) on the entries g of `sample_columns`, cut off at `reach`, see `moments.adam`; the
-    result is sum a*a. An entry whose a is not finite counts as 0: it spoils no other of its matrix.
+    result is sum a*a. An entry whose a is not finite counts as 0, so that it spoils no other one.
 
     Args:
         grads: K gradients `(..., rows, cols)` of one shape; matrices of a stack have the same

@@ -264,7 +264,7 @@ def test_one_cycle_moves_betas_and_no_number_of_a_part(preset):
     ends = []
     for cycles in (True, False):
         param = torch.nn.Parameter(torch.ones(13, 7))
-        optimizer = preset([param], rank=3, min_dim=1)
+        optimizer = preset([param], rank=3, min_dim=1, length="published")
         (group,) = optimizer.param_groups
         schedule = lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=9, cycle_momentum=cycles)
         before = {key: group[key] for key in ("betas", *numbers_in(group))}

@@ -24,7 +24,7 @@ from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
 from .settings.keys import check_kept, check_keys, check_unknown, translate
-from .settings.numbers import default_of, placed
+from .settings.numbers import fill, placed
 from .settings.plans import check_values
 from .settings.values import CHECKS
 
@@ -220,10 +220,8 @@ class LowRank(Optimizer):
         group = dict(param_group)
         check_kept(group, where, STATE_VERSION)
         translate(group, where)
-        defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
-        if group.get("length", defaults["length"]) != defaults["length"]:
-            defaults["scale"] = self.scale_of(group["length"])
-        group = placed({**defaults, **group}, where, self.defaults)
+        fill(group, self.defaults, self.scale_of)
+        group = placed(group, where, self.defaults)
         check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])

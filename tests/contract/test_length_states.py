@@ -128,6 +128,28 @@ def test_a_checkpoint_with_a_sample_and_one_without_are_told_apart(there, here):
     assert same(before, optimizer.state_dict())
 
 
+def test_the_length_of_a_group_without_a_rank_keeps_no_checkpoint_out():
+    """It has no sample: as where a preset's default length has changed since."""
+
+    def built(length):
+        model = Model()
+        groups = [
+            {"params": [model.tall], "length": "rms"},
+            {"params": [model.vector], "rank": None},
+        ]
+        optimizer = galore(groups, length)
+        train(model, optimizer, range(2))
+        return model, optimizer
+
+    model, saved = built("published")
+    other, optimizer = built("adamw")
+    with pytest.warns(UserWarning, match="from the checkpoint .*length published"):
+        optimizer.load_state_dict(saved.state_dict())
+    train(model, saved, range(2, 4))
+    train(other, optimizer, range(2, 4))
+    assert_same(weights(other), weights(model))
+
+
 @pytest.mark.parametrize(("there", "here"), [("published", "rms"), ("rms", "published")])
 def test_of_two_lengths_without_a_sample_the_one_of_the_checkpoint_is_taken(there, here):
     """With its scale, and it is said: as all numbers of a group."""

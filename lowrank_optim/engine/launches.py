@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from ..parts.types import (
     site_of,
 )
 from .backend import kernels
-from .length import Sums, lengths_of
+from .length import Sums, settled
 from .two_phase import Half
 
 AT_ONCE = 48 << 20
@@ -235,14 +234,7 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
 
     def finish(total: Tensor | None) -> None:
         found = sums if total is None else sums.split(total)
-        written, lengths = update, None
-        limit: Tensor | float = 1.0
-        if found.limiting is not None:
-            uncorrected = plan.rule.uncorrected(count, group)
-            limit = plan.residual.limited(found.limiting, state, site, inside, uncorrected)
-            written = replace(update, low=update.low * limit, grad=update.grad * limit)
-        if found.squares is not None:
-            lengths = lengths_of(found.squares, limit, found.sampled, site, group, plan)
+        written, lengths = settled(found, update, state, site, count, group, plan)
         for key, value in state.items():
             torch._foreach_copy_(
                 [operand.residual[key] for operand in operands], list(value.unbind())

@@ -42,7 +42,7 @@ from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
 from .feed import fed, fed_chunks, keep
-from .length import Sums, in_list, is_formed, lengths_of, sampled, with_limit
+from .length import Sums, in_list, is_formed, sampled, settled
 from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, run, summed_chunks
@@ -319,16 +319,8 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
 
     def finish(total: Tensor | None) -> None:
         found = sums if total is None else sums.split(total[0] if grad.ndim == 2 else total)
-        written, lengths = update, None
-        limit: Tensor | float = 1.0
-        if found.limiting is not None:
-            uncorrected = plan.rule.uncorrected(age, group)
-            limit = plan.residual.limited(found.limiting, job.state, site, inside, uncorrected)
-            written = replace(
-                update, low=with_limit(update.low, limit), grad=with_limit(update.grad, limit)
-            )
-        if found.squares is not None:
-            lengths = [lengths_of(found.squares, limit, found.sampled, site, group, plan)]
+        written, length = settled(found, update, job.state, site, age, group, plan, listed=True)
+        lengths = None if length is None else [length]
         matrix, view = oriented(job.param, job.layout.wide)
         noises = [noise_of(job, group)] if rounds(job.param, group) else None
         step_size, decay = rates

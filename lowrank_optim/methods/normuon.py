@@ -32,7 +32,8 @@ class NorMuonW(LowRank):
         betas, eps: of AdamW, for parameters that are not matrices; the second beta also averages
             the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
             `momentum`.
-        momentum, nesterov: see `NorMuon`.
+        momentum, nesterov: see `NorMuon`; the paper's formula has no `nesterov`, the authors' code
+            has it.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
 
@@ -52,7 +53,7 @@ class NorMuonW(LowRank):
         scale: float | None = None,
         length: str = "adamw",
         momentum: float = 0.95,
-        nesterov: bool = False,
+        nesterov: bool = True,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(

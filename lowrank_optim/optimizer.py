@@ -64,11 +64,12 @@ class LowRank(Optimizer):
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
         scale: factor of the projected update (GradScaled: of its square); with `length` "rms" or
-            "adamw" of the whole update. None is the method's own with this length.
-        length: how long an update is. "published": as the rule and the residual say. "rms": its
-            root mean square is `scale` times 0.2. "adamw": it is `scale` times AdamW's own step's,
-            measured on a sample of some 1024 entries of the matrix, so that AdamW's lr, schedule
-            and decay keep their meaning (see `parts.length`). It acts on what is projected.
+            "adamw", of the whole update. None takes the method's own for the length.
+        length: how long the update of a projected parameter is. "published": as the rule and the
+            residual say. "rms": its root mean square is lr times `scale` times 0.2. "adamw": it is
+            `scale` times that of AdamW's step, measured on a sample of some 1024 entries of the
+            matrix with the group's betas and eps (see `parts.length`): AdamW's lr, schedule and
+            decay fit. The default lr of a method is for its default length.
         projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
             `Projector`.
         feed: what is projected: "gradient", "error_feedback", "general_error_feedback",

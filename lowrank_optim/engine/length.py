@@ -38,7 +38,7 @@ def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
                 [grad_of(job) for job in some],
                 [job.state[f"{SAMPLE}.exp_avg"] for job in some],
                 [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
-                [first_entry(site_of(job), job.position) for job in some],
+                [first_entry(site_of(job)) for job in some],
                 [next_count(job, group) for job in some],
                 *group["betas"],
                 group["eps"],

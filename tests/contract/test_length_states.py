@@ -150,6 +150,37 @@ def test_the_length_of_a_group_without_a_rank_keeps_no_checkpoint_out():
     assert_same(weights(other), weights(model))
 
 
+@pytest.mark.parametrize("change", ["removed", "sorted", "loaded by name"])
+def test_a_sample_has_the_same_entries_wherever_its_parameter_stands(change):
+    """Its moments would otherwise be of other entries."""
+    settings = {"lr": 1e-2, "rank": RANK, "length": "adamw", "projector": "columns"}
+
+    def stepped(optimizer, pairs, first, last):
+        for step in range(first, last):
+            for name, param in pairs:
+                rng = torch.Generator().manual_seed(10 * step + int(name))
+                param.grad = torch.randn(param.shape, generator=rng)
+            optimizer.step()
+
+    found = []
+    for changed in (False, True):
+        pairs = [(str(place), nn.Parameter(torch.ones(37, 41))) for place in range(3)]
+        optimizer = GaLoreAdamW([{"params": pairs}], **settings)
+        stepped(optimizer, pairs, 0, 3)
+        group = optimizer.param_groups[0]
+        if changed and change == "removed":
+            del group["params"][0]
+        elif changed and change == "sorted":
+            group["params"].reverse()
+        elif changed:
+            saved = optimizer.state_dict()
+            optimizer = GaLoreAdamW([{"params": pairs[::-1]}], **settings)
+            optimizer.load_state_dict(saved)
+        stepped(optimizer, pairs, 3, 6)
+        found.append([param.detach() for _, param in pairs[change == "removed" :]])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize(("there", "here"), [("published", "rms"), ("rms", "published")])
 def test_of_two_lengths_without_a_sample_the_one_of_the_checkpoint_is_taken(there, here):
     """With its scale, and it is said: as all numbers of a group."""

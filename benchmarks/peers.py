@@ -124,7 +124,7 @@ def ours(cls: Callable[..., LowRank], **fixed: Any) -> Callable[..., LowRank]:
             more.pop("state_dtype", None)
         takes_gap = "update_proj_gap" in signature(cls).parameters
         gaps = {"update_proj_gap": gap} if takes_gap else {}
-        return cls(groups, stagger=False, **gaps, **fixed, **more)
+        return cls(groups, stagger=False, **{**gaps, **fixed, **more})
 
     return build
 
@@ -160,15 +160,16 @@ OURS = [
     Method("fira", recorded("fira"), ours=True, reads=2, draws=True),
     Method("frugal", recorded("frugal"), ours=True, products=0),
     Method("apollo", recorded("apollo"), ours=True, reads=2, products=1),
-    Method("lowrank", recorded("lowrank"), 50, ours=True, products=3, draws=True, allowed=0.35),
+    Method("lowrank", recorded("lowrank", length="published"), 50, ours=True, products=3,
+           draws=True, allowed=0.35),
     Method("compensated", recorded("compensated"), ours=True, reads=2, draws=True, allowed=0.12),
     Method("ldadam", recorded("ldadam"), 1, ours=True, carried=1, products=6, draws=True),
     Method("trion", recorded("trion"), 1, ours=True, moments=0, carried=1, products=3,
            orthogonal=True, allowed=0.15, spectrum=True),
     Method("muon", recorded("muon"), 0, ours=True, moments=1, products=0, full=True,
            orthogonal=True, allowed=0.15),
-    Method("normuon", recorded("normuon"), 0, ours=True, moments=1, products=0, full=True,
-           orthogonal=True, allowed=0.15),
+    Method("normuon", recorded("normuon", length="published"), 0, ours=True, moments=1,
+           products=0, full=True, orthogonal=True, allowed=0.15),
     Method("conda", recorded("conda"), 2000, ours=True, moments=1, carried=1, products=3, full=True,
            svd=True),
     Method("racs", recorded("racs"), 0, ours=True, reads=2, moments=0, products=0, full=True),

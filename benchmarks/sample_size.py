@@ -22,9 +22,9 @@ from pretraining.methods import Spec, build_optimizer
 from pretraining.runner import WORK
 from pretraining.tasks import TASKS, build_model
 from pretraining.train import batch, mean_loss, train
-from provenance import provenance
 from rich.console import Console
 from rows import append
+from timing import facts
 from torch import Tensor, nn
 
 from lowrank_optim.demo.train import rate
@@ -34,7 +34,7 @@ from lowrank_optim.parts import length
 SIZES = (256, 1024, 4096, 16384)
 EVERY = 10
 FIELDS = """kind task steps lr rest_lr entries matrices values error error_95 bias first_error loss
-torch package commit date threads""".split()  # noqa: SIM905
+copy_gb_s matmul_tflops device driver torch triton package commit date threads""".split()  # noqa: SIM905
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     text = data.load(task.vocab, task.text << 20, args.work, "stdlib")
     shared = {"task": args.task, "steps": steps, "lr": args.lr, "rest_lr": args.rest_lr}
-    shared |= {"threads": 1, **provenance()}
+    shared |= facts("cpu", torch.float32)
     for row in errors(spec, text, args.sizes):
         append({"kind": "error", **shared, **row}, FIELDS, args.out)
         console.print(row)

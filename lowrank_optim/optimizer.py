@@ -24,7 +24,7 @@ from .parts.checks import SettingError
 from .parts.protocols import Feed, Projector, Residual, Rule
 from .parts.rank import MIN_DIM, AutoRank
 from .settings.keys import check_kept, check_keys, check_unknown, translate
-from .settings.numbers import default_of, placed
+from .settings.numbers import fill, placed
 from .settings.plans import check_values
 from .settings.values import CHECKS
 
@@ -64,11 +64,12 @@ class LowRank(Optimizer):
             together, in bytes or as text such as "2GiB".
         update_proj_gap: updates between two refreshes of the subspace; the first is at update 1.
         scale: factor of the projected update (GradScaled: of its square); with `length` "rms" or
-            "adamw" of the whole update. None is the method's own with this length.
-        length: how long an update is. "published": as the rule and the residual say. "rms": its
-            root mean square is `scale` times 0.2. "adamw": it is `scale` times AdamW's own step's,
-            measured on a sample of some 1024 entries of the matrix, so that AdamW's lr, schedule
-            and decay keep their meaning (see `parts.length`). It acts on what is projected.
+            "adamw", of the whole update. None takes the method's own for the length.
+        length: how long the update of a projected parameter is. "published": as the rule and the
+            residual say. "rms": its root mean square is lr times `scale` times 0.2. "adamw": it is
+            `scale` times that of AdamW's step, measured on a sample of some 1024 entries of the
+            matrix with the group's betas and eps (see `parts.length`): AdamW's lr, schedule and
+            decay fit. The default lr of a method is for its default length.
         projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
             `Projector`.
         feed: what is projected: "gradient", "error_feedback", "general_error_feedback",
@@ -220,10 +221,8 @@ class LowRank(Optimizer):
         group = dict(param_group)
         check_kept(group, where, STATE_VERSION)
         translate(group, where)
-        defaults = {key: default_of(key, value) for key, value in self.defaults.items()}
-        if group.get("length", defaults["length"]) != defaults["length"]:
-            defaults["scale"] = self.scale_of(group["length"])
-        group = placed({**defaults, **group}, where, self.defaults)
+        fill(group, self.defaults, self.scale_of)
+        group = placed(group, where, self.defaults)
         check_values(group, where)
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])

@@ -57,7 +57,44 @@ def host(rows: list[Row]) -> str:
     return table(heads, lines)
 
 
+def sizes(rows: list[Row]) -> str:
+    """Show how far a sample is off, and the loss with it, by its entries."""
+    at: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        at.setdefault(row["entries"], {})[row["kind"]] = row
+    lines = []
+    for entries, kinds in sorted(at.items(), key=lambda item: int(item[0])):
+        seen, trained = kinds.get("error"), kinds.get("loss")
+        cells = (
+            [f"{100 * float(seen[key]):.2f} %" for key in ("error", "error_95", "bias")]
+            if seen
+            else ["-"] * 3
+        )
+        lines.append([entries, *cells, f"{float(trained['loss']):.3f}" if trained else "-"])
+    first = rows[0]
+    heads = ["entries", "mean error of the length", "95 % below", "bias", "NorMuon's loss"]
+    return f"{table(heads, lines)}\n\n{first['task']}, {first['steps']} steps, one seed."
+
+
+def lengths(rows: list[Row]) -> str:
+    """Show what a length adds to a step, a line a method."""
+    at: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        at.setdefault(row["method"], {})[row["length"]] = row
+    lines = []
+    for name, by in at.items():
+        more = int(by["adamw"]["state_bytes"]) / int(by["published"]["state_bytes"]) - 1
+        ratios = [f"{float(by[length]['ratio_median']):.3f}" for length in ("rms", "adamw")]
+        lines.append([name, f"{float(by['published']['ms_min']):.0f}", *ratios, f"{more:.2%}"])
+    heads = ["method", "published, ms", "RMS 0.2", "AdamW's length", "state more, all parameters"]
+    first = rows[0]
+    about = f"LLaMA {first['size']}, {first['layers']} layers, rank {first['rank']}, float32."
+    return f"{table(heads, lines)}\n\n{about}"
+
+
 TABLES = {
+    "length-cost": table_of("length_cost.csv", lengths),
+    "sample-size": table_of("sample_size.csv", sizes),
     "steps-cpu": table_of("step_time_cpu.csv", steps),
     "host-time": table_of("host_time.csv", host),
 }

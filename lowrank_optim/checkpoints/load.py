@@ -138,7 +138,8 @@ def check_structure(group: Group, saved: Group, index: int) -> None:
                 "start without its optimizer state"
             )
     there = meant(saved).get("length", group["length"])
-    if there != group["length"] and "adamw" in (there, group["length"]):
+    sampled = group["rank"] is not None and "adamw" in (there, group["length"])
+    if there != group["length"] and sampled:
         raise SettingError(
             f"the checkpoint was made with length={there!r} in group {index}, this optimizer has "
             f'{group["length"]!r}: with "adamw" a sample of each matrix is kept. Build it with the '

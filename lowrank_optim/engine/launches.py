@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from ..parts.types import (
     site_of,
 )
 from .backend import kernels
-from .length import Sums, lengths_of
+from .length import Sums, settled
 from .two_phase import Half
 
 AT_ONCE = 48 << 20
@@ -207,7 +206,7 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
         key: torch.stack([operand.residual[key] for operand in operands])
         for key in operands[0].residual
     }
-    inside = length.inside(group)
+    inside = length.inside(group) if length.measured else group
     known = None if want.norms else plan.residual.update(None, state, site, inside)
     norms_of_rest = known is not None and length.measured and has_rest(known) and not known.sign
     noises, counts = [operand.noise for operand in operands], [operand.age for operand in operands]
@@ -227,22 +226,17 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
     )
     limiting = plan.residual.sums(norms, state, site, inside) if want.norms else None
     update = known if known is not None else plan.residual.update(norms, state, site, inside)
-    sums = Sums(limiting)
+    sums = None if limiting is None else Sums(limiting)
     if length.measured:
         squares = update_squares(grads, factors, low, direction, update, norms, ops.sign_squares)
         samples = [operand.sampled for operand in operands if operand.sampled is not None]
         sums = Sums(limiting, squares, torch.stack(samples) if samples else None)
 
     def finish(total: Tensor | None) -> None:
-        found = sums if total is None else sums.split(total)
         written, lengths = update, None
-        limit: Tensor | float = 1.0
-        if found.limiting is not None:
-            uncorrected = plan.rule.uncorrected(count, group)
-            limit = plan.residual.limited(found.limiting, state, site, inside, uncorrected)
-            written = replace(update, low=update.low * limit, grad=update.grad * limit)
-        if found.squares is not None:
-            lengths = lengths_of(found.squares, limit, found.sampled, site, group, plan)
+        if sums is not None and total is not None:
+            found = sums.split(total)
+            written, lengths = settled(found, update, state, site, count, group, plan)
         for key, value in state.items():
             torch._foreach_copy_(
                 [operand.residual[key] for operand in operands], list(value.unbind())
@@ -265,7 +259,7 @@ def launch(operands: list[Operand], group: Group, plan: Plan) -> Half:
                 operand.job.param.copy_(operand.copy.view(operand.job.param.shape))
 
     places = [(operand.job, operand.place or 0) for operand in operands]
-    return Half(places, sums.joined(), finish)
+    return Half(places, None if sums is None else sums.joined(), finish)
 
 
 def step_plain(jobs: list[Job], group: Group, plan: Plan) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
-from ..functional import on_device
+from ..functional import CHUNK, Factor, has_rest, on_device
 from ..parts.length import SAMPLE, first_entry
 from ..parts.plan import Plan
-from ..parts.types import Group, Job, Site, site_of
+from ..parts.types import Group, Job, Site, State, Update, site_of
 from .refresh import grad_of
 
 
@@ -37,7 +38,7 @@ def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
                 [grad_of(job) for job in some],
                 [job.state[f"{SAMPLE}.exp_avg"] for job in some],
                 [job.state[f"{SAMPLE}.exp_avg_sq"] for job in some],
-                [first_entry(site_of(job), job.position) for job in some],
+                [first_entry(site_of(job)) for job in some],
                 [next_count(job, group) for job in some],
                 *group["betas"],
                 group["eps"],
@@ -89,13 +90,6 @@ def in_list(factor: Tensor | float) -> Tensor | float:
     return factor.unsqueeze(0) if isinstance(factor, Tensor) else factor
 
 
-def with_limit(factor: Tensor | float, limit: Tensor | float) -> Tensor | float:
-    """Return a factor of a list of one matrix times the limit of that matrix; 0 stays a number."""
-    if isinstance(factor, Tensor):
-        return factor * limit
-    return factor and factor * in_list(limit)
-
-
 def lengths_of(
     squares: Tensor,
     limited: Tensor | float,
@@ -118,3 +112,42 @@ def lengths_of(
         total = total + t * (2 * squares[..., 1] + t * squares[..., 2])
     scale: float = group["scale"]
     return plan.length.factor(scale, total.clamp_min(0).sqrt(), sample, site)
+
+
+def settled(
+    sums: Sums,
+    update: Update,
+    state: State,
+    site: Site,
+    age: int | Tensor,
+    group: Group,
+    plan: Plan,
+    listed: bool = False,
+) -> tuple[Update, Tensor | None]:
+    """Return an update with its limit, and the factor of each matrix, where one is measured.
+
+    Args:
+        sums: over all rows.
+        update: before the limit.
+        state, site, age, group, plan: of the matrices.
+        listed: whether factors of the update have an axis more, of a list of one.
+    """
+    limit: Tensor | float = 1.0
+    if sums.limiting is not None:
+        inside, uncorrected = plan.length.inside(group), plan.rule.uncorrected(age, group)
+        limit = plan.residual.limited(sums.limiting, state, site, inside, uncorrected)
+        factor = in_list(limit) if listed else limit
+        low, grad = (
+            part * factor if isinstance(part, Tensor) or part else part
+            for part in (update.low, update.grad)
+        )
+        update = replace(update, low=low, grad=grad)
+    if sums.squares is None:
+        return update, None
+    return update, lengths_of(sums.squares, limit, sums.sampled, site, group, plan)
+
+
+def is_formed(factor: Factor, update: Update, grad: Tensor) -> TypeGuard[Tensor]:
+    """Return whether an update that has to be measured is formed: a small one with a sign."""
+    by_basis = isinstance(factor, Tensor) and factor.is_floating_point()
+    return bool(update.sign) and by_basis and grad.numel() <= CHUNK and not has_rest(update)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
 from math import prod
 from operator import is_
@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..functional.views import matrix_shape
 from ..parts.checks import SettingError
 from ..parts.types import Group
-from ..settings.numbers import default_of
+from ..settings.numbers import fill
 from ..sharding.collectives import several
 
 
@@ -70,16 +70,19 @@ class Members:
         for member in self._known.values():
             member.fits = None
 
-    def note(self, groups: list[dict[str, Any]], defaults: Mapping[str, Any]) -> None:
+    def note(
+        self,
+        groups: list[dict[str, Any]],
+        defaults: Mapping[str, Any],
+        scale_of: Callable[[str], float],
+    ) -> None:
         """Take note of what has been changed in the groups from outside.
 
-        A group that lacks a setting gets the default. `param_names` follow their parameters; a
-        group without, beside others with them, gets names by place.
+        A group that lacks a setting gets a default, see `fill`. `param_names` follow their
+        parameters; a group without, beside others with them, gets names by place.
         """
         for index, group in enumerate(groups):
-            for key, value in defaults.items():
-                if key not in group:
-                    group[key] = default_of(key, value)
+            fill(group, defaults, scale_of)
             if "params" not in group:
                 raise SettingError(f"group {index} has no 'params'")
             if not isinstance(group["params"], list):

@@ -322,7 +322,8 @@ class Session:
 
     def note_members(self) -> None:
         """Take note of what has been changed in the groups from outside."""
-        self.members.note(self.groups, self.optimizer.defaults)
+        optimizer: Any = self.optimizer
+        self.members.note(self.groups, optimizer.defaults, optimizer.scale_of)
 
     def prepared(self) -> Prepared:
         """Return the groups as they are now, checked, with what follows from their settings."""

@@ -82,9 +82,10 @@ class Step:
         if member.fits != held:
             if (what := misfit(param, site, state, group, plan)) is not None:
                 raise RuntimeError(
-                    f"{what} the state of {self.name(entry)}: its group's parts, rank, side and "
-                    "state_dtype, and its own shape, dtype and device cannot change once there is "
-                    "state. Change it back, or start it without: del optimizer.state[param]"
+                    f"{what} the state of {self.name(entry)}: its group's parts, rank, side, "
+                    "length and state_dtype, and its own shape, dtype and device cannot change "
+                    "once there is state. Change it back, or start it without: "
+                    "del optimizer.state[param]"
                 )
             member.fits = held
 

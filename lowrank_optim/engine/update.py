@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..functional import (
+    UNIT,
     Factor,
     Norms,
     down,
     down_some,
+    form_sign,
     lift_write,
     load,
     row_norms,
@@ -40,7 +42,7 @@ from ..sharding.collectives import ALONE
 from . import launches
 from .backend import refusal
 from .feed import fed, fed_chunks, keep
-from .length import Sums, in_list, lengths_of, sampled, with_limit
+from .length import Sums, in_list, is_formed, sampled, settled
 from .plain import step_plain_eagerly
 from .refresh import ABREAST, Waiting, alike, grad_of, move_subspaces
 from .two_phase import Half, run, summed_chunks
@@ -305,30 +307,25 @@ def ended(begun: Begun, rates: Rates, group: Group, plan: Plan) -> Half | None:
     limiting = plan.residual.sums(norms, job.state, site, inside) if want.norms else None
     update = plan.residual.update(norms, job.state, site, inside)
     update = replace(update, low=in_list(update.low), grad=in_list(update.grad))
-    sums = Sums(limiting)
+    lifted, sums = factor, Sums(limiting)
     if plan.length.measured:
+        if kept and is_formed(factor, update, grad):
+            moved = [form_sign(grad, factor, kept[0], moved[0] if moved else None, update)]
+            kept, lifted, update = None, UNIT, Update(direction=update.sign)
         of_list = None if norms is None else Norms(*(norm.unsqueeze(0) for norm in norms))
-        squares = update_squares([grad], [factor], kept, moved, update, of_list)
+        squares = update_squares([grad], [lifted], kept, moved, update, of_list)
         sums = Sums(limiting, squares[0], job.sampled)
     del norms
 
     def finish(total: Tensor | None) -> None:
         found = sums if total is None else sums.split(total[0] if grad.ndim == 2 else total)
-        written, lengths = update, None
-        limit: Tensor | float = 1.0
-        if found.limiting is not None:
-            uncorrected = plan.rule.uncorrected(age, group)
-            limit = plan.residual.limited(found.limiting, job.state, site, inside, uncorrected)
-            written = replace(
-                update, low=with_limit(update.low, limit), grad=with_limit(update.grad, limit)
-            )
-        if found.squares is not None:
-            lengths = [lengths_of(found.squares, limit, found.sampled, site, group, plan)]
+        written, length = settled(found, update, job.state, site, age, group, plan, listed=True)
+        lengths = None if length is None else [length]
         matrix, view = oriented(job.param, job.layout.wide)
         noises = [noise_of(job, group)] if rounds(job.param, group) else None
         step_size, decay = rates
         lift_write(
-            [view], [grad], [factor], kept, moved, written, step_size, decay, noises, lengths
+            [view], [grad], [lifted], kept, moved, written, step_size, decay, noises, lengths
         )
         if matrix is not job.param and matrix.data_ptr() != job.param.data_ptr():
             job.param.copy_(matrix.view(job.param.shape))

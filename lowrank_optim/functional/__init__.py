@@ -19,7 +19,14 @@ from .cosine import dct, dct_scores
 from .draws import CARRIED, EXP_AVG, EXP_AVG_SQ, FED, MOMENTS, WEIGHT
 from .factors import UNIT, Factor, Unit, down, down_some, drop_, is_index, lift_, reach
 from .fourbit import BLOCK_4BIT, dequantize_4bit, quantize_4bit
-from .length import has_rest, sample_columns, sample_moments, sign_squares, update_squares
+from .length import (
+    form_sign,
+    has_rest,
+    sample_columns,
+    sample_moments,
+    sign_squares,
+    update_squares,
+)
 from .moments import (
     adam,
     adam_some,
@@ -32,6 +39,7 @@ from .moments import (
 )
 from .orthogonal import newton_schulz
 from .products import (
+    CHUNK,
     NEAR,
     compute_dtype,
     inverse,
@@ -70,6 +78,7 @@ __all__ = [
     "BLOCK",
     "BLOCK_4BIT",
     "CARRIED",
+    "CHUNK",
     "EXP_AVG",
     "EXP_AVG_SQ",
     "FED",
@@ -102,6 +111,7 @@ __all__ = [
     "down_some",
     "drop_",
     "dynamic_map",
+    "form_sign",
     "generator",
     "gram",
     "has_rest",

@@ -227,14 +227,14 @@ def signed_squares(
     """Return |X|^2 of one matrix, or |X|^2, <X, Y> and |Y|^2, where X has a sign."""
     n = None if direction is None or not update.direction else direction[k]
     plain = isinstance(factor, Unit) or is_index(factor)
-    if plain and not rest:  # the sign is 0 in all columns that N is lifted to
-        kept = 0 if isinstance(factor, Unit) else low.count_nonzero((-2, -1))
-        dropped = 0 if isinstance(factor, Unit) else grad.count_nonzero((-2, -1)) - kept
-        total = update.sign**2 * torch.as_tensor(dropped).to(low.device, compute_dtype(low.dtype))
-        if n is not None:
-            total = total + square_sum(n) * update.direction**2
-        return total.expand(grad.shape[:-2])[..., None]
     rows, dtype = grad.shape[-2], compute_dtype(low.dtype)
+    if plain and not rest:  # the sign is 0 in all columns that N is lifted to
+        total = torch.zeros(grad.shape[:-2], dtype=dtype, device=grad.device)
+        if not isinstance(factor, Unit):
+            total += (nonzeros(grad) - nonzeros(low)) * update.sign**2
+        if n is not None:
+            total += square_sum(n) * update.direction**2
+        return total[..., None]
     found = grad.new_zeros((*grad.shape[:-2], 3 if rest else 1), dtype=dtype)
     for chunk in row_chunks(rows, grad.numel() // max(1, rows)):
         part, inner = grad[..., chunk, :].to(dtype), low[..., chunk, :].to(dtype)
@@ -249,6 +249,27 @@ def signed_squares(
             pairs += [(x, y), (y, y)]
         found += torch.stack([(one * two).sum((-2, -1)) for one, two in pairs], -1)
     return found
+
+
+def nonzeros(x: Tensor) -> Tensor:
+    """Return how many values of each matrix are not 0, by the norm of signs: the fastest way."""
+    rows = x.shape[-2]
+    chunks = row_chunks(rows, x.numel() // max(1, rows))
+    counts = [square_sum(x[..., chunk, :].sign()) for chunk in chunks]
+    return sum(counts, torch.zeros(x.shape[:-2], device=x.device))
+
+
+def form_sign(
+    grad: Tensor, factor: Tensor, low: Tensor, direction: Tensor | None, update: Coefficients
+) -> Tensor:
+    """Return X / c of one matrix, for an update with a sign that is c, and without Y.
+
+    Where it is small, it is measured and written as it is: that saves two products.
+    """
+    x = drop_(grad.to(low.dtype, copy=True), low, factor).sign_()
+    if direction is not None and update.direction:
+        lift_(x, direction, factor, scale=update.direction / update.sign)
+    return x
 
 
 def cut(factor: Tensor | float, k: int, chunk: slice) -> Tensor | float:

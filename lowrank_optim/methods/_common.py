@@ -7,9 +7,10 @@ from typing import Any, TypedDict
 
 import torch
 
-from ..parts.checks import SettingError
+from ..parts.checks import SettingError, fail
 from ..parts.length import LENGTHS
 from ..parts.protocols import Feed
+from ..parts.rules.muon import LENGTHS as OWN_LENGTHS
 
 
 class Common(TypedDict, total=False):
@@ -46,7 +47,12 @@ def split_length(length: str) -> tuple[str, str]:
     Args:
         length: "published", "rms" or "adamw", with which Muon's own has no effect; or one of
             `Orthogonal`, which gives the length of a "published" step.
+
+    Raises:
+        SettingError: it is neither.
     """
+    if length not in (*LENGTHS, *OWN_LENGTHS):
+        raise fail("", "length", length, f"one of {', '.join(map(repr, (*LENGTHS, *OWN_LENGTHS)))}")
     return (length, "original") if length in LENGTHS else ("published", length)
 
 

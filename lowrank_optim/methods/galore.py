@@ -29,8 +29,8 @@ class GaLoreAdamW(LowRank):
     Args:
         rank: the paper uses 128 / 256 / 256 / 512 for LLaMA 60M / 130M / 350M / 1B.
         update_proj_gap: updates between decompositions.
-        scale: the paper's alpha. A projected matrix moves by lr * scale, other parameters by lr:
-            give them learning rates of their own (`param_groups`).
+        scale: the paper's alpha. With the published length a projected matrix moves by lr * scale,
+            other parameters by lr: give them learning rates of their own (`param_groups`).
         projector: "svd" is the paper's; "power" finds practically the same subspace without an SVD.
         on_refresh: "keep" is the paper's code; "rotate" and "align" keep the moments meaningful.
         For the other arguments and errors see `LowRank`.

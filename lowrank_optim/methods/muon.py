@@ -28,9 +28,11 @@ class MuonW(LowRank):
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`).
-        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
-            `CyclicLR` cycle these, and never `momentum`.
-        momentum, nesterov, length: see `Muon`; with "match_rms_adamw" AdamW's lr fits.
+        betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`. torch's
+            `OneCycleLR` and `CyclicLR` cycle these, and never `momentum`.
+        momentum, nesterov: see `Muon`.
+        length: one of Muon's own, see `Orthogonal`; or "rms" or "adamw", see `LowRank`. AdamW's lr
+            fits "match_rms_adamw", "rms" and "adamw".
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
 

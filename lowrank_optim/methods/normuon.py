@@ -24,15 +24,16 @@ class NorMuonW(LowRank):
     """Muon whose neurons are brought to one length, AdamW for the rest, in one object.
 
     See `NorMuon`.  Memory: m n values, a byte each with `state_dtype="8bit"`, one a neuron, and for
-    the length two a row.
+    AdamW's length at most 16 kB a matrix, or 8 bytes a row beyond 2048 rows.
 
     Args:
         lr, weight_decay: AdamW's, for all parameters.
         length: "adamw" goes as far as AdamW would; "published" is the paper's 0.2 a weight.
-        betas, eps: of AdamW, for parameters that are not matrices; the second beta also averages
-            the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle these, and never
-            `momentum`.
-        momentum, nesterov: see `NorMuon`.
+        betas, eps: of AdamW, for parameters that are not matrices and for the length; the second
+            beta also averages the squares of neurons. torch's `OneCycleLR` and `CyclicLR` cycle
+            these, and never `momentum`.
+        momentum, nesterov: see `NorMuon`; the paper's formula has no `nesterov`, the authors' code
+            has it.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.
 
@@ -52,7 +53,7 @@ class NorMuonW(LowRank):
         scale: float | None = None,
         length: str = "adamw",
         momentum: float = 0.95,
-        nesterov: bool = False,
+        nesterov: bool = True,
         **common: Unpack[Common],
     ) -> None:
         super().__init__(

@@ -27,7 +27,7 @@ class RACS(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
-        betas, eps: of AdamW, for parameters that are not matrices.
+        betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`.
         scale: the paper's alpha.
         beta: decay of Q and S.
         limiter: largest growth of the step's norm in one step; None for no limit.

@@ -29,8 +29,8 @@ class RMNPW(LowRank):
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`). Not tuned here: the default is
             the authors' code's.
-        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
-            `CyclicLR` cycle these, and never `momentum`.
+        betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`. torch's
+            `OneCycleLR` and `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         rank: 1.0; None in a group makes it plain AdamW.
         For the other arguments and errors see `LowRank`.

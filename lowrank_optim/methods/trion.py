@@ -34,11 +34,12 @@ class TrionW(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
-        betas, eps: of AdamW, for parameters that are not matrices. torch's `OneCycleLR` and
-            `CyclicLR` cycle these, and never `momentum`.
+        betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`. torch's
+            `OneCycleLR` and `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
         momentum_dtype: how M is stored, see `ErrorFeedback`.
-        length: see `Orthogonal`: the forms of Jordan, Kimi, Dion and none.
+        length: one of the forms of Jordan, Kimi, Dion and none, see `Orthogonal`; or "rms" or
+            "adamw", see `LowRank`, which AdamW's lr fits.
         For the other arguments and errors see `LowRank`.
 
     Reference: Modoranu et al., "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive

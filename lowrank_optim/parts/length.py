@@ -115,14 +115,15 @@ def width_of(site: Site) -> int:
     return min(site.layout.cols, -(-ENTRIES // max(1, site.layout.rows)))
 
 
-def first_entry(site: Site, position: int) -> int:
+def first_entry(site: Site) -> int:
     """Return the number of the first entry that this process holds, see `sample_columns`.
 
-    Each matrix begins somewhere else, by seed and place of its parameter.
+    Seed and shape alone decide which entries there are: a parameter may change its place among the
+    groups, and a checkpoint may have another order.
     """
     layout = site.layout
     first_row = layout.first_row % max(1, layout.rows)
-    start = (site.seed * 0x9E3779B1 + position * 0x85EBCA6B) % (1 << 32)
+    start = site.seed * 0x9E3779B1 % (1 << 32)
     return start + first_row * width_of(site)
 
 

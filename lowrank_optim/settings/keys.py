@@ -24,7 +24,6 @@ FOREIGN = {
     "scale_type": "use ApolloAdamW, with rank 1 for one factor a tensor",
     "density": "use 'rank' with a float: the share of the projected axis",
     "state_free": "pass it to the constructor, or put residual=StateFree(...) in the group",
-    "length": "pass it to the constructor, or put rule=Muon(...) or Orthogonal(...) in the group",
     "momentum_dtype": "pass it to the constructor, or put feed=ErrorFeedback(...) in the group",
     "error_dtype": "pass it to the constructor, or put feed=GeneralErrorFeedback(...) in the group",
     "process_group": "pass it to the constructor, it belongs to the whole optimizer",

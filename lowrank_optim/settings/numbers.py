@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from ..parts.checks import (
@@ -37,6 +37,23 @@ def default_of(key: str, value: Any) -> Any:
     if key not in WITH_NUMBERS or not isinstance(value, str) or value in names_of(key):
         return value
     return without_numbers(key, part_of(key, value))
+
+
+def fill(group: dict[str, Any], defaults: Group, scale_of: Callable[[str], float]) -> None:
+    """Give a group a default for each setting that it lacks, in place.
+
+    Args:
+        group: its scale may be None, which is one that it lacks.
+        defaults: the constructor's settings.
+        scale_of: the method's scale for a length: of a group that has another than the constructor.
+    """
+    if group.get("scale", 0.0) is None:
+        del group["scale"]
+    if "scale" not in group and group.get("length", defaults["length"]) != defaults["length"]:
+        group["scale"] = scale_of(group["length"])
+    for key, value in defaults.items():
+        if key not in group:
+            group[key] = default_of(key, value)
 
 
 def names_of(key: str) -> Container[str]:

@@ -90,12 +90,13 @@ def length(key: str, value: Any, where: str) -> str:
     return found
 
 
-def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any]:
-    """Return a check for a name in a registry, or an object that has the named method.
+def part(registry: dict[str, Any], *methods: str) -> Callable[[str, Any, str], Any]:
+    """Return a check for a name in a registry, or an object that has the named methods.
 
     One of ours becomes its text, so that groups hold plain data; one of the user's stays.
     """
     kinds = kinds_in(registry)
+    wanted = " and ".join(f"a method `{method}`" for method in methods)
 
     def check(key: str, value: Any, where: str) -> Any:
         if isinstance(value, str):
@@ -107,12 +108,14 @@ def part(registry: dict[str, Any], method: str) -> Callable[[str, Any, str], Any
                 raise SettingError(f"{key}={value!r}{where}: {error}") from None
             if found is not None:
                 return value
-        elif callable(getattr(value, method, None)) and not isinstance(value, type):
+        elif not isinstance(value, type) and all(
+            callable(getattr(value, method, None)) for method in methods
+        ):
             if type(value).__hash__ is None:
                 raise fail(where, key, value, "hashable, as a frozen dataclass is")
             return as_text(value, kinds)
         names = ", ".join(map(repr, registry))
-        raise fail(where, key, value, f"one of {names}, or an object with a method `{method}`")
+        raise fail(where, key, value, f"one of {names}, or an object with {wanted}")
 
     return check
 
@@ -145,7 +148,7 @@ CHECKS: dict[str, Callable[[str, Any, str], Any]] = {
     "feed": part(FEEDS, "feed"),
     "projector": part(PROJECTORS, "refresh"),
     "rule": part(RULES, "direction"),
-    "residual": part(RESIDUALS, "update"),
+    "residual": part(RESIDUALS, "update", "sums", "limited"),
     "side": one_of(*SIDES),
     "on_refresh": one_of(*ON_REFRESH),
     "state_dtype": state_dtype,

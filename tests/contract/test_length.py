@@ -251,6 +251,23 @@ def test_groups_have_lengths_and_scales_of_their_own():
     assert (c.detach() - before).square().mean().sqrt().item() == pytest.approx(0.4)
 
 
+@pytest.mark.parametrize("length", ["published", *LENGTHS])
+def test_the_scale_of_a_group_without_one_is_the_methods(length):
+    """However the group comes in, and also where its scale is None."""
+
+    def group(**settings):
+        return {"params": [nn.Parameter(torch.zeros(9, 5))], "length": length, **settings}
+
+    others = "rms" if length == "published" else "published"
+    optimizer = GaLoreAdamW([group(), group(scale=None)], rank=2, length=others)
+    optimizer.add_param_group(group())
+    optimizer.add_param_group(group(scale=None))
+    optimizer.param_groups += [group(), group(scale=None)]
+    optimizer.step()
+    scale = 0.25 if length == "published" else 1.0
+    assert [each["scale"] for each in optimizer.param_groups] == [scale] * 6
+
+
 def test_a_length_changed_under_the_state_is_refused_by_name():
     param = nn.Parameter(torch.ones(9, 5))
     optimizer = GaLoreAdamW([param], rank=2, length="published")
@@ -260,7 +277,7 @@ def test_a_length_changed_under_the_state_is_refused_by_name():
     optimizer.step()
     optimizer.param_groups[0]["length"] = "adamw"
     before = param.detach().clone()
-    with pytest.raises(RuntimeError, match=r"sample\.exp_avg"):
+    with pytest.raises(RuntimeError, match=r"sample\.exp_avg.* length and .* cannot change"):
         optimizer.step()
     assert torch.equal(param.detach(), before)
 
@@ -274,8 +291,9 @@ def test_muons_own_lengths_are_of_the_published_one(preset):
     assert preset([param], length="adamw", **rank).param_groups[0]["length"] == "adamw"
     with pytest.raises(SettingError, match=r"rule=Muon\(length='dion'\)"):
         preset([{"params": [param], "length": "dion"}], **rank)
-    with pytest.raises(ValueError, match="length"):
-        preset([param], length="adam", **rank)
+    for wrong in ("adam", None, ["adamw"]):
+        with pytest.raises(SettingError, match=r"length must be one of .*'adamw'.*'dion'"):
+            preset([param], length=wrong, **rank)
 
 
 def test_a_long_run_on_a_sample_goes_as_far_as_adamw():

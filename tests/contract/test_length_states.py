@@ -128,6 +128,59 @@ def test_a_checkpoint_with_a_sample_and_one_without_are_told_apart(there, here):
     assert same(before, optimizer.state_dict())
 
 
+def test_the_length_of_a_group_without_a_rank_keeps_no_checkpoint_out():
+    """It has no sample: as where a preset's default length has changed since."""
+
+    def built(length):
+        model = Model()
+        groups = [
+            {"params": [model.tall], "length": "rms"},
+            {"params": [model.vector], "rank": None},
+        ]
+        optimizer = galore(groups, length)
+        train(model, optimizer, range(2))
+        return model, optimizer
+
+    model, saved = built("published")
+    other, optimizer = built("adamw")
+    with pytest.warns(UserWarning, match="from the checkpoint .*length published"):
+        optimizer.load_state_dict(saved.state_dict())
+    train(model, saved, range(2, 4))
+    train(other, optimizer, range(2, 4))
+    assert_same(weights(other), weights(model))
+
+
+@pytest.mark.parametrize("change", ["removed", "sorted", "loaded by name"])
+def test_a_sample_has_the_same_entries_wherever_its_parameter_stands(change):
+    """Its moments would otherwise be of other entries."""
+    settings = {"lr": 1e-2, "rank": RANK, "length": "adamw", "projector": "columns"}
+
+    def stepped(optimizer, pairs, first, last):
+        for step in range(first, last):
+            for name, param in pairs:
+                rng = torch.Generator().manual_seed(10 * step + int(name))
+                param.grad = torch.randn(param.shape, generator=rng)
+            optimizer.step()
+
+    found = []
+    for changed in (False, True):
+        pairs = [(str(place), nn.Parameter(torch.ones(37, 41))) for place in range(3)]
+        optimizer = GaLoreAdamW([{"params": pairs}], **settings)
+        stepped(optimizer, pairs, 0, 3)
+        group = optimizer.param_groups[0]
+        if changed and change == "removed":
+            del group["params"][0]
+        elif changed and change == "sorted":
+            group["params"].reverse()
+        elif changed:
+            saved = optimizer.state_dict()
+            optimizer = GaLoreAdamW([{"params": pairs[::-1]}], **settings)
+            optimizer.load_state_dict(saved)
+        stepped(optimizer, pairs, 3, 6)
+        found.append([param.detach() for _, param in pairs[change == "removed" :]])
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize(("there", "here"), [("published", "rms"), ("rms", "published")])
 def test_of_two_lengths_without_a_sample_the_one_of_the_checkpoint_is_taken(there, here):
     """With its scale, and it is said: as all numbers of a group."""

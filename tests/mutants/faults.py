@@ -432,6 +432,23 @@ FAULTS = {
             "test_a_sample_lies_where_it_does_on_one_process[fsdp-2]",
         ),
     ),
+    "a sample moves with the place of its parameter": Fault(
+        "its moments become those of other entries where groups change",
+        "lowrank_optim/engine/length.py",
+        "[first_entry(site_of(job)) for job in some]",
+        "[first_entry(site_of(job)) + job.position for job in some]",
+        (
+            "tests/contract/test_length_states.py::"
+            "test_a_sample_has_the_same_entries_wherever_its_parameter_stands",
+        ),
+    ),
+    "an appended group has the scale of the constructor's length": Fault(
+        "only a scale that is None is replaced",
+        "lowrank_optim/settings/numbers.py",
+        """group.get("length", defaults["length"]) != defaults["length"]""",
+        "False",
+        ("tests/contract/test_length.py::test_the_scale_of_a_group_without_one_is_the_methods",),
+    ),
     "a sample is kept whole": Fault(
         "its moments are not cut as rows are",
         "lowrank_optim/parts/plan.py",

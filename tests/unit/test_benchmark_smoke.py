@@ -302,6 +302,37 @@ def test_host_time(script, tmp_path, monkeypatch):
     assert bool(kernels["note"]) != bool(kernels["files"])
 
 
+def test_length_cost(script, tmp_path, monkeypatch):
+    length_cost, path = script("length_cost"), tmp_path / "cost.csv"
+    monkeypatch.setitem(length_cost.SIZES, "60m", (24, 40, 1))
+    monkeypatch.setattr(script("peers"), "VOCAB", 30)
+    rates = {"copy_gb_s": 1.0, "matmul_tflops": 1.0, "threads": 1}
+    monkeypatch.setattr(length_cost, "facts", lambda device, dtype: rates)
+    command = ["--rank", "8", "--repeats", "2", "--layers", "1", "--out", str(path)]
+    assert length_cost.main([*command, "--methods", "galore", "muon"]) == 0
+    rows = rows_of(path)
+    assert list(rows[0]) == length_cost.FIELDS
+    assert [(row["method"], row["length"]) for row in rows] == [
+        (name, length) for name in ("galore", "muon") for length in length_cost.LENGTHS
+    ]
+    states = {(row["method"], row["length"]): int(row["state_bytes"]) for row in rows}
+    for name in ("galore", "muon"):
+        assert states[name, "published"] == states[name, "rms"] < states[name, "adamw"]
+    assert all(float(row["ms_min"]) > 0 for row in rows)
+
+
+def test_sample_size(script, work, tmp_path, monkeypatch):
+    sample_size, path = script("sample_size"), tmp_path / "sizes.csv"
+    monkeypatch.setattr(sample_size, "facts", lambda device, dtype: {"threads": 1})
+    options = ["--sizes", "64", "4096", "--losses", "64", "--out", str(path), "--work", str(work)]
+    assert sample_size.main(["--task", "smoke", *options]) == 0
+    few, many, trained = rows_of(path)
+    assert float(few["error"]) > float(many["error"]) == 0.0  # all entries of these matrices
+    assert float(few["error_95"]) >= float(few["error"])
+    assert (trained["kind"], trained["entries"]) == ("loss", "64")
+    assert_a_loss(trained["loss"])
+
+
 def test_sweep_models(script, capsys):
     sweep = script("sweep_models")
     sweep.main(["--library", "transformers", "--only", "^(rwkv|resnet)$"])

@@ -132,6 +132,20 @@ def test_a_projector_rule_and_residual_of_the_user():
     assert "First" in optimizer.state_dict()["param_groups"][0]["projector"]
 
 
+def test_a_residual_without_a_limiter_is_refused_before_a_step():
+    """As a residual of earlier versions, whose `update` was given the sums."""
+
+    class Earlier:
+        def sums(self, norms, state, site, group):
+            return norms.grad.sum((-2, -1), keepdim=False)
+
+        def update(self, norms, sums, state, group, uncorrected):
+            return Update(direction=1.0)
+
+    with pytest.raises(ValueError, match=r"residual=.*Earlier.* a method `limited`"):
+        LowRank([torch.nn.Parameter(torch.ones(8, 6))], rank=2, residual=Earlier())
+
+
 def test_parts_must_be_hashable():
     class Unhashable:
         __hash__ = None

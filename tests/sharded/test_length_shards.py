@@ -75,13 +75,13 @@ def differences(cases, layout, side):
     return found
 
 
-FEW = ("fsdp-2", "columns-4", "hybrid")
+OFTEN = ("fsdp-2", "columns-4", "hybrid")
 """Layouts that `make test` takes: rows, columns, and copies of rows."""
 
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(x, marks=[] if x in FEW else [pytest.mark.long]) for x in LAYOUTS],
+    [pytest.param(x, marks=[] if x in OFTEN else [pytest.mark.long]) for x in LAYOUTS],
 )
 def test_a_sample_lies_where_it_does_on_one_process(ranks, layout):
     for found in ranks.run(size_of(layout), differences, MEASURED, layout, "right"):

@@ -266,6 +266,8 @@ def test_the_scale_of_a_group_without_one_is_the_methods(length):
     optimizer.step()
     scale = 0.25 if length == "published" else 1.0
     assert [each["scale"] for each in optimizer.param_groups] == [scale] * 6
+    with pytest.raises(SettingError, match="group 6: scale must be a number of at least 0"):
+        optimizer.add_param_group(group(scale=torch.tensor(1.0)))
 
 
 def test_a_length_changed_under_the_state_is_refused_by_name():

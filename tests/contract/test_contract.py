@@ -21,7 +21,7 @@ from helpers.cases import (
     train,
     weights,
 )
-from lowrank_optim import RACS, RMNPW, GaLoreAdamW, MuonW, TrionW
+from lowrank_optim import RACS, RMNPW, GaLoreAdamW, MuonW, NorMuonW, TrionW
 from lowrank_optim.settings.plans import numbers_in
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)

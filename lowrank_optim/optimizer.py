@@ -51,7 +51,8 @@ class LowRank(Optimizer):
             `param_groups` sorts them; (name, tensor) pairs, sorted likewise as far as names and
             shapes tell; tensors or group dicts, which mean what they say. Frozen parameters are
             taken too, and are trained once they require a gradient.
-        lr: learning rate, a number or a tensor of one element.
+        lr: learning rate, a number or a tensor of one element. None is the method's own with the
+            published length, and 1e-3, AdamW's, with another.
         betas: decay of the moments, each in [0, 1).
         eps: added to the corrected root of the second moment.
         weight_decay: decoupled decay, applied before the update.
@@ -69,7 +70,7 @@ class LowRank(Optimizer):
             residual say. "rms": its root mean square is lr times `scale` times 0.2. "adamw": it is
             `scale` times that of AdamW's step, measured on a sample of some 1024 entries of the
             matrix with the group's betas and eps (see `parts.length`): AdamW's lr, schedule and
-            decay fit. The default lr of a method is for its default length.
+            decay fit.
         projector: "svd", "power", "dct", "random", "columns", "blocks", "identity" or a
             `Projector`.
         feed: what is projected: "gradient", "error_feedback", "general_error_feedback",
@@ -117,9 +118,15 @@ class LowRank(Optimizer):
             complex gradient.
     """
 
+    published_lr: ClassVar[float] = 1e-3
     published_scale: ClassVar[float] = 1.0
     measured_scale: ClassVar[float] = 1.0
     _session: Session
+
+    @classmethod
+    def lr_of(cls, length: str) -> float:
+        """Return the learning rate for a length, for where none is given."""
+        return cls.published_lr if length == "published" else 1e-3
 
     @classmethod
     def scale_of(cls, length: str) -> float:
@@ -129,7 +136,7 @@ class LowRank(Optimizer):
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
@@ -164,6 +171,7 @@ class LowRank(Optimizer):
     ) -> None:
         check_unknown(unknown, type(self).__name__)
         check_keys({"amsgrad": amsgrad, "differentiable": differentiable}, "")
+        lr = self.lr_of(length) if lr is None else lr
         scale = self.scale_of(length) if scale is None else scale
         given_here = locals()
         defaults: dict[str, Any] = {

@@ -28,6 +28,7 @@ class CompensatedAdamW(LowRank):
     Memory: 2 m r + n r + m values.
 
     Args:
+        lr: 2e-2 is the default with the published length, 1e-3 with another.
         scale: the paper's alpha.
         compensation: its alpha_c.
         limiter: largest growth of |C| in one step; None for no limit.
@@ -38,12 +39,13 @@ class CompensatedAdamW(LowRank):
         Alice, without its subspace switching and tracking.
     """
 
+    published_lr: ClassVar[float] = 2e-2
     published_scale: ClassVar[float] = 0.3
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 2e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.9),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

@@ -31,6 +31,7 @@ class CondaW(LowRank):
     rank, or `state_dtype="8bit"`, saves.
 
     Args:
+        lr: 1e-2 is the default with the published length, 1e-3 with another.
         rank: 1.0 in the paper.
         update_proj_gap: updates between decompositions.
         scale: the paper's alpha.
@@ -42,12 +43,13 @@ class CondaW(LowRank):
         decay comes before the update, as in `torch.optim.AdamW`.
     """
 
+    published_lr: ClassVar[float] = 1e-2
     published_scale: ClassVar[float] = 0.25
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 1e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

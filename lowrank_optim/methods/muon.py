@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,7 @@ class MuonW(LowRank):
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own
             (`param_groups(model, rank=1.0, lr=2e-2, rest_lr=1e-3)`).
+            2e-2 is the default with the published length, 1e-3 with another.
         betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`. torch's
             `OneCycleLR` and `CyclicLR` cycle these, and never `momentum`.
         momentum, nesterov: see `Muon`.
@@ -41,10 +42,12 @@ class MuonW(LowRank):
         `benchmarks/README.md`: with 8-bit momentum it ended 10 % below AdamW after 4000 steps.
     """
 
+    published_lr: ClassVar[float] = 2e-2
+
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 2e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

@@ -27,6 +27,7 @@ class RACS(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
+            2e-2 is the default with the published length, 1e-3 with another.
         betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`.
         scale: the paper's alpha.
         beta: decay of Q and S.
@@ -38,12 +39,13 @@ class RACS(LowRank):
         Fisher Approximation with a Low-Rank Extension", arXiv 2502.07752.
     """
 
+    published_lr: ClassVar[float] = 2e-2
     published_scale: ClassVar[float] = 0.05
 
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 2e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -34,6 +34,7 @@ class TrionW(LowRank):
 
     Args:
         lr: of matrices; give other parameters a learning rate in a group of their own.
+            2e-2 is the default with the published length, 1e-3 with another.
         betas, eps: of AdamW, for parameters that are not matrices and for `length="adamw"`. torch's
             `OneCycleLR` and `CyclicLR` cycle these, and never `momentum`.
         momentum: mu.
@@ -48,10 +49,12 @@ class TrionW(LowRank):
         https://kellerjordan.github.io/posts/muon/, in the cosine basis and without `nesterov`.
     """
 
+    published_lr: ClassVar[float] = 2e-2
+
     def __init__(
         self,
         params: Params,
-        lr: float | Tensor = 2e-2,
+        lr: float | Tensor | None = None,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,

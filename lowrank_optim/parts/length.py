@@ -48,7 +48,8 @@ class Measured(Published):
     """A fixed length: W moves by lr s U with s = scale 0.2 sqrt(m n) / |U|_F, in every step.
 
     The update of AdamW has a root mean square of about sqrt((1-b1) / (1+b1)) where gradients are
-    noise, 0.23 at b1 = 0.9; it is larger while they agree. An update of norm 0 stays 0.
+    noise, 0.23 at b1 = 0.9; it is larger while they agree. An update of norm 0 stays 0, and of one
+    whose norm is not finite all finite entries become 0.
 
     Reference: Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982, has 0.2 for Muon,
         from the shape of the matrix; Li et al., "NorMuon", arXiv 2510.05491, from |U|_F, as here.

@@ -28,7 +28,7 @@ from lowrank_optim.settings.plans import plan_of
 nan = float("nan")
 SETTINGS = {
     "rank": [0, -1, 1.5, 0.0, -0.5, True, "8", nan],
-    "lr": [-1e-3, nan, float("inf"), "0.1", None, torch.ones(2)],
+    "lr": [-1e-3, nan, float("inf"), "0.1", torch.ones(2)],
     "betas": [(1.0, 0.9), (0.9, -0.1), (0.9,), 0.9, (0.9, 0.99, 0.999), None],
     "eps": [-1e-8, nan, "x"],
     "weight_decay": [-0.1, nan],

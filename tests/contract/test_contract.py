@@ -21,7 +21,7 @@ from helpers.cases import (
     train,
     weights,
 )
-from lowrank_optim import RACS, RMNPW, GaLoreAdamW, MuonW, TrionW
+from lowrank_optim import RACS, RMNPW, GaLoreAdamW, MuonW, NorMuonW, TrionW
 from lowrank_optim.settings.plans import numbers_in
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -257,10 +257,7 @@ def test_schedulers_set_the_rate_that_is_applied(schedule):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_one_cycle_moves_betas_and_no_number_of_a_part(preset):
-    """Where the rule of matrices has a momentum of its own, they do not notice.
-
-    NorMuonW's do: they move as far as AdamW, which has these betas.
-    """
+    """Where the rule of matrices has a momentum of its own, they do not notice."""
     ends = []
     for cycles in (True, False):
         param = torch.nn.Parameter(torch.ones(13, 7))
@@ -275,7 +272,7 @@ def test_one_cycle_moves_betas_and_no_number_of_a_part(preset):
         moved = [key for key, value in before.items() if group[key] != value]
         assert moved == (["betas"] if cycles else [])
         ends.append(param.detach())
-    same = preset in (MuonW, RMNPW, TrionW, RACS)
+    same = preset in (MuonW, NorMuonW, RMNPW, TrionW, RACS)
     assert torch.equal(*ends) == same
 
 

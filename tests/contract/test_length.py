@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers.cases import CASES, GAP, Case
+from helpers.cases import CASES, GAP, PRESETS, Case
 from helpers.pairwise import in_turn
 from lowrank_optim import FiraAdamW, GaLoreAdamW, LowRankAdamW, MuonW, NorMuonW, TrionW
 from lowrank_optim.parts.checks import SettingError
@@ -266,6 +266,8 @@ def test_the_scale_of_a_group_without_one_is_the_methods(length):
     optimizer.step()
     scale = 0.25 if length == "published" else 1.0
     assert [each["scale"] for each in optimizer.param_groups] == [scale] * 6
+    with pytest.raises(SettingError, match="group 6: scale must be a number of at least 0"):
+        optimizer.add_param_group(group(scale=torch.tensor(1.0)))
 
 
 def test_a_length_changed_under_the_state_is_refused_by_name():
@@ -315,3 +317,14 @@ def test_a_long_run_on_a_sample_goes_as_far_as_adamw():
             optimizers[name].step()
             total[name] += float((param.detach() - before).norm())
     assert total["ours"] == pytest.approx(total["adamw"], rel=0.03)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.__name__)
+def test_a_length_that_is_not_published_has_the_rate_of_adamw(preset):
+    """Without an lr; Muon's own is twenty times that."""
+    param = nn.Parameter(torch.ones(9, 5))
+    for length in LENGTHS:
+        assert preset([param], rank=2, length=length).param_groups[0]["lr"] == 1e-3
+    published = preset([param], rank=2, length="published")
+    assert published.param_groups[0]["lr"] == preset.published_lr
+    assert preset([param], rank=2, lr=0.5, length="adamw").param_groups[0]["lr"] == 0.5

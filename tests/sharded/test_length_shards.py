@@ -75,13 +75,13 @@ def differences(cases, layout, side):
     return found
 
 
-FEW = ("fsdp-2", "columns-4", "hybrid")
+OFTEN = ("fsdp-2", "columns-4", "hybrid")
 """Layouts that `make test` takes: rows, columns, and copies of rows."""
 
 
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(x, marks=[] if x in FEW else [pytest.mark.long]) for x in LAYOUTS],
+    [pytest.param(x, marks=[] if x in OFTEN else [pytest.mark.long]) for x in LAYOUTS],
 )
 def test_a_sample_lies_where_it_does_on_one_process(ranks, layout):
     for found in ranks.run(size_of(layout), differences, MEASURED, layout, "right"):
@@ -90,8 +90,11 @@ def test_a_sample_lies_where_it_does_on_one_process(ranks, layout):
 
 @pytest.mark.parametrize(
     ("layout", "cases"),
-    [("fsdp-2", OTHERS), ("fsdp-4", OTHERS[::2]), ("hybrid", OTHERS[1::2])],
-    ids=["fsdp-2", "fsdp-4", "hybrid"],
+    [
+        pytest.param("fsdp-2", OTHERS, id="fsdp-2"),
+        pytest.param("fsdp-4", OTHERS[::2], id="fsdp-4", marks=pytest.mark.long),
+        pytest.param("hybrid", OTHERS[1::2], id="hybrid", marks=pytest.mark.long),
+    ],
 )
 def test_every_way_to_a_direction_has_its_length(ranks, layout, cases):
     assert len(OTHERS) == len(WHOLE)
@@ -99,7 +102,7 @@ def test_every_way_to_a_direction_has_its_length(ranks, layout, cases):
         assert max(found.values()) < 1e-12, found
 
 
-@pytest.mark.parametrize("layout", ["fsdp-2", "fsdp-4"])
+@pytest.mark.parametrize("layout", ["fsdp-2", pytest.param("fsdp-4", marks=pytest.mark.long)])
 def test_rows_that_are_columns_of_the_parameter_are_sampled_alike(ranks, layout):
     """The projected axis is the one that is cut: what is stepped is exchanged before."""
     for found in ranks.run(size_of(layout), left_differences, layout):
@@ -155,9 +158,9 @@ def experts(layout, shape):
     ("layout", "shape"),
     [
         ("fsdp-2", (3, 8, 5)),
-        ("fsdp-4", (3, 8, 5)),
+        pytest.param("fsdp-4", (3, 8, 5), marks=pytest.mark.long),
         ("nested", (5, 6, 9)),
-        ("rows-columns", (3, 8, 5)),
+        pytest.param("rows-columns", (3, 8, 5), marks=pytest.mark.long),
     ],
 )
 def test_each_expert_has_its_sample_wherever_it_lies(ranks, layout, shape):
@@ -178,6 +181,6 @@ def copies(length):
     assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
 
 
-@pytest.mark.parametrize("length", ["rms", "adamw"])
-def test_copies_have_one_length(ranks, length):
-    ranks.run(2, copies, length)
+def test_copies_have_one_length(ranks):
+    for length in ("rms", "adamw"):
+        ranks.run(2, copies, length)

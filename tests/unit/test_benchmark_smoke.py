@@ -279,6 +279,7 @@ def test_report(script, tmp_path, capsys):
         assert (tmp_path / "docs" / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.long
 def test_host_time(script, tmp_path, monkeypatch):
     host_time, path = script("host_time"), tmp_path / "new" / "host.csv"
     monkeypatch.setattr(host_time, "LISTS", {"two": ([(24, 16), (9, 40), (5,)], 1.5)})

@@ -147,6 +147,7 @@ def test_a_process_that_dies_or_takes_too_long_is_a_row(fit, tiny, monkeypatch):
     assert fit[0].train(tiny["dct"], 5)["message"] == "stopped after 5 s"
 
 
+@pytest.mark.long
 def test_a_case_in_a_process_of_its_own(fit, tiny, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     row = fit[0].train(tiny["dct"], 300)

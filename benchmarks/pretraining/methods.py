@@ -23,7 +23,8 @@ class Spec(NamedTuple):
         gap: steps between refreshes.
         state: dtype of the moments, "float32", "bfloat16" or "8bit".
         weights: dtype of weights and gradients; bfloat16 is rounded stochastically, AdamW's not.
-        change: settings that differ from the method's, as keyword=value, ...
+        change: settings that differ from the method's, as keyword=value, ...; the length of an
+            update is the published one where none is named.
     """
 
     task: str
@@ -117,6 +118,7 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         **({} if method.record.whole else {"update_proj_gap": spec.gap}),
         "stochastic_rounding": spec.weights == "bfloat16",
         "state_dtype": {"float32": None, "bfloat16": torch.bfloat16}.get(spec.state, spec.state),
+        "length": "published",
         "length": "published",
         **changes(spec.change),
     }

@@ -119,7 +119,6 @@ def build_optimizer(spec: Spec, model: nn.Module) -> torch.optim.Optimizer:
         "stochastic_rounding": spec.weights == "bfloat16",
         "state_dtype": {"float32": None, "bfloat16": torch.bfloat16}.get(spec.state, spec.state),
         "length": "published",
-        "length": "published",
         **changes(spec.change),
     }
     return method.record.build(

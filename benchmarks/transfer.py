@@ -66,6 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--near", metavar="TASK[:STEPS]", help="begin AdamW's search at the rates found for it"
     )
+    parser.add_argument(
+        "--rates-of", type=int, metavar="STEPS", help="AdamW's rates from its search over these"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lengths", nargs="+", default=LENGTHS, choices=LENGTHS)
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
@@ -105,7 +108,7 @@ def best_of(
 
 def swap(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     """Return every method at AdamW's rates, with each length."""
-    like = reference(ledger, args.task, args.steps)
+    like = reference(ledger, args.task, args.steps, args.rates_of)
     return seeded(
         (
             swapped(like, method, length)
@@ -118,7 +121,7 @@ def swap(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
 
 def scales(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     """Return every method with AdamW's length times each scale; AdamW with its rate."""
-    like = reference(ledger, args.task, args.steps)
+    like = reference(ledger, args.task, args.steps, args.rates_of)
     return seeded(
         (scaled(like, method, scale) for scale in args.scales for method in args.methods), args
     )
@@ -126,7 +129,7 @@ def scales(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
 
 def sweep(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     """Return every method with AdamW's length, and AdamW, at AdamW's rates times each factor."""
-    like = reference(ledger, args.task, args.steps)
+    like = reference(ledger, args.task, args.steps, args.rates_of)
     return seeded(
         (
             faster(swapped(like, method), factor)
@@ -139,7 +142,7 @@ def sweep(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
 
 def conditions(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     """Return every method with AdamW's length, and AdamW, under each condition."""
-    like = reference(ledger, args.task, args.steps)
+    like = reference(ledger, args.task, args.steps, args.rates_of)
     return seeded(
         (
             CONDITIONS[condition](swapped(like, method))
@@ -150,14 +153,18 @@ def conditions(ledger: Ledger, args: argparse.Namespace) -> list[Runs]:
     )
 
 
-def reference(ledger: Ledger, task: str, steps: int | None) -> Spec:
+def reference(ledger: Ledger, task: str, steps: int | None, rates_of: int | None = None) -> Spec:
     """Return AdamW's final run at its tuned rates, with seed 0.
+
+    Args:
+        steps: of the run; None for the task's.
+        rates_of: steps of the runs of the search, if other than that.
 
     Raises:
         LookupError: AdamW's rates were not searched for.
     """
-    found, _, _ = tuned(ledger, base(task, "adamw", steps))
-    return found._replace(split="final", seed=0)
+    found, _, _ = tuned(ledger, base(task, "adamw", rates_of or steps))
+    return found._replace(split="final", seed=0, steps=steps or TASKS[task].steps)
 
 
 def swapped(like: Spec, method: str, length: str = "adamw", scale: float = 1.0) -> Spec:

@@ -23,7 +23,8 @@ class Spec(NamedTuple):
         gap: steps between refreshes.
         state: dtype of the moments, "float32", "bfloat16" or "8bit".
         weights: dtype of weights and gradients; bfloat16 is rounded stochastically, AdamW's not.
-        change: settings that differ from the method's, as keyword=value, ...
+        change: settings that differ from the method's, as keyword=value, ...; the length of an
+            update is the published one where none is named.
     """
 
     task: str

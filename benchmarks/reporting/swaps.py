@@ -13,7 +13,17 @@ from pretraining.ledger import Ledger, spec_of
 from pretraining.methods import METHODS, Spec
 from pretraining.tasks import TASKS
 from pretraining.tune import base, tuned
-from transfer import CONDITIONS, FACTORS, LENGTHS, SCALES, change_of, faster, scaled, swapped
+from transfer import (
+    CONDITIONS,
+    FACTORS,
+    LENGTHS,
+    SCALES,
+    change_of,
+    faster,
+    reference,
+    scaled,
+    swapped,
+)
 
 from .gpu import RESULTS
 from .groups import Row, Runs, conditions
@@ -41,16 +51,22 @@ class Found:
         return {spec: Runs(spec, dict(sorted(seen.items()))) for spec, seen in rows.items()}
 
     @cached_property
-    def references(self) -> dict[tuple[str, int], Spec]:
-        """AdamW's run at its tuned rates by task and steps, where it was made."""
+    def references(self) -> dict[str, Spec]:
+        """AdamW's run at its tuned rates by task and steps, where it was made.
+
+        Where no rates were sought for that many steps, they are those of the task's own length.
+        """
         made = {(spec.task, spec.steps) for spec in self.runs if spec.method == "adamw"}
-        found = {}
+        found: dict[str, Spec] = {}
         for task, steps in sorted(made, key=lambda key: (list(TASKS).index(key[0]), key[1])):
-            with contextlib.suppress(LookupError):
-                best, _, _ = tuned(self.ledger, base(task, "adamw", steps))
-                spec = best._replace(split="final", seed=0)
-                if spec in self.runs:
-                    found[task, steps] = spec
+            usual = TASKS[task].steps
+            for rates_of in dict.fromkeys((steps, usual)):
+                with contextlib.suppress(LookupError):
+                    spec = reference(self.ledger, task, steps, rates_of)
+                    name = f"{task}, {steps}" + (f", rates of {usual}" * (rates_of != steps))
+                    if spec in self.runs and spec not in found.values():
+                        found[name] = spec
+                        break
         return found
 
     def own(self, like: Spec, method: str) -> Runs | None:
@@ -78,7 +94,7 @@ def made_of(show: Callable[[Found], tuple[list[str], list[list[str]], list[Runs]
 def swaps(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
     """Show the loss of each length at AdamW's rates, beside the method's own tuned best."""
     lines, used = [], []
-    for (task, steps), like in found.references.items():
+    for place, like in found.references.items():
         adamw = found.runs[like]
         block, kept = [], [adamw]
         for name in list(METHODS)[1:]:
@@ -92,7 +108,7 @@ def swaps(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
             used += kept
             rates = f"{like.lr:g}, {like.rest_lr:g}"
             first = [METHODS["adamw"].label, *["-"] * len(LENGTHS), "-", value(adamw), rates]
-            lines += [[line[0], f"{task}, {steps}", *line[1:]] for line in (first, *block)]
+            lines += [[line[0], place, *line[1:]] for line in (first, *block)]
     heads = [
         "method", "task, steps", "published length", "RMS 0.2", "AdamW's length", "to AdamW",
         "own tuned best", "at lr, rest lr",
@@ -112,19 +128,20 @@ def directions(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
         cells = []
         for like in columns.values():
             runs, adamw = found.runs.get(swapped(like, name)), found.runs[like]
-            cells.append("-" if runs is None else f"{value(runs)}, {relative(runs, adamw)}")
+            beside = "" if runs in (None, adamw) else f", {relative(runs, adamw)}"
+            cells.append(value(runs) + beside)
             if runs is not None:
                 used.append(runs)
                 lines.setdefault(name, (shares(runs, adamw), cells))
     ordered = sorted(lines, key=lambda name: statistics.fmean(lines[name][0]))
-    heads = ["direction", *(f"{task}, {steps} steps" for task, steps in columns)]
+    heads = ["direction", *columns]
     return heads, [[METHODS[name].label, *lines[name][1]] for name in ordered], used
 
 
 def scale_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
     """Show the loss of each multiple of AdamW's length; AdamW's of the rate of its matrices."""
     lines, used = [], []
-    for (task, steps), like in found.references.items():
+    for place, like in found.references.items():
         for name in METHODS:
             at = [found.runs.get(scaled(like, name, scale)) for scale in SCALES]
             kept = [runs for runs in at if runs]
@@ -132,7 +149,7 @@ def scale_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
                 used += kept
                 best = min(kept, key=lambda runs: runs.mean)
                 lines.append([
-                    METHODS[name].label, f"{task}, {steps}", *map(value, at),
+                    METHODS[name].label, place, *map(value, at),
                     f"{SCALES[at.index(best)]:g}", relative(best, found.runs[like]),
                 ])  # fmt: skip
     heads = ["method", "task, steps", *(f"{scale:g}" for scale in SCALES), "best", "to AdamW at 1"]
@@ -142,7 +159,7 @@ def scale_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
 def sweep_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
     """Show the loss at multiples of both of AdamW's rates."""
     lines, used = [], []
-    for (task, steps), like in found.references.items():
+    for place, like in found.references.items():
         for name in METHODS:
             at = [found.runs.get(faster(swapped(like, name), factor)) for factor in FACTORS]
             kept = [runs for runs in at if runs]
@@ -150,7 +167,7 @@ def sweep_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
                 used += kept
                 best = min(kept, key=lambda runs: runs.mean)
                 where = f"{FACTORS[at.index(best)]:g}"
-                lines.append([METHODS[name].label, f"{task}, {steps}", *map(value, at), where])
+                lines.append([METHODS[name].label, place, *map(value, at), where])
     heads = ["method", "task, steps", *(f"{factor:g}" for factor in FACTORS), "best at"]
     return heads, lines, used
 
@@ -158,7 +175,7 @@ def sweep_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
 def condition_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
     """Show the loss of AdamW under each condition, and each method's beside it."""
     lines, used = [], []
-    for (task, steps), like in found.references.items():
+    for place, like in found.references.items():
         for name in METHODS:
             cells, kept = [], []
             for changed in CONDITIONS.values():
@@ -168,7 +185,7 @@ def condition_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs
                 kept += [runs] if runs else []
             if kept:
                 used += kept
-                lines.append([METHODS[name].label, f"{task}, {steps}", *cells])
+                lines.append([METHODS[name].label, place, *cells])
     return ["method", "task, steps", *CONDITIONS], lines, used
 
 
@@ -199,7 +216,7 @@ def shares(runs: Runs, other: Runs) -> list[float]:
 def sweep_content(_: Ledger) -> Any:
     """Return the curves of the figure: means over seeds by factor."""
     found, shown = Found(LEDGER), {}
-    like = found.references.get(SWEPT)
+    like = found.references.get(", ".join(map(str, SWEPT)))
     for name in METHODS if like else ():
         assert like is not None
         at = {factor: found.runs.get(faster(swapped(like, name), factor)) for factor in FACTORS}

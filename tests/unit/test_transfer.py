@@ -73,6 +73,14 @@ def test_another_length_begins_at_the_rates_of_the_first(ledger):
     assert {spec.steps for spec in longer} == {24}
 
 
+def test_rates_can_be_those_of_another_length(ledger):
+    runs = made(ledger, "sweep", "--steps", "48", "--rates-of", "12", "--factors", "1")
+    assert {(spec.steps, spec.lr, spec.rest_lr) for spec in runs} == {(48, 3e-3, 0.03)}
+    found = swaps.Found(ledger).references
+    assert list(found) == ["smoke, 12", "smoke, 48, rates of 12"]
+    assert [spec.steps for spec in found.values()] == [12, 48]
+
+
 def test_nothing_is_swapped_before_adamw_is_tuned(tmp_path):
     with pytest.raises(LookupError, match="smoke adamw: no rates were tuned"):
         made(Ledger(tmp_path / "none.csv"), "swap")

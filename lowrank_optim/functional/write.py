@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .draws import WEIGHT
-from .factors import Factor, drop_, is_index, lift_
+from .factors import Factor, Unit, drop_, is_index, lift_
 from .products import compute_dtype, row_chunks
 from .rounding import Noise, round_into_, stack_bits
 
@@ -75,10 +75,16 @@ def lift_write(
     """
     for k, (param, grad, factor) in enumerate(zip(params, grads, factors, strict=True)):
         step = step_size if lengths is None else stretched(step_size, lengths[k])
-        inner = inner_of(low, direction, update, step, k)
+        bare = lengths is not None and low is None and isinstance(factor, Unit)
+        stretch = 1.0
+        if bare and direction is not None and not isinstance(step, Tensor):
+            inner: Tensor | None = direction[k]
+            stretch = step * update.direction  # no copy of a whole matrix
+        else:
+            inner = inner_of(low, direction, update, step, k)
         scale_grad = times(update.grad, step, k)
         if param.dtype in EXACT and not update.sign:
-            add_into_(param, grad, inner, factor, scale_grad, decay)
+            add_into_(param, grad, inner, factor, scale_grad, decay, stretch)
             continue
         dtype = compute_dtype(param.dtype)
         rows, row_size = param.shape[-2], param.numel() // max(1, param.shape[-2])
@@ -89,7 +95,7 @@ def lift_write(
             scale = scale_grad
             if isinstance(scale, Tensor) and scale.ndim and scale.shape[-2] == rows:
                 scale = scale[..., chunk, :]
-            add_into_(out, grad[..., chunk, :], part, factor, scale, decay)
+            add_into_(out, grad[..., chunk, :], part, factor, scale, decay, stretch)
             if update.sign and low is not None:
                 rest = low[k][..., chunk, :], factor
                 add_sign_(out, grad[..., chunk, :], *rest, update.sign * step)
@@ -152,10 +158,11 @@ def add_into_(
     factor: Factor,
     scale_grad: Tensor | float | None,
     decay: float | Tensor,
+    stretch: float = 1.0,
 ) -> None:
-    """Set `out` to `decay out + inner P^T + scale_grad G`, in place."""
+    """Set `out` to `decay out + stretch inner P^T + scale_grad G`, in place."""
     if inner is not None:
-        lift_(out, inner, factor, keep=decay)
+        lift_(out, inner, factor, keep=decay, scale=stretch)
     elif isinstance(decay, Tensor) or decay != 1:
         out.mul_(decay)
     if scale_grad is None:

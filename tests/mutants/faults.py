@@ -249,8 +249,8 @@ FAULTS = {
     "decay after the update": Fault(
         "the update decays too",
         "lowrank_optim/functional/write.py",
-        "lift_(out, inner, factor, keep=decay)",
-        "lift_(out, inner, factor)\n        out.mul_(decay)",
+        "lift_(out, inner, factor, keep=decay, scale=stretch)",
+        "lift_(out, inner, factor, scale=stretch)\n        out.mul_(decay)",
         (METHODS + "test_galore[auto-keep-(13, 7)]",),
     ),
     "maximize is ignored": Fault(
@@ -692,5 +692,29 @@ FAULTS = {
         'row["state"] += tensor_bytes(template(param, site, group, plan, layout))',
         'row["state"] += tensor_bytes(template(param, None, group, plan, layout))',
         ("tests/contract/test_memory.py::test_prediction_equals_measurement[galore]",),
+    ),
+    "a scale inside a length": Fault(
+        "a scale acts on a part of the update before it is brought to its length",
+        "lowrank_optim/parts/length.py",
+        'return {**group, "scale": 1.0}',
+        "return group",
+        ("tests/contract/test_length.py::test_a_length_changes_no_direction",),
+    ),
+    "a length without the rest": Fault(
+        "the norm of an update is the one of what lies in the subspace",
+        "lowrank_optim/engine/length.py",
+        "total = total + t * (2 * squares[..., 1] + t * squares[..., 2])",
+        "total = total + 0 * t",
+        ("tests/contract/test_length.py::test_a_fixed_length_is_two_tenths_in_every_step[fira]",),
+    ),
+    "Muon's rate at AdamW's length": Fault(
+        "without an lr matrices move twenty times as far as AdamW",
+        "lowrank_optim/optimizer.py",
+        'return cls.published_lr if length == "published" else 1e-3',
+        "return cls.published_lr",
+        (
+            "tests/contract/test_length.py::"
+            "test_a_length_that_is_not_published_has_the_rate_of_adamw[MuonW]",
+        ),
     ),
 }

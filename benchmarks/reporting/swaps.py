@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -143,7 +143,7 @@ def scale_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
     lines, used = [], []
     for place, like in found.references.items():
         for name in METHODS:
-            at = [found.runs.get(scaled(like, name, scale)) for scale in SCALES]
+            at = alike([found.runs.get(scaled(like, name, scale)) for scale in SCALES])
             kept = [runs for runs in at if runs]
             if len(kept) > 1:
                 used += kept
@@ -161,7 +161,7 @@ def sweep_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs]]:
     lines, used = [], []
     for place, like in found.references.items():
         for name in METHODS:
-            at = [found.runs.get(faster(swapped(like, name), factor)) for factor in FACTORS]
+            at = alike([found.runs.get(faster(swapped(like, name), factor)) for factor in FACTORS])
             kept = [runs for runs in at if runs]
             if len(kept) > 1:
                 used += kept
@@ -187,6 +187,18 @@ def condition_table(found: Found) -> tuple[list[str], list[list[str]], list[Runs
                 used += kept
                 lines.append([METHODS[name].label, place, *cells])
     return ["method", "task, steps", *CONDITIONS], lines, used
+
+
+def alike(many: list[Runs | None]) -> list[Runs | None]:
+    """Return runs with those seeds only that all of them have, so that means can be compared."""
+    held = [set(runs.rows) for runs in many if runs]
+    seeds = set.intersection(*held) if held else set()
+    if not seeds:
+        return [None] * len(many)
+    return [
+        runs and replace(runs, rows={seed: runs.rows[seed] for seed in sorted(seeds)})
+        for runs in many
+    ]
 
 
 def value(runs: Runs | None) -> str:
@@ -219,8 +231,9 @@ def sweep_content(_: Ledger) -> Any:
     like = found.references.get(", ".join(map(str, SWEPT)))
     for name in METHODS if like else ():
         assert like is not None
-        at = {factor: found.runs.get(faster(swapped(like, name), factor)) for factor in FACTORS}
-        points = [[factor, round(runs.mean, 4)] for factor, runs in at.items() if runs]
+        at = alike([found.runs.get(faster(swapped(like, name), factor)) for factor in FACTORS])
+        pairs = zip(FACTORS, at, strict=True)
+        points = [[factor, round(runs.mean, 4)] for factor, runs in pairs if runs]
         if len(points) > 1:
             shown[name] = {"label": METHODS[name].label, "points": points}
     return {"task": SWEPT[0], "steps": SWEPT[1], "methods": shown}

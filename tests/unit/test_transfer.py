@@ -179,6 +179,15 @@ def test_tables_show_what_was_measured_and_nothing_else(ledger, monkeypatch):
     assert [factor for factor, _ in content["methods"]["normuon"]["points"]] == [0.5, 1, 2]
 
 
+def test_what_is_compared_has_the_same_seeds(ledger, monkeypatch):
+    monkeypatch.setattr(swaps, "LEDGER", ledger)
+    made(ledger, "swap", "--lengths", "adamw")
+    made(ledger, "scales", "--scales", "2", "--methods", "normuon", "--seeds", "1")
+    line = swaps.TABLES["transfer-scales"](ledger).splitlines()[2]
+    assert line.startswith("| NorMuon | smoke, 12 | - | 1.828 | - | 1.766 | - | 2 |")
+    assert swaps.alike([None, None]) == [None, None]
+
+
 def test_the_figure_is_drawn_with_and_without_runs(tmp_path):
     pytest.importorskip("matplotlib", reason="it draws a figure")
     figure = figures.FIGURES["transfer.png"]

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="of each run; the task's otherwise")
     parser.add_argument("--lr", type=float, default=3e-3, help="of matrices (%(default)s)")
     parser.add_argument("--rest-lr", type=float, default=3e-2, help="of the rest (%(default)s)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
+    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="to compare")
     parser.add_argument("--losses", type=int, nargs="*", default=SIZES, help="sizes to train with")
     parser.add_argument("--out", type=Path, default=Path("sample_size.csv"))
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the tokens")
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     text = data.load(task.vocab, task.text << 20, args.work, "stdlib")
     shared = {"task": args.task, "steps": steps, "lr": args.lr, "rest_lr": args.rest_lr}
     shared |= facts("cpu", torch.float32)
-    for row in errors(spec, text, args.sizes):
+    for row in errors(spec, text, args.sizes) if args.sizes else ():
         append({"kind": "error", **shared, **row}, FIELDS, args.out)
         console.print(row)
     entries = length.ENTRIES

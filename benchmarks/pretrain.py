@@ -49,20 +49,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("phases", nargs="+", choices=PHASES)
-    parser.add_argument("--task", default="3m", choices=TASKS)
-    parser.add_argument("--methods", type=names, default=list(METHODS), help="comma-separated")
-    parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
-    parser.add_argument("--points", type=int, default=POINTS, help="runs of a search")
-    parser.add_argument(
-        "--near",
-        metavar="TASK[:STEPS]",
-        help="begin the search at the rates found for another task or length, with small steps",
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add_search(parser, "3m", POINTS)
     parser.add_argument("--weights", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--state", default="float32", choices=["float32", "bfloat16", "8bit"])
     add_options(parser)
     return parser.parse_args(argv)
+
+
+def add_search(parser: argparse.ArgumentParser, task: str, points: int) -> None:
+    """Add what a search and its final runs read, with a task and runs of a search as defaults."""
+    parser.add_argument("--task", default=task, choices=TASKS)
+    parser.add_argument("--methods", type=names, default=list(METHODS), help="comma-separated")
+    parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
+    parser.add_argument("--points", type=int, default=points, help="runs of a search")
+    parser.add_argument(
+        "--near",
+        metavar="TASK[:STEPS]",
+        help="begin a search at the rates found for another task or length, with small steps",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
 
 def names(text: str) -> list[str]:

@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from pretrain import names, note_text
+from pretrain import add_search, note_text
 from pretraining.ledger import Ledger
 from pretraining.methods import METHODS, Spec
 from pretraining.runner import RESULTS, Runs, add_options, each, run
@@ -59,17 +59,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("phases", nargs="+", choices=PHASES)
-    parser.add_argument("--task", default="bytes-128", choices=TASKS)
-    parser.add_argument("--methods", type=names, default=list(METHODS), help="comma-separated")
-    parser.add_argument("--steps", type=int, help="of a run; the task's otherwise")
-    parser.add_argument("--points", type=int, default=POINTS, help="runs of a search")
-    parser.add_argument(
-        "--near", metavar="TASK[:STEPS]", help="begin AdamW's search at the rates found for it"
-    )
+    add_search(parser, "bytes-128", POINTS)
     parser.add_argument(
         "--rates-of", type=int, metavar="STEPS", help="AdamW's rates from its search over these"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--lengths", nargs="+", default=LENGTHS, choices=LENGTHS)
     parser.add_argument("--scales", type=float, nargs="+", default=SCALES)
     parser.add_argument("--factors", type=float, nargs="+", default=FACTORS)

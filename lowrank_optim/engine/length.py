@@ -50,8 +50,8 @@ def sampled(jobs: list[Job], group: Group, plan: Plan) -> list[Job]:
 
 def next_count(job: Job, group: Group) -> int | Tensor:
     """Return the number of gradients that the sample has seen, this one included."""
-    step: Tensor = job.state["step"] + 1
-    return step if group["capturable"] else int(step)
+    step: Tensor = job.state["step"]
+    return step + 1 if group["capturable"] else int(step) + 1
 
 
 class Sums(NamedTuple):
